@@ -1,0 +1,418 @@
+//! Every failure a user can meet, as data: what was wrong, with its values, and what to do.
+//!
+//! [`OdeError`] converts to [`candle_core::Error`] and back without losing anything, so that it survives the way
+//! through `loss.backward()`: `OdeError::from(candle_error)` finds the original again.
+
+use candle_core::{DType, DeviceLocation, Shape};
+use std::fmt;
+use std::path::PathBuf;
+
+/// The result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, OdeError>;
+
+/// Where in a solve something happened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Place {
+    /// Step, counted from 0 in the direction of the forward pass.
+    pub step: usize,
+    /// Stage inside the step, counted from 0.
+    pub stage: usize,
+    /// Model time at which the vector field was evaluated.
+    pub time: f64,
+    /// Dtype the vector field ran in.
+    pub dtype: DType,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, stage, time, dtype } = self;
+        write!(f, "step {step}, stage {stage}, t = {time}, {dtype:?}")
+    }
+}
+
+/// Which pass over the steps an error belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassKind {
+    /// From the first time to the last.
+    Forward,
+    /// From the last time to the first.
+    Backward,
+}
+
+impl fmt::Display for PassKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+        })
+    }
+}
+
+/// What went wrong, with the values that show it and what to try.
+#[derive(thiserror::Error)]
+#[non_exhaustive]
+pub enum OdeError {
+    /// The initial state holds a NaN or an infinity.
+    #[error(
+        "y0 is not finite: tensor {tensor} of the state holds {value} at flat index {index}; check the data that feeds the solve"
+    )]
+    NonFiniteState {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Flat, row-major index of the first such value.
+        index: usize,
+        /// The value.
+        value: f64,
+    },
+    /// A parameter holds a NaN or an infinity.
+    #[error(
+        "parameter `{name}` is not finite: {value} at flat index {index}; the weights were damaged before this solve (a diverged optimiser step, a bad file)"
+    )]
+    NonFiniteParameter {
+        /// Name in the `VarMap`, or `input N` for a declared input.
+        name: String,
+        /// Flat, row-major index of the first such value.
+        index: usize,
+        /// The value.
+        value: f64,
+    },
+    /// A fixed-step solve with no steps.
+    #[error("the solve has no steps; call .steps(n) with n >= 1, or .grid(&[t0, .., t1]) with at least two times")]
+    NoSteps,
+    /// The span starts where it ends.
+    #[error("the span is empty: it starts and ends at t = {time}; give two different end times")]
+    EmptySpan {
+        /// The time at both ends.
+        time: f64,
+    },
+    /// A grid of times that is not strictly monotone.
+    #[error("times must be strictly increasing or strictly decreasing: times[{index}] = {value} comes after {before}")]
+    UnsortedTimes {
+        /// Index of the offending time.
+        index: usize,
+        /// The time before it.
+        before: f64,
+        /// The offending time.
+        value: f64,
+    },
+    /// A NaN or infinite time.
+    #[error("time {index} is {value}; times must be finite")]
+    NonFiniteTime {
+        /// Index in the grid, span or list of output times.
+        index: usize,
+        /// The value.
+        value: f64,
+    },
+    /// An output time that is not a point of the grid.
+    #[error(
+        "output time {time} is not a grid point (nearest: {nearest}); fixed-step solves hand out states at grid points only: put it on the grid with .grid(..)"
+    )]
+    OutputOffGrid {
+        /// The requested time.
+        time: f64,
+        /// The nearest grid point.
+        nearest: f64,
+    },
+    /// A dtype that does not fit its place.
+    #[error("{what} has dtype {dtype:?}; {hint}")]
+    UnsupportedDType {
+        /// What has it.
+        what: String,
+        /// The dtype.
+        dtype: DType,
+        /// What would do.
+        hint: &'static str,
+    },
+    /// Tensors on different devices.
+    #[error("{what} is on {found:?}, the solve runs on {expected:?}; move it with .to_device(..)")]
+    DeviceMismatch {
+        /// What is elsewhere.
+        what: String,
+        /// The device of the solve.
+        expected: DeviceLocation,
+        /// The device found.
+        found: DeviceLocation,
+    },
+    /// A state without elements.
+    #[error("tensor {tensor} of the state has shape {shape:?} and no elements; skip empty batches before solving")]
+    EmptyState {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Its shape.
+        shape: Shape,
+    },
+    /// The vector field returned another number of tensors than the state has.
+    #[error("the vector field returned {found} tensors for a state of {expected} ({place})")]
+    StateLength {
+        /// Tensors in the state.
+        expected: usize,
+        /// Tensors returned.
+        found: usize,
+        /// Where.
+        place: Place,
+    },
+    /// The vector field changed the shape of the state.
+    #[error(
+        "the vector field must return dy/dt with the shape of y: tensor {tensor} came in as {expected:?} and went out as {found:?} ({place})"
+    )]
+    ShapeChanged {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Shape of y.
+        expected: Shape,
+        /// Shape of f(t, y).
+        found: Shape,
+        /// Where.
+        place: Place,
+    },
+    /// The vector field changed the dtype of the state.
+    #[error(
+        "the vector field must return the dtype it was given: tensor {tensor} came in as {expected:?} and went out as {found:?} ({place}); use t.like(y), and constants in y.dtype()"
+    )]
+    DTypeChanged {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Dtype of y.
+        expected: DType,
+        /// Dtype of f(t, y).
+        found: DType,
+        /// Where.
+        place: Place,
+    },
+    /// The vector field itself failed.
+    #[error("the vector field failed ({place}): {source}")]
+    Field {
+        /// Where.
+        place: Place,
+        /// What it said.
+        source: candle_core::Error,
+    },
+    /// Building the model over its parameters failed.
+    #[error("the model could not be built over its {dtype:?} parameters: {source}")]
+    Build {
+        /// Dtype of the `VarBuilder`.
+        dtype: DType,
+        /// What the constructor said.
+        source: candle_core::Error,
+    },
+    /// Two evaluations at the same point gave different bits.
+    #[error(
+        "the vector field is not a pure function: two evaluations at t = {time} differ in tensor {tensor} at flat index {index} ({first} and {second}); fix its randomness per solve (candle_ode::ops::Dropout does), or call .check_determinism(false)"
+    )]
+    NotDeterministic {
+        /// Model time of the evaluation.
+        time: f64,
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Flat index of the first difference.
+        index: usize,
+        /// Value of the first evaluation.
+        first: f64,
+        /// Value of the second evaluation.
+        second: f64,
+    },
+    /// The model wrote to its own parameters during a solve.
+    #[error(
+        "the vector field changed its parameter `{name}` while being evaluated (a BatchNorm in training mode does this); use its evaluation mode, or a norm without running statistics (candle_ode::ops::group_norm)"
+    )]
+    ParameterChanged {
+        /// Name of the parameter.
+        name: String,
+    },
+    /// The vector field's closure captured a tensor that needs a gradient.
+    #[error(
+        "the vector field captured a tensor that needs a gradient (shape {shape:?}, {dtype:?}), which a solve cannot see; declare it with .inputs(&[tensor]) and ModelField::with_inputs, or .detach() it"
+    )]
+    Captured {
+        /// Shape of the captured tensor.
+        shape: Shape,
+        /// Its dtype.
+        dtype: DType,
+    },
+    /// The divergence was asked of a field without a tangent.
+    #[error(
+        "{field} has no tangent (J·v), which {wanted} needs; build it from candle_ode::ops layers (Mlp, Sequential) or implement `Tangent` for it"
+    )]
+    NoTangent {
+        /// The field or layer.
+        field: String,
+        /// What asked.
+        wanted: &'static str,
+    },
+    /// A Candle op in the field has no backward pass.
+    #[error("Candle has no backward pass for `{op}`; {instead}")]
+    NoBackward {
+        /// Candle's name of the op.
+        op: String,
+        /// What to use instead.
+        instead: &'static str,
+    },
+    /// A non-finite value in a pass.
+    #[error("{pass} pass: non-finite values, first at {place}; {hint}")]
+    Overflow {
+        /// Forward or backward.
+        pass: PassKind,
+        /// Where first.
+        place: Place,
+        /// What to try.
+        hint: &'static str,
+    },
+    /// A state does not fit the storage dtype.
+    #[error(
+        "forward pass: the state after step {step} (t = {time}) does not fit the storage dtype {dtype:?} (largest finite {largest}); use .on_overflow(OnOverflow::Retry), or another storage dtype"
+    )]
+    StorageOverflow {
+        /// The step after which.
+        step: usize,
+        /// Model time.
+        time: f64,
+        /// The storage dtype.
+        dtype: DType,
+        /// Its largest finite value.
+        largest: f64,
+    },
+    /// The gradient of y0 does not fit y0's dtype.
+    #[error("dL/dy0 does not fit y0's dtype {dtype:?} (tensor {tensor}); keep y0 in F32, or scale the loss")]
+    GradientOverflow {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Dtype of y0.
+        dtype: DType,
+    },
+    /// Dynamic scaling gave up.
+    #[error(
+        "dynamic adjoint scaling: step {step} (t = {time}) still overflows at S = {scale:e} after {redone} attempts; use AdjointScaling::per_step(), or a wider compute dtype"
+    )]
+    ScalingExhausted {
+        /// The step.
+        step: usize,
+        /// Model time.
+        time: f64,
+        /// The last scale tried.
+        scale: f64,
+        /// How often the step was done.
+        redone: usize,
+    },
+    /// A Butcher tableau that contradicts itself.
+    #[error("Butcher tableau `{name}`: {reason}")]
+    Tableau {
+        /// Its name.
+        name: String,
+        /// What does not hold, with values.
+        reason: String,
+    },
+    /// A setting that makes no sense.
+    #[error("{setting} = {value}: {hint}")]
+    Setting {
+        /// Which setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What would do.
+        hint: &'static str,
+    },
+    /// A combination that is not supported.
+    #[error("{what} is not supported; {instead}")]
+    Unsupported {
+        /// What was asked.
+        what: String,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// The solve was stopped by its observer.
+    #[error("the solve was stopped by its observer after step {step} (t = {time})")]
+    Stopped {
+        /// The last finished step.
+        step: usize,
+        /// Model time reached.
+        time: f64,
+    },
+    /// A memory counter is not there.
+    #[error("{counter} cannot be read: {reason}; {hint}")]
+    Meter {
+        /// Which counter.
+        counter: &'static str,
+        /// Why.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that is not what it should be.
+    #[error("{path}: {reason}", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        reason: String,
+    },
+    /// Candle failed outside the vector field.
+    #[error("{0}")]
+    Candle(candle_core::Error),
+}
+
+/// As [`fmt::Display`]: Candle prints wrapped errors with `{:?}`, and users read them.
+impl fmt::Debug for OdeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<OdeError> for candle_core::Error {
+    fn from(error: OdeError) -> Self {
+        match error {
+            OdeError::Candle(inner) => inner,
+            other => Self::WrappedContext { wrapped: Box::new(other), context: "candle-ode".into() },
+        }
+    }
+}
+
+impl From<candle_core::Error> for OdeError {
+    fn from(error: candle_core::Error) -> Self {
+        use candle_core::Error as C;
+        match error {
+            C::WrappedContext { wrapped, context } => match wrapped.downcast::<Self>() {
+                Ok(ours) => *ours,
+                Err(wrapped) => Self::Candle(C::WrappedContext { wrapped, context }),
+            },
+            C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. }
+                if holds_ours(&inner) =>
+            {
+                Self::from(*inner)
+            }
+            C::BackwardNotSupported { op } => Self::no_backward(op),
+            other => Self::Candle(other),
+        }
+    }
+}
+
+fn holds_ours(error: &candle_core::Error) -> bool {
+    use candle_core::Error as C;
+    match error {
+        C::WrappedContext { wrapped, .. } => wrapped.is::<OdeError>(),
+        C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. } => holds_ours(inner),
+        C::BackwardNotSupported { .. } => true,
+        _ => false,
+    }
+}
+
+impl OdeError {
+    /// Names the differentiable twin of a Candle op that has no backward pass.
+    fn no_backward(op: &str) -> Self {
+        let instead = match op {
+            "layer-norm" => "use candle_ode::ops::layer_norm, which takes the same arguments",
+            "rms-norm" => "use candle_ode::ops::layer_norm without a mean, or candle_nn::ops::rms_norm_slow",
+            "softmax-last-dim" => "use candle_ode::ops::softmax",
+            "sigmoid" => "use candle_ode::ops::sigmoid",
+            _ => "write it with ops that have one, or implement `VectorField` with your own pullback",
+        };
+        Self::NoBackward { op: op.to_owned(), instead }
+    }
+}

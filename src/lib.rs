@@ -1,0 +1,6 @@
+//! Neural ODEs on Candle: mixed precision, a manual reverse pass, and an account of every byte.
+
+pub mod account;
+mod error;
+
+pub use error::{OdeError, PassKind, Place, Result};
