@@ -1,0 +1,66 @@
+//! How gradients come back.
+
+mod discrete;
+
+pub(crate) use discrete::{Recorded, Reversed};
+
+use crate::solver::StageMemory;
+use crate::trajectory::Codec;
+use std::sync::Arc;
+
+/// The gradient of the steps that were taken (discretise-then-optimise): each step is linearised again at its kept
+/// state and pulled back, last step first.
+///
+/// Keeps (N − 1) states in the storage dtype. Costs s linearisations and s pullbacks a step.
+#[derive(Clone, Debug, Default)]
+pub struct Discrete {
+    pub(crate) stage_memory: StageMemory,
+    pub(crate) codec: Option<Arc<dyn Codec>>,
+}
+
+impl Discrete {
+    /// How many linearisations of a step live at once.
+    pub fn stage_memory(mut self, memory: StageMemory) -> Self {
+        self.stage_memory = memory;
+        self
+    }
+
+    /// How kept states are encoded; by default [`States`](crate::States) in the storage dtype of the precision.
+    pub fn codec(mut self, codec: impl Codec) -> Self {
+        self.codec = Some(Arc::new(codec));
+        self
+    }
+}
+
+/// Candle's own graph through every step: the oracle. Keeps every intermediate of every evaluation.
+///
+/// Candle's backward recurses, so long solves need a thread with a large stack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unrolled;
+
+/// Which of them.
+#[derive(Clone, Debug)]
+pub enum Adjoint {
+    /// See [`Discrete`].
+    Discrete(Discrete),
+    /// See [`Unrolled`].
+    Unrolled(Unrolled),
+}
+
+impl Default for Adjoint {
+    fn default() -> Self {
+        Self::Discrete(Discrete::default())
+    }
+}
+
+impl From<Discrete> for Adjoint {
+    fn from(adjoint: Discrete) -> Self {
+        Self::Discrete(adjoint)
+    }
+}
+
+impl From<Unrolled> for Adjoint {
+    fn from(adjoint: Unrolled) -> Self {
+        Self::Unrolled(adjoint)
+    }
+}

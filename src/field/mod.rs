@@ -1,0 +1,120 @@
+//! What is integrated: vector fields, their linearisations and tangents.
+
+//divergence
+pub mod draw;
+mod function;
+mod model;
+mod opened;
+pub mod ops;
+mod params;
+pub(crate) use params::first_non_finite;
+pub mod sink;
+mod vjp;
+
+pub use function::FnField;
+pub use model::ModelField;
+pub(crate) use opened::{Fallback, Opened};
+pub use params::{Casts, Gradients, Params};
+
+use crate::error::Result;
+use crate::scaling::Scale;
+use crate::{State, Time};
+use candle_core::Tensor;
+pub use ops::combine::Finite;
+
+/// J·v without second-order differentiation: a function that gives f and its directional derivative by first-order
+/// ops, so that a divergence made of it can itself be differentiated with respect to θ.
+pub trait Tangent {
+    /// (f(t, y), ∂f/∂y · v), each of the shape and dtype of f(t, y).
+    ///
+    /// # Errors
+    /// Whatever the ops report; [`OdeError::NoTangent`](crate::OdeError::NoTangent) from a part that has none.
+    fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)>;
+
+    /// (f(t, y), tr ∂f/∂y) with the trace per sample, shape `(batch,)`, for fields that know it in closed form.
+    ///
+    /// # Errors
+    /// Whatever the ops report.
+    fn trace(&self, t: &Time, y: &Tensor) -> candle_core::Result<Option<(Tensor, Tensor)>> {
+        let _ = (t, y);
+        Ok(None)
+    }
+}
+
+/// A vector field f(t, y; θ), ready to be evaluated on one thread for one pass.
+///
+/// Every tensor of a state comes in the compute dtype, and dy/dt goes out in it, with the shapes of y.
+pub trait VectorField {
+    /// f(t, y).
+    ///
+    /// # Errors
+    /// Whatever the field reports.
+    fn eval(&self, t: &Time, y: &State) -> candle_core::Result<State>;
+
+    /// f(t, y) with what its pullback needs.
+    ///
+    /// # Errors
+    /// Whatever the field reports.
+    fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>>;
+
+    /// One tensor per parameter and input: what stands for them in this pass.
+    fn leaves(&self) -> &[Tensor] {
+        &[]
+    }
+}
+
+/// f's value at a point, with what its pullback needs.
+pub trait Linearization {
+    /// f(t, y), detached.
+    fn value(&self) -> &State;
+
+    /// Pulls `cotangent` (accumulate dtype) back: multiplies it by S, goes through f in the compute dtype, divides by
+    /// S in the accumulate dtype, and adds dL/dθ to `gradients`. May be called again with another scale.
+    ///
+    /// # Errors
+    /// Whatever the pullback reports.
+    fn pull(&self, cotangent: &State, scale: &Scale, gradients: &mut Gradients) -> candle_core::Result<Pulled>;
+}
+
+/// What a pullback gives.
+#[derive(Debug)]
+pub struct Pulled {
+    /// Cotangent of y, in the accumulate dtype.
+    pub y: State,
+    /// Cotangent of t (0-d, accumulate dtype), if the linearisation was made at a tracked time.
+    pub t: Option<Tensor>,
+    /// Whether all of it is finite, the contributions to dL/dθ included.
+    pub finite: Finite,
+}
+
+/// What a pass wants of a field when it opens it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// Evaluations only, nothing tracked.
+    Evaluate,
+    /// Evaluations only, over copies of the parameters that the field may write to: the caller looks whether it did.
+    Probe,
+    /// Linearisations: the leaves are variables.
+    Linearize,
+    /// Evaluations in Candle's own graph, tracked to the masters.
+    Track,
+}
+
+/// Where vector fields come from: parameters, and a way to open a [`VectorField`] over their casts on any thread.
+///
+/// A field is a cheap clone; models need be neither `Send` nor `Sync`, since each pass builds its own.
+pub trait Field: Send + Sync + 'static {
+    /// Its parameters.
+    fn params(&self) -> &Params;
+
+    /// Builds it over `casts`. Random layers draw from `seed`.
+    ///
+    /// # Errors
+    /// Whatever building the model reports.
+    fn open(&self, casts: &Casts, opening: Opening, seed: u64) -> Result<Box<dyn VectorField>>;
+
+    /// Says once in its life that it has not been probed for writes to its own parameters yet.
+    fn needs_probe(&self) -> bool {
+        false
+    }
+}

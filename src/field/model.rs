@@ -1,0 +1,324 @@
+//! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
+
+use super::params::{Casts, Gradients, Param, Params};
+use super::{Field, Linearization, Opening, Pulled, VectorField, draw, sink, vjp};
+use crate::error::{OdeError, Result};
+use crate::field::ops::combine;
+use crate::scaling::Scale;
+use crate::{State, Time};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{VarBuilder, VarMap};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A vector field made of a Candle model that is written against a `VarBuilder`.
+///
+/// The masters stay in the caller's `VarMap`, in their own dtype. Once per solve they are cast to the compute dtype, and
+/// the model is built over the casts: once for the forward and once for the backward pass.
+///
+/// ```
+/// use candle_core::{Device, Result, Tensor};
+/// use candle_nn::{Linear, Module, VarBuilder, VarMap, linear};
+/// use candle_ode::prelude::*;
+///
+/// struct Velocity(Linear);
+/// impl Velocity {
+///     fn new(vb: VarBuilder) -> Result<Self> {
+///         Ok(Self(linear(2, 2, vb.pp("out"))?))
+///     }
+///     fn forward(&self, t: &Tensor, y: &Tensor) -> Result<Tensor> {
+///         self.0.forward(&y.broadcast_mul(t)?)
+///     }
+/// }
+///
+/// let vars = VarMap::new();
+/// let field = ModelField::new(&vars, &Device::Cpu, |vb| Velocity::new(vb), |m, t: &Time, y| m.forward(&t.like(y)?, y))?;
+/// assert_eq!(field.params().names().collect::<Vec<_>>(), ["out.bias", "out.weight"]);
+/// # Ok::<(), OdeError>(())
+/// ```
+#[derive(Clone)]
+pub struct ModelField {
+    model: Arc<dyn Constructor>,
+    params: Params,
+    probed: Arc<AtomicBool>,
+}
+
+impl ModelField {
+    /// A field over a state of one tensor. Parameters that `vars` does not hold yet are created in F32.
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn new<M: 'static>(
+        vars: &VarMap,
+        device: &Device,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+        eval: impl Fn(&M, &Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::new_in(DType::F32, vars, device, build, eval)
+    }
+
+    /// As [`new`](Self::new), with the dtype in which missing parameters are created (F64, say).
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn new_in<M: 'static>(
+        masters: DType,
+        vars: &VarMap,
+        device: &Device,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+        eval: impl Fn(&M, &Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let vb = VarBuilder::from_varmap(vars, masters, device);
+        Self::from_var_builder(vb, build, move |m, t, y, _| eval(m, t, y.single()?).map(State::from))
+    }
+
+    /// A field over a state of several tensors, with inputs: tensors given to each solve by
+    /// [`Ode::inputs`](crate::Ode::inputs), in the compute dtype, with gradients.
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn with_inputs<M: 'static>(
+        vars: &VarMap,
+        device: &Device,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+        eval: impl Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::from_var_builder(VarBuilder::from_varmap(vars, DType::F32, device), build, eval)
+    }
+
+    /// A field over a state of several tensors.
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn with_state<M: 'static>(
+        vars: &VarMap,
+        device: &Device,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+        eval: impl Fn(&M, &Time, &State) -> candle_core::Result<State> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::with_inputs(vars, device, build, move |m, t, y, _| eval(m, t, y))
+    }
+
+    /// A field over the tensors of any `VarBuilder`: memory-mapped safetensors for inference, or a `VarMap` in the
+    /// dtype of the builder. The most general constructor; `eval` is given the time, the state and the inputs.
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn from_var_builder<M: 'static>(
+        vb: VarBuilder<'static>,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+        eval: impl Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let (device, dtype) = (vb.device().clone(), vb.dtype());
+        let recorder = Recorder { source: vb, seen: Arc::default() };
+        let seen = recorder.seen.clone();
+        let recording = VarBuilder::from_backend(Box::new(recorder), dtype, device);
+        draw::seeded(0, || build(recording)).map_err(|source| OdeError::Build { dtype, source })?;
+        let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
+        let param = |(name, master)| Param { name, master, frozen: false, keep_f32: false };
+        let params = Params(seen.into_iter().map(param).collect());
+        let model = Arc::new(Closures { build, eval: Arc::new(eval) });
+        Ok(Self { model, params, probed: Arc::default() })
+    }
+
+    /// A closure as a field: nothing to build.
+    pub(super) fn without_parameters(
+        eval: impl Fn(&(), &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
+    ) -> Self {
+        let model = Arc::new(Closures { build: |_: VarBuilder<'static>| Ok(()), eval: Arc::new(eval) });
+        Self { model, params: Params::default(), probed: Arc::new(AtomicBool::new(true)) }
+    }
+
+    /// The same field, with the parameters whose name satisfies `frozen` fixed: no gradient, no cost.
+    pub fn freeze(mut self, frozen: impl Fn(&str) -> bool) -> Self {
+        self.params.0.iter_mut().for_each(|param| param.frozen |= frozen(&param.name));
+        self
+    }
+
+    /// The same field, with the parameters whose name satisfies `keep` left in F32 when f runs in F16 or BF16 (the
+    /// weights of a norm, say). The model must accept that.
+    pub fn keep_f32(mut self, keep: impl Fn(&str) -> bool) -> Self {
+        self.params.0.iter_mut().for_each(|param| param.keep_f32 |= keep(&param.name));
+        self
+    }
+
+    /// The parameters the model asked for.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+}
+
+impl Field for ModelField {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn open(&self, casts: &Casts, opening: Opening, seed: u64) -> Result<Box<dyn VectorField>> {
+        let casts = match opening {
+            Opening::Evaluate => casts.detached(),
+            Opening::Probe => casts.copied()?,
+            Opening::Linearize | Opening::Track => casts.clone(),
+        };
+        let vb = casts.var_builder();
+        let model = draw::seeded(seed, || self.model.build(vb))
+            .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
+        Ok(Box::new(OpenModel { model, casts }))
+    }
+
+    fn needs_probe(&self) -> bool {
+        !self.probed.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// Builds the model of a field, with its type forgotten.
+trait Constructor: Send + Sync {
+    fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>>;
+}
+
+struct Closures<B, E> {
+    build: B,
+    eval: Arc<E>,
+}
+
+impl<M, B, E> Constructor for Closures<B, E>
+where
+    M: 'static,
+    B: Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync,
+    E: Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
+{
+    fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>> {
+        Ok(Box::new(Built { model: (self.build)(vb)?, eval: self.eval.clone() }))
+    }
+}
+
+/// A built model, with its type forgotten. Lives on one thread.
+trait Model {
+    fn eval(&self, t: &Time, y: &State, inputs: &[Tensor]) -> candle_core::Result<State>;
+}
+
+struct Built<M, E> {
+    model: M,
+    eval: Arc<E>,
+}
+
+impl<M, E: Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State>> Model for Built<M, E> {
+    fn eval(&self, t: &Time, y: &State, inputs: &[Tensor]) -> candle_core::Result<State> {
+        (self.eval)(&self.model, t, y, inputs)
+    }
+}
+
+struct OpenModel {
+    model: Box<dyn Model>,
+    casts: Casts,
+}
+
+impl VectorField for OpenModel {
+    fn eval(&self, t: &Time, y: &State) -> candle_core::Result<State> {
+        self.model.eval(t, y, self.casts.inputs())
+    }
+
+    fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>> {
+        let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
+        let y = y.try_map(leaf)?;
+        let output = self.model.eval(t, &y, self.casts.inputs())?;
+        let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
+        let times = t.leaves();
+        let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();
+        let value = output.detach();
+        Ok(Box::new(Graph { y, output, value, wanted }))
+    }
+
+    fn leaves(&self) -> &[Tensor] {
+        self.casts.leaves()
+    }
+}
+
+/// A linearisation that is one of Candle's graphs.
+struct Graph {
+    y: State,
+    output: State,
+    value: State,
+    /// y, then the parameters and inputs, then the leaves of the time.
+    wanted: Vec<Tensor>,
+}
+
+impl Linearization for Graph {
+    fn value(&self) -> &State {
+        &self.value
+    }
+
+    fn pull(&self, cotangent: &State, scale: &Scale, gradients: &mut Gradients) -> candle_core::Result<Pulled> {
+        let accumulate = cotangent.tensors().first().map_or(DType::F32, Tensor::dtype);
+        let compute = |(kappa, f): (&Tensor, &Tensor)| scale.apply(kappa, f.dtype());
+        let seeds: Vec<Tensor> =
+            cotangent.tensors().iter().zip(self.output.tensors()).map(compute).collect::<candle_core::Result<_>>()?;
+        gradients.set_scale(scale);
+        let (pulled, sums) =
+            sink::open(std::mem::take(gradients), || vjp::vjp(self.output.tensors(), &seeds, &self.wanted));
+        *gradients = sums;
+        let pulled = pulled?;
+        drop(seeds);
+        let (of_y, rest) = pulled.split_at(self.y.len());
+        let mut finite = combine::Finite::default();
+        let mut y = Vec::with_capacity(of_y.len());
+        for (pulled, leaf) in of_y.iter().zip(self.y.tensors()) {
+            let mu = match pulled {
+                Some(pulled) => scale.undo(pulled, accumulate)?,
+                None => Tensor::zeros(leaf.shape(), accumulate, leaf.device())?,
+            };
+            finite = finite.and(combine::finite(&mu)?);
+            y.push(mu);
+        }
+        let mut t: Option<Tensor> = None;
+        for (gradient, leaf) in rest.iter().zip(&self.wanted[self.y.len()..]) {
+            let Some(gradient) = gradient else { continue };
+            if !gradients.add_leaf(leaf, gradient)? {
+                let part = scale.undo(&gradient.sum_all()?, accumulate)?;
+                t = Some(match t {
+                    None => part,
+                    Some(t) => (t + part)?,
+                });
+            }
+        }
+        Ok(Pulled { y: State::from(y), t, finite: finite.and(gradients.take_finite()) })
+    }
+}
+
+/// Notes which tensors a model asks of its `VarBuilder`.
+struct Recorder {
+    source: VarBuilder<'static>,
+    seen: Arc<Mutex<BTreeMap<String, Tensor>>>,
+}
+
+impl Recorder {
+    fn note(&self, name: &str, tensor: &Tensor) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), tensor.clone());
+    }
+}
+
+impl SimpleBackend for Recorder {
+    fn get(
+        &self,
+        shape: candle_core::Shape,
+        name: &str,
+        init: candle_nn::Init,
+        dtype: DType,
+        _: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let tensor = self.source.get_with_hints_dtype(shape, name, init, dtype)?;
+        self.note(name, &tensor);
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> candle_core::Result<Tensor> {
+        let tensor = self.source.get_unchecked_dtype(name, dtype)?;
+        self.note(name, &tensor);
+        Ok(tensor)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.source.contains_tensor(name)
+    }
+}

@@ -1,0 +1,3 @@
+//! Differentiable fused ops, and the layers made of them.
+
+pub mod combine;

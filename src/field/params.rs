@@ -1,0 +1,353 @@
+//! Parameters: masters in the caller's dtype, casts made once per solve, gradient sums in the accumulate dtype.
+
+use super::ops::combine::{self, Finite};
+use crate::account::{Category, Owned};
+use crate::error::{OdeError, Result};
+use crate::scaling::Scale;
+use candle_core::{DType, Device, Tensor, TensorId};
+use candle_nn::VarBuilder;
+use candle_nn::var_builder::SimpleBackend;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// One parameter of a model.
+#[derive(Clone, Debug)]
+pub(crate) struct Param {
+    pub(crate) name: String,
+    /// The caller's tensor: a variable of the `VarMap`, or a plain tensor of an inference field.
+    pub(crate) master: Tensor,
+    pub(crate) frozen: bool,
+    pub(crate) keep_f32: bool,
+}
+
+/// The parameters of a field, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Params(pub(crate) Vec<Param>);
+
+impl Params {
+    /// Names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|param| param.name.as_str())
+    }
+
+    /// How many parameters.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Bytes of the masters.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|p| p.master.elem_count() * p.master.dtype().size_in_bytes()).sum()
+    }
+
+    /// Masters and `inputs` in `compute`: once per solve. Parameters marked so stay in F32.
+    ///
+    /// # Errors
+    /// A NaN or infinite value, an integer input, or another device than `device`.
+    pub fn cast(&self, inputs: &[Tensor], compute: DType, device: &Device) -> Result<Casts> {
+        let _span = tracing::trace_span!(target: "candle_ode", "cast").entered();
+        let mut casts = Casts::empty(compute, device);
+        let mut checks = vec![];
+        let mut bytes = 0;
+        for source in self.sources(inputs) {
+            source.check_device(device)?;
+            let dtype = source.dtype(compute)?;
+            let leaf = if source.tensor.dtype() == dtype && source.tensor.is_variable() {
+                source.tensor.clone()
+            } else if source.tensor.dtype() == dtype && !source.trainable {
+                source.tensor.detach()
+            } else {
+                casts.count += usize::from(source.tensor.dtype() != dtype);
+                bytes += source.tensor.elem_count() * dtype.size_in_bytes();
+                combine::leaf(&source.tensor, dtype)?
+            };
+            let leaf = if source.trainable { leaf } else { leaf.detach() };
+            checks.push(combine::finite(&leaf)?);
+            casts.push(source, leaf);
+        }
+        for (n, finite) in Finite::read(&checks)?.into_iter().enumerate() {
+            if !finite {
+                let (index, value) = first_non_finite(&casts.leaves[n])?;
+                return Err(OdeError::NonFiniteParameter { name: casts.names[n].clone(), index, value });
+            }
+        }
+        casts.owned = (bytes > 0).then(|| Arc::new(Owned::new(Category::Casts, bytes)));
+        Ok(casts)
+    }
+
+    /// As [`cast`](Self::cast), but tracked by Candle all the way to the masters and inputs.
+    pub(crate) fn cast_tracked(&self, inputs: &[Tensor], compute: DType, device: &Device) -> Result<Casts> {
+        let mut casts = Casts::empty(compute, device);
+        for source in self.sources(inputs) {
+            source.check_device(device)?;
+            let tensor = if source.trainable { source.tensor.clone() } else { source.tensor.detach() };
+            let dtype = source.dtype(compute)?;
+            casts.push(source, tensor.to_dtype(dtype)?);
+        }
+        Ok(casts)
+    }
+
+    /// Parameters, then inputs: the order of slots everywhere.
+    fn sources<'a>(&'a self, inputs: &'a [Tensor]) -> impl Iterator<Item = Source<'a>> {
+        let params = self.0.iter().map(|param| Source {
+            name: param.name.clone(),
+            tensor: &param.master,
+            trainable: !param.frozen && param.master.track_op(),
+            keep_f32: param.keep_f32,
+            is_input: false,
+        });
+        let inputs = inputs.iter().enumerate().map(|(n, tensor)| Source {
+            name: format!("input {n}"),
+            tensor,
+            trainable: tensor.track_op(),
+            keep_f32: false,
+            is_input: true,
+        });
+        params.chain(inputs)
+    }
+
+    /// What a solve is differentiated with respect to, by slot; `None` for what is frozen or untracked.
+    pub(crate) fn trainable(&self, inputs: &[Tensor]) -> Vec<Option<Tensor>> {
+        self.sources(inputs).map(|source| source.trainable.then(|| source.tensor.clone())).collect()
+    }
+}
+
+struct Source<'a> {
+    name: String,
+    tensor: &'a Tensor,
+    trainable: bool,
+    keep_f32: bool,
+    is_input: bool,
+}
+
+impl Source<'_> {
+    /// Integer parameters stay what they are; integer inputs are refused.
+    fn dtype(&self, compute: DType) -> Result<DType> {
+        let own = self.tensor.dtype();
+        match (own.is_float(), self.is_input) {
+            (true, _) if self.keep_f32 => Ok(if compute == DType::F64 { DType::F64 } else { DType::F32 }),
+            (true, _) => Ok(compute),
+            (false, false) => Ok(own),
+            (false, true) => Err(OdeError::UnsupportedDType {
+                what: self.name.clone(),
+                dtype: own,
+                hint: "inputs of a solve are differentiable: give floats, and capture integer tensors in the closure",
+            }),
+        }
+    }
+
+    fn check_device(&self, device: &Device) -> Result<()> {
+        if self.tensor.device().same_device(device) {
+            return Ok(());
+        }
+        let what = if self.is_input { self.name.clone() } else { format!("parameter `{}`", self.name) };
+        Err(OdeError::DeviceMismatch { what, expected: device.location(), found: self.tensor.device().location() })
+    }
+}
+
+/// The first NaN or infinity of a tensor, as (flat index, value).
+pub(crate) fn first_non_finite(x: &Tensor) -> Result<(usize, f64)> {
+    let values = x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let found = values.iter().position(|v| !v.is_finite());
+    Ok(found.map_or((0, 0.0), |index| (index, values[index])))
+}
+
+/// Parameters and inputs in the compute dtype, shared by the forward and the backward pass of one solve.
+#[derive(Clone, Debug)]
+pub struct Casts {
+    dtype: DType,
+    names: Vec<String>,
+    leaves: Vec<Tensor>,
+    device: Device,
+    params: usize,
+    count: usize,
+    owned: Option<Arc<Owned>>,
+}
+
+impl Casts {
+    fn empty(dtype: DType, device: &Device) -> Self {
+        let device = device.clone();
+        Self { dtype, names: vec![], leaves: vec![], device, params: 0, count: 0, owned: None }
+    }
+
+    fn push(&mut self, source: Source<'_>, leaf: Tensor) {
+        self.params += usize::from(!source.is_input);
+        self.names.push(source.name);
+        self.leaves.push(leaf);
+    }
+
+    /// The dtype the vector field runs in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device they are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// How many tensors changed their dtype.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Bytes of the casts we own.
+    pub fn bytes(&self) -> usize {
+        self.owned.as_ref().map_or(0, |owned| owned.bytes())
+    }
+
+    /// One tensor per slot: parameters in the order of their names, then inputs.
+    pub fn leaves(&self) -> &[Tensor] {
+        &self.leaves
+    }
+
+    /// The inputs alone.
+    pub fn inputs(&self) -> &[Tensor] {
+        &self.leaves[self.params..]
+    }
+
+    /// Names by slot.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The same values, untracked: what a forward pass runs on.
+    pub(crate) fn detached(&self) -> Self {
+        Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }
+    }
+
+    /// The same values in storages of their own, as variables: writing to them harms nobody.
+    pub(crate) fn copied(&self) -> Result<Self> {
+        let copy = |leaf: &Tensor| combine::leaf(leaf, leaf.dtype());
+        Ok(Self { leaves: self.leaves.iter().map(copy).collect::<candle_core::Result<_>>()?, ..self.clone() })
+    }
+
+    /// A `VarBuilder` that hands out the parameters.
+    pub(crate) fn var_builder(&self) -> VarBuilder<'static> {
+        let by_name = self.names.iter().cloned().zip(self.leaves.iter().cloned()).take(self.params).collect();
+        VarBuilder::from_backend(Box::new(ByName(by_name)), self.dtype, self.device.clone())
+    }
+}
+
+/// Tensors by name, as a backend of Candle's `VarBuilder`.
+struct ByName(HashMap<String, Tensor>);
+
+impl SimpleBackend for ByName {
+    fn get(
+        &self,
+        shape: candle_core::Shape,
+        name: &str,
+        _: candle_nn::Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if tensor.shape() != &shape {
+            candle_core::bail!("parameter `{name}` has shape {:?}, the model asks for {shape:?}", tensor.shape())
+        }
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        match self.0.get(name) {
+            Some(tensor) => Ok(tensor.clone()),
+            None => candle_core::bail!(
+                "the model asks for parameter `{name}`, which it did not ask for when the field was made"
+            ),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+}
+
+/// The sums of dL/dθ (and dL/d(input)) of one backward pass, by slot, in the accumulate dtype.
+#[derive(Debug, Default)]
+pub struct Gradients {
+    sums: Vec<Option<Sum>>,
+    slots: HashMap<TensorId, usize>,
+    wide: bool,
+    scale: Scale,
+    finite: Finite,
+}
+
+#[derive(Debug)]
+struct Sum {
+    tensor: Tensor,
+    _owned: Owned,
+}
+
+impl Gradients {
+    /// No sums yet, for `slots` parameters and inputs.
+    pub(crate) fn new(slots: usize, accumulate: DType) -> Self {
+        let sums = std::iter::repeat_with(|| None).take(slots).collect();
+        Self { sums, wide: accumulate == DType::F64, ..Self::default() }
+    }
+
+    /// From here on, these leaves stand for the slots.
+    pub(crate) fn bind(&mut self, leaves: &[Tensor]) {
+        self.slots = leaves.iter().enumerate().map(|(slot, leaf)| (leaf.id(), slot)).collect();
+    }
+
+    /// From here on, what is added carries this scale.
+    pub(crate) fn set_scale(&mut self, scale: &Scale) {
+        self.scale = scale.clone();
+    }
+
+    /// Adds to the slot of `leaf`, if it has one.
+    pub(crate) fn add_leaf(&mut self, leaf: &Tensor, gradient: &Tensor) -> candle_core::Result<bool> {
+        match self.slots.get(&leaf.id()) {
+            None => Ok(false),
+            Some(&slot) => self.add(slot, gradient).map(|()| true),
+        }
+    }
+
+    /// Adds gradient/S to the sum of a slot; notes whether it is finite.
+    pub(crate) fn add(&mut self, slot: usize, gradient: &Tensor) -> candle_core::Result<()> {
+        let sum = match &mut self.sums[slot] {
+            Some(sum) => sum,
+            empty => {
+                let dtype = if self.wide { DType::F64 } else { DType::F32 };
+                let tensor = Tensor::zeros(gradient.shape(), dtype, gradient.device())?;
+                let bytes = tensor.elem_count() * dtype.size_in_bytes();
+                empty.insert(Sum { tensor, _owned: Owned::new(Category::Gradients, bytes) })
+            }
+        };
+        let finite = match &self.scale {
+            Scale::Host(s) => combine::accumulate(&mut sum.tensor, 1.0 / s, gradient)?,
+            scale => {
+                let unscaled = scale.undo(gradient, sum.tensor.dtype())?;
+                combine::accumulate(&mut sum.tensor, 1.0, &unscaled)?
+            }
+        };
+        self.finite = std::mem::take(&mut self.finite).and(finite);
+        Ok(())
+    }
+
+    /// Adds another set of sums to this one.
+    pub(crate) fn absorb(&mut self, other: Self) -> candle_core::Result<()> {
+        self.set_scale(&Scale::default());
+        for (slot, sum) in other.sums.into_iter().enumerate() {
+            if let Some(sum) = sum {
+                self.add(slot, &sum.tensor)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all that was added since the last call is finite.
+    pub(crate) fn take_finite(&mut self) -> Finite {
+        std::mem::take(&mut self.finite)
+    }
+
+    /// The sums, by slot; `None` where nothing was added.
+    pub(crate) fn into_sums(self) -> Vec<Option<Tensor>> {
+        self.sums.into_iter().map(|sum| sum.map(|sum| sum.tensor)).collect()
+    }
+}

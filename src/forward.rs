@@ -1,0 +1,304 @@
+//! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
+
+use crate::State;
+use crate::adjoint::Recorded;
+use crate::error::{OdeError, PassKind, Result};
+use crate::field::ops::combine;
+use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField};
+use crate::precision::{Precision, largest_finite};
+use crate::scaling::AdjointScaling;
+use crate::solve::{OnOverflow, StepInfo};
+use crate::solver::{Clock, Solver, StageMemory, Stages};
+use crate::stats::{Counters, count};
+use crate::time::TimeGrid;
+use crate::trajectory::{Codec, Trajectory};
+use candle_core::{DType, Tensor};
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// Which of the checks on the first evaluation are wanted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Checked {
+    pub(crate) determinism: bool,
+}
+
+/// The settings of one forward pass.
+pub(crate) struct Forward<'a> {
+    pub(crate) field: Arc<dyn Field>,
+    pub(crate) solver: Arc<dyn Solver>,
+    pub(crate) clock: Clock,
+    pub(crate) grid: &'a TimeGrid,
+    pub(crate) precision: Precision,
+    pub(crate) seed: u64,
+    pub(crate) casts: Fallback,
+    pub(crate) opening: Opening,
+    /// How states are kept; `None` if nothing is.
+    pub(crate) codec: Option<Arc<dyn Codec>>,
+    pub(crate) overflow: OnOverflow,
+    pub(crate) checked: Checked,
+    pub(crate) observer: Option<&'a (dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync)>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// What a forward pass leaves behind.
+pub(crate) struct Walked {
+    /// (grid index, state), in the order of the grid; the last one always.
+    pub(crate) outputs: Vec<(usize, State)>,
+    pub(crate) trajectory: Option<Trajectory>,
+    dtypes: Vec<DType>,
+}
+
+impl Walked {
+    /// Steps that were taken.
+    pub(crate) fn steps(&self) -> usize {
+        self.dtypes.len()
+    }
+
+    /// Hands the outputs and what the backward pass needs over.
+    pub(crate) fn record(
+        self,
+        forward: Forward<'_>,
+        memory: StageMemory,
+        scaling: AdjointScaling,
+    ) -> Result<(Vec<(usize, State)>, Recorded)> {
+        let Some(trajectory) = self.trajectory else {
+            let what = "a backward pass without a trajectory".into();
+            return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+        };
+        let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
+        let dtypes = self.dtypes;
+        let recorded =
+            Recorded { field, casts, seed, solver, clock, trajectory, dtypes, precision, memory, scaling, counters };
+        Ok((self.outputs, recorded))
+    }
+}
+
+/// Steps that need more than the compute or storage dtype, as far as is known.
+#[derive(Default)]
+struct Wide {
+    steps: BTreeSet<usize>,
+    entries: BTreeSet<usize>,
+}
+
+/// One thing that may not be finite.
+#[derive(Clone, Copy)]
+enum Suspect {
+    Slope { step: usize, stage: usize },
+    Entry { step: usize },
+}
+
+impl<'a> Forward<'a> {
+    /// Walks the grid from `start` (accumulate dtype), handing out the states at `outputs` and the last.
+    pub(crate) fn run(self, start: &State, outputs: &[usize]) -> Result<(Walked, Self)> {
+        let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.grid.steps()).entered();
+        let mut wide = Wide::default();
+        let walked = {
+            let mut opened = Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters);
+            self.check_first(&mut opened, start)?;
+            loop {
+                let mut suspects = vec![];
+                let walked = self.walk(&mut opened, start, outputs, &mut wide, &mut suspects)?;
+                let (places, flags): (Vec<_>, Vec<_>) = suspects.into_iter().unzip();
+                let read = Finite::read(&flags)?;
+                match places.into_iter().zip(read).find(|(_, finite)| !finite) {
+                    None => break walked,
+                    Some((suspect, _)) => self.widen(suspect, &mut wide)?,
+                }
+            }
+        };
+        Ok((walked, self))
+    }
+
+    fn walk(
+        &self,
+        opened: &mut Opened<'_>,
+        start: &State,
+        outputs: &[usize],
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<Walked> {
+        let tracking = self.opening == Opening::Track;
+        let mut y = if tracking { start.clone() } else { start.detach() };
+        let mut walked = Walked {
+            outputs: outputs.contains(&0).then(|| (0, y.clone())).into_iter().collect(),
+            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, start.clone())),
+            dtypes: vec![],
+        };
+        let steps = self.grid.steps();
+        for n in 0..steps {
+            y = self.step(opened, n, &y, wide, suspects)?;
+            walked.dtypes.push(self.dtype(n, wide));
+            count(&self.counters.accepted_steps);
+            let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
+            let stop = match self.observer {
+                Some(observer) => observer(StepInfo { index: n, t, h, y: &y }).is_break(),
+                None => false,
+            };
+            let is_last = stop || n + 1 == steps;
+            if is_last || outputs.contains(&(n + 1)) {
+                walked.outputs.push((n + 1, y.clone()));
+            }
+            if is_last {
+                break;
+            }
+            if let Some(trajectory) = &mut walked.trajectory {
+                self.keep(trajectory, n, &y, wide, suspects)?;
+            }
+        }
+        Ok(walked)
+    }
+
+    /// One step; again in F32 if it is known to overflow and that is wanted.
+    fn step(
+        &self,
+        opened: &mut Opened<'_>,
+        n: usize,
+        y: &State,
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<State> {
+        loop {
+            let dtype = self.dtype(n, wide);
+            let at = self.clock.step(n, dtype);
+            let _span =
+                tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
+            let tracking = self.opening == Opening::Track;
+            let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, tracking);
+            let step = self.solver.step(&stages, &at, y)?;
+            let mut finite = step.finite;
+            let end = step.y.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
+            if let Some(last) = finite.last_mut() {
+                *last = end.into_iter().fold(std::mem::take(last), Finite::and);
+            }
+            if let Some(stage) = finite.iter().position(Finite::known_bad) {
+                self.widen(Suspect::Slope { step: n, stage }, wide)?;
+                continue;
+            }
+            let found = finite.into_iter().enumerate();
+            suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
+            return Ok(step.y);
+        }
+    }
+
+    /// Keeps the state after step `n`; in F32 if it is known not to fit and that is wanted.
+    fn keep(
+        &self,
+        trajectory: &mut Trajectory,
+        n: usize,
+        y: &State,
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<()> {
+        let finite = trajectory.push(y)?;
+        if finite.known_bad() && !wide.entries.contains(&n) {
+            self.widen(Suspect::Entry { step: n }, wide)?;
+        }
+        if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
+            trajectory.push_instead(y, self.precision.accumulate_dtype())?;
+        } else {
+            suspects.push((Suspect::Entry { step: n }, finite));
+        }
+        Ok(())
+    }
+
+    /// Notes that something needs a wider dtype, or says that it cannot have one.
+    fn widen(&self, suspect: Suspect, wide: &mut Wide) -> Result<()> {
+        let retry = self.overflow == OnOverflow::Retry;
+        match suspect {
+            Suspect::Slope { step, stage } => {
+                let dtype = self.dtype(step, wide);
+                if retry && dtype.size_in_bytes() < 4 && !matches!(self.opening, Opening::Track) {
+                    count(&self.counters.redone_steps);
+                    wide.steps.insert(step);
+                    return Ok(());
+                }
+                let hint = match dtype {
+                    DType::F16 | DType::BF16 => {
+                        "use .on_overflow(OnOverflow::Retry), Precision::BF16 or a smaller step"
+                    }
+                    _ => "the solution grows beyond all bounds, or f has a pole: use smaller steps, or look at f there",
+                };
+                let place = self.clock.step(step, dtype).place(stage);
+                Err(OdeError::Overflow { pass: PassKind::Forward, place, hint })
+            }
+            Suspect::Entry { step } if retry => {
+                wide.entries.insert(step);
+                Ok(())
+            }
+            Suspect::Entry { step } => {
+                let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
+                let time = self.grid.times()[step + 1];
+                Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
+            }
+        }
+    }
+
+    fn dtype(&self, step: usize, wide: &Wide) -> DType {
+        if wide.steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
+    }
+
+    /// The first evaluation, twice: same bits, nothing captured, no parameter written to.
+    fn check_first(&self, opened: &mut Opened<'_>, start: &State) -> Result<()> {
+        if !self.checked.determinism && self.opening != Opening::Probe {
+            return Ok(());
+        }
+        let compute = self.precision.compute_dtype();
+        let field = opened.get(compute)?;
+        let at = self.clock.step(0, compute);
+        let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
+        let stages = Stages::new(field, self.precision.accumulate_dtype(), &self.counters, true);
+        let first = stages.slope(&at, 0, &y)?;
+        if self.opening != Opening::Track {
+            check_captured(field, &first)?;
+        }
+        if self.opening == Opening::Probe {
+            check_unchanged(field.leaves(), &self.casts.casts)?;
+        }
+        if self.checked.determinism {
+            count(&self.counters.determinism_checks);
+            let second = stages.slope(&at, 0, &y)?;
+            check_same_bits(at.t, &first, &second)?;
+        }
+        Ok(())
+    }
+}
+
+/// A tracked result whose leaves are not all ours was reached through a captured tensor.
+fn check_captured(field: &dyn VectorField, slope: &State) -> Result<()> {
+    for tensor in slope.tensors().iter().filter(|x| x.track_op()) {
+        for node in tensor.sorted_nodes() {
+            if node.is_variable() && !field.leaves().iter().any(|leaf| leaf.id() == node.id()) {
+                return Err(OdeError::Captured { shape: node.shape().clone(), dtype: node.dtype() });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The copies that a probe was given must still hold what they were copied from.
+fn check_unchanged(copies: &[Tensor], casts: &Casts) -> Result<()> {
+    for ((copy, cast), name) in copies.iter().zip(casts.leaves()).zip(casts.names()) {
+        if first_difference(copy, cast)?.is_some() {
+            return Err(OdeError::ParameterChanged { name: name.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn check_same_bits(time: f64, first: &State, second: &State) -> Result<()> {
+    for (tensor, (a, b)) in first.tensors().iter().zip(second.tensors()).enumerate() {
+        if let Some((index, first, second)) = first_difference(a, b)? {
+            return Err(OdeError::NotDeterministic { time, tensor, index, first, second });
+        }
+    }
+    Ok(())
+}
+
+/// The first element that differs in its bits, as (flat index, value, value).
+fn first_difference(a: &Tensor, b: &Tensor) -> Result<Option<(usize, f64, f64)>> {
+    let values = |x: &Tensor| x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let (a, b) = (values(a)?, values(b)?);
+    let found = a.iter().zip(&b).position(|(a, b)| a.to_bits() != b.to_bits());
+    Ok(found.map(|index| (index, a[index], b[index])))
+}

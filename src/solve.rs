@@ -1,0 +1,400 @@
+//! The front door: [`Ode`] is set up, [`Ode::solve`] goes forward, [`Solution`] is part of Candle's graph.
+
+use crate::State;
+use crate::adjoint::{Adjoint, Discrete};
+use crate::error::{OdeError, Result};
+use crate::field::{Fallback, Field, Opening};
+use crate::forward::{Checked, Forward};
+use crate::precision::Precision;
+use crate::scaling::AdjointScaling;
+use crate::solver::{Clock, Rk4, Solver};
+use crate::stats::{Counters, Stats, add};
+use crate::time::TimeGrid;
+use crate::trajectory::States;
+use candle_core::{DType, Tensor};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// What to do when the forward pass overflows in half precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOverflow {
+    /// An error that names the first step, time and stage.
+    #[default]
+    Error,
+    /// The step is done again with f in F32, and its state kept in F32.
+    Retry,
+}
+
+/// What an observer sees after each step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInfo<'a> {
+    /// The step, from 0.
+    pub index: usize,
+    /// Model time at its end.
+    pub t: f64,
+    /// Its length.
+    pub h: f64,
+    /// The state at its end, in the accumulate dtype.
+    pub y: &'a State,
+}
+
+type Observer = Arc<dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync>;
+
+/// An initial value problem dy/dt = f(t, y; θ) with all its settings. Solve it as often as you like.
+///
+/// | setting | default |
+/// |---|---|
+/// | solver | [`Rk4`] |
+/// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps), or [`grid`](Self::grid) |
+/// | precision | F64 for an F64 y0, else F32 |
+/// | adjoint | [`Discrete`] |
+/// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_ode::prelude::*;
+///
+/// let field = FnField::new(|t: &Time, y: &Tensor| y.broadcast_mul(&t.like(y)?));       // dy/dt = t y
+/// let y0 = Var::new(&[1f32, 2.], &Device::Cpu)?;
+/// let solution = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(16).solve(y0.as_tensor())?;
+/// let grads = solution.last().sum_all()?.backward()?;
+/// let dy0 = grads.get(&y0).unwrap().to_vec1::<f32>()?;                                  // e^½ for both
+/// assert!((dy0[0] - 0.5f32.exp()).abs() < 1e-4);
+/// # Ok::<(), OdeError>(())
+/// ```
+#[derive(Clone)]
+pub struct Ode {
+    field: Arc<dyn Field>,
+    solver: Arc<dyn Solver>,
+    span: Option<(f64, f64)>,
+    steps: usize,
+    grid: Option<Vec<f64>>,
+    save_at: Vec<f64>,
+    precision: Option<Precision>,
+    adjoint: Adjoint,
+    scaling: Option<AdjointScaling>,
+    overflow: OnOverflow,
+    inputs: Vec<Tensor>,
+    seed: u64,
+    tracked: bool,
+    check_determinism: bool,
+    observer: Option<Observer>,
+}
+
+impl Ode {
+    /// A problem over `field`, which is cloned (cheaply).
+    pub fn new<F: Field + Clone>(field: &F) -> Self {
+        Self {
+            field: Arc::new(field.clone()),
+            solver: Arc::new(Rk4),
+            span: None,
+            steps: 0,
+            grid: None,
+            save_at: vec![],
+            precision: None,
+            adjoint: Adjoint::default(),
+            scaling: None,
+            overflow: OnOverflow::default(),
+            inputs: vec![],
+            seed: 0,
+            tracked: true,
+            check_determinism: true,
+            observer: None,
+        }
+    }
+
+    /// The solver that makes the steps.
+    pub fn solver(mut self, solver: impl Solver) -> Self {
+        self.solver = Arc::new(solver);
+        self
+    }
+
+    /// From `t0` to `t1`, which may lie before `t0`.
+    pub fn span(mut self, t0: f64, t1: f64) -> Self {
+        self.span = Some((t0, t1));
+        self
+    }
+
+    /// So many equal steps over the span.
+    pub fn steps(mut self, steps: usize) -> Self {
+        self.steps = steps;
+        self
+    }
+
+    /// The ends of the steps, the start included; replaces span and steps.
+    pub fn grid(mut self, times: &[f64]) -> Self {
+        self.grid = Some(times.to_vec());
+        self
+    }
+
+    /// Grid points whose states [`Solution::states`] hands out; by default the last alone.
+    pub fn save_at(mut self, times: &[f64]) -> Self {
+        self.save_at = times.to_vec();
+        self
+    }
+
+    /// The dtypes of field, trajectory and sums.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = Some(precision);
+        self
+    }
+
+    /// How gradients come back: [`Discrete`] or [`Unrolled`](crate::Unrolled).
+    pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
+        self.adjoint = adjoint.into();
+        self
+    }
+
+    /// How cotangents are scaled in the backward pass.
+    pub fn scaling(mut self, scaling: AdjointScaling) -> Self {
+        self.scaling = Some(scaling);
+        self
+    }
+
+    /// What to do when the forward pass overflows.
+    pub fn on_overflow(mut self, overflow: OnOverflow) -> Self {
+        self.overflow = overflow;
+        self
+    }
+
+    /// Tensors that the field is given in the compute dtype and that gradients flow to: see
+    /// [`ModelField::with_inputs`](crate::ModelField::with_inputs).
+    pub fn inputs(mut self, inputs: &[Tensor]) -> Self {
+        self.inputs = inputs.to_vec();
+        self
+    }
+
+    /// The seed of dropout masks and noise, fixed during a solve. Change it from one training step to the next.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Keeps nothing and joins nothing to Candle's graph.
+    pub fn no_grad(mut self) -> Self {
+        self.tracked = false;
+        self
+    }
+
+    /// Whether the first evaluation is made twice and compared to the bit (on by default).
+    pub fn check_determinism(mut self, check: bool) -> Self {
+        self.check_determinism = check;
+        self
+    }
+
+    /// Shows each finished step to `observer`, which may stop the solve: the solution then ends there.
+    pub fn on_step(mut self, observer: impl Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync + 'static) -> Self {
+        self.observer = Some(Arc::new(observer));
+        self
+    }
+
+    /// Solves from `y0`: a tensor, or a [`State`] of several.
+    ///
+    /// Every evaluation of f, and y itself, is checked for NaN and infinity without reading from the device before the
+    /// pass is over. Masters that are changed between the solve and `loss.backward()` follow Candle's own rule: what
+    /// was cast for this solve (any parameter whose dtype is not the compute dtype) keeps its old value, and what was
+    /// not is seen with its new one, so step the optimiser after the backward pass.
+    ///
+    /// # Errors
+    /// Any [`OdeError`] that names what is wrong with the settings, y0, the parameters or the field.
+    pub fn solve(&self, y0: impl Into<State>) -> Result<Solution> {
+        let y0: State = y0.into();
+        let grid = self.time_grid()?;
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check()?;
+        check_start(&y0)?;
+        let outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        let _span = tracing::debug_span!(target: "candle_ode", "solve", steps = grid.steps()).entered();
+        let counters = Arc::new(Counters::default());
+        let device = y0.device().clone();
+        let trainable = self.field.params().trainable(&self.inputs);
+        let tracked = self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some));
+        let unrolled = tracked && matches!(self.adjoint, Adjoint::Unrolled(_));
+        let start = crate::graph::widen(&y0, precision.accumulate_dtype())?;
+        let compute = precision.compute_dtype();
+        let casts = if unrolled {
+            self.field.params().cast_tracked(&self.inputs, compute, &device)?
+        } else {
+            self.field.params().cast(&self.inputs, compute, &device)?
+        };
+        add(&counters.casts, casts.count());
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete.clone(),
+            Adjoint::Unrolled(_) => Discrete::default(),
+        };
+        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let forward = Forward {
+            field: self.field.clone(),
+            solver: self.solver.clone(),
+            clock: Clock::new(&grid, self.solver.nodes(), &device),
+            grid: &grid,
+            precision,
+            seed: self.seed,
+            casts: Fallback::new(casts, self.inputs.clone()),
+            opening: self.opening(unrolled),
+            codec: (tracked && !unrolled).then_some(codec),
+            overflow: self.overflow,
+            checked: Checked { determinism: self.check_determinism },
+            observer: self.observer.as_deref(),
+            counters: counters.clone(),
+        };
+        let (walked, forward) = forward.run(&start, &outputs)?;
+        let times: Vec<f64> = outputs.iter().filter(|&&n| n <= walked.steps()).map(|&n| grid.times()[n]).collect();
+        let trajectory_bytes = walked.trajectory.as_ref().map_or(0, crate::trajectory::Trajectory::bytes);
+        let end = grid.times()[walked.steps()];
+        let mut at: Vec<usize> = outputs.into_iter().filter(|&n| n <= walked.steps()).collect();
+        let states = if tracked && !unrolled {
+            let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
+            let (kept, recorded) = walked.record(forward, discrete.stage_memory, scaling)?;
+            let indices: Vec<usize> = kept.iter().map(|(n, _)| *n).collect();
+            let attached = crate::graph::attach(kept, &start, trainable, recorded)?;
+            indices.into_iter().zip(attached).collect()
+        } else {
+            walked.outputs
+        };
+        // States come in the order of the grid; they are handed out in the order they were asked for.
+        let of = |n: usize| states.iter().find(|(at, _)| *at == n).map(|(_, state)| state.clone());
+        let Some((_, last)) = states.last().cloned() else { return Err(OdeError::NoSteps) };
+        if at.is_empty() {
+            at.push(states.len());
+            return Ok(Solution {
+                states: vec![last.clone()],
+                times: vec![end],
+                last,
+                end,
+                counters,
+                trajectory_bytes,
+            });
+        }
+        let states = at.into_iter().filter_map(of).collect();
+        Ok(Solution { states, times, last, end, counters, trajectory_bytes })
+    }
+
+    fn time_grid(&self) -> Result<TimeGrid> {
+        match (&self.grid, self.span) {
+            (Some(times), _) => TimeGrid::new(times.clone()),
+            (None, Some((t0, t1))) => TimeGrid::uniform(t0, t1, self.steps),
+            (None, None) => Err(OdeError::Setting {
+                setting: "span",
+                value: "unset".into(),
+                hint: "call .span(t0, t1).steps(n), or .grid(&times)",
+            }),
+        }
+    }
+
+    fn opening(&self, unrolled: bool) -> Opening {
+        match (unrolled, self.field.needs_probe()) {
+            (true, _) => Opening::Track,
+            (false, true) => Opening::Probe,
+            (false, false) => Opening::Evaluate,
+        }
+    }
+}
+
+/// F64 for a state in F64, else F32.
+fn default_precision(y0: &State) -> Precision {
+    if y0.tensors().iter().any(|x| x.dtype() == DType::F64) { Precision::F64 } else { Precision::F32 }
+}
+
+/// What can be said about y0 before anything runs.
+fn check_start(y0: &State) -> Result<()> {
+    if y0.is_empty() {
+        let hint = "a state needs at least one tensor";
+        return Err(OdeError::Setting { setting: "y0", value: "no tensors".into(), hint });
+    }
+    for (tensor, x) in y0.tensors().iter().enumerate() {
+        if !x.dtype().is_float() || !matches!(x.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            let what = format!("tensor {tensor} of y0");
+            let hint = "a state is F16, BF16, F32 or F64; convert it with .to_dtype(..)";
+            return Err(OdeError::UnsupportedDType { what, dtype: x.dtype(), hint });
+        }
+        if x.elem_count() == 0 {
+            return Err(OdeError::EmptyState { tensor, shape: x.shape().clone() });
+        }
+        if !x.device().same_device(y0.device()) {
+            let what = format!("tensor {tensor} of y0");
+            let (expected, found) = (y0.device().location(), x.device().location());
+            return Err(OdeError::DeviceMismatch { what, expected, found });
+        }
+    }
+    let flags = y0.tensors().iter().map(crate::field::ops::combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
+    let read = crate::field::Finite::read(&flags)?;
+    match read.iter().position(|finite| !finite) {
+        None => Ok(()),
+        Some(tensor) => {
+            let (index, value) = crate::field::first_non_finite(&y0[tensor])?;
+            Err(OdeError::NonFiniteState { tensor, index, value })
+        }
+    }
+}
+
+/// What a solve hands out: states in the accumulate dtype, in Candle's graph if anything tracked was reachable.
+#[derive(Debug)]
+pub struct Solution {
+    states: Vec<State>,
+    times: Vec<f64>,
+    last: State,
+    end: f64,
+    counters: Arc<Counters>,
+    trajectory_bytes: usize,
+}
+
+impl Solution {
+    /// y at the end; of a state of several tensors the first (see [`last_state`](Self::last_state)).
+    pub fn last(&self) -> &Tensor {
+        &self.last[0]
+    }
+
+    /// The whole state at the end.
+    pub fn last_state(&self) -> &State {
+        &self.last
+    }
+
+    /// The states asked for by [`Ode::save_at`], in that order; the last alone if none was.
+    pub fn states(&self) -> &[State] {
+        &self.states
+    }
+
+    /// The times of [`states`](Self::states).
+    pub fn times(&self) -> &[f64] {
+        &self.times
+    }
+
+    /// Where the solve ended: the end of the span, or where the observer stopped it.
+    pub fn end(&self) -> f64 {
+        self.end
+    }
+
+    /// What has been done so far, the backward passes included.
+    pub fn stats(&self) -> Stats {
+        self.counters.snapshot()
+    }
+
+    /// Bytes of the trajectory kept for the backward pass.
+    pub fn trajectory_bytes(&self) -> usize {
+        self.trajectory_bytes
+    }
+}
+
+/// The torchdiffeq-shaped shortcut: solves over `times`, which are the steps, and hands out the state at each.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_ode::prelude::*;
+///
+/// let field = FnField::new(|_: &Time, y: &Tensor| y.neg());
+/// let solution = odeint(&field, &Tensor::ones(3, candle_core::DType::F32, &Device::Cpu)?, &[0.0, 0.1, 0.2], Heun)?;
+/// assert_eq!(solution.states().len(), 3);
+/// # Ok::<(), OdeError>(())
+/// ```
+///
+/// # Errors
+/// As [`Ode::solve`].
+pub fn odeint<F: Field + Clone>(
+    field: &F,
+    y0: impl Into<State>,
+    times: &[f64],
+    solver: impl Solver,
+) -> Result<Solution> {
+    Ode::new(field).solver(solver).grid(times).save_at(times).solve(y0)
+}

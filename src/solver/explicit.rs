@@ -1,0 +1,228 @@
+//! One step of any explicit Runge–Kutta method, and its pullback.
+//!
+//! Forward: Yᵢ = y + h Σ_{j<i} aᵢⱼ kⱼ, kᵢ = f(t + cᵢh, Yᵢ) in the compute dtype; y⁺ = y + h Σ bᵢ kᵢ in the accumulate
+//! dtype. Pullback of λ, for i = s … 1: κᵢ = h (bᵢ λ + Σ_{j>i} aⱼᵢ μⱼ), μᵢ = (∂f/∂y)ᵀκᵢ at Yᵢ, θ̄ += (∂f/∂θ)ᵀκᵢ; at last
+//! dL/dy = λ + Σ μᵢ.
+
+use super::stages::{Pullbacks, Stages, StepAt};
+use super::tableau::Tableau;
+use super::{Solver, Step};
+use crate::State;
+use crate::account::{Category, Owned};
+use crate::error::Result;
+use crate::field::ops::combine;
+use crate::field::{Finite, Linearization};
+use candle_core::DType;
+use std::fmt::Debug;
+
+/// An explicit Runge–Kutta method is its tableau.
+///
+/// ```
+/// use candle_ode::prelude::*;
+///
+/// // A method of one's own: implement this for a type, or hand a `Tableau` to `Ode::solver`.
+/// let third = Tableau::new("Ralston 3", 3, &[&[0.5], &[0.0, 0.75]], &[2. / 9., 1. / 3., 4. / 9.])?;
+/// assert_eq!(Solver::order(&third), 3);
+/// # Ok::<(), OdeError>(())
+/// ```
+pub trait ExplicitRungeKutta: Debug + Send + Sync + 'static {
+    /// The coefficients.
+    fn tableau(&self) -> &Tableau;
+}
+
+impl ExplicitRungeKutta for Tableau {
+    fn tableau(&self) -> &Tableau {
+        self
+    }
+}
+
+/// How many linearisations of a step live at once in the backward pass. The gradients are the same to the bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StageMemory {
+    /// All s: s evaluations a step (each inside a linearisation), s live graphs.
+    #[default]
+    All,
+    /// One: 2s − 1 evaluations a step, one live graph.
+    One,
+}
+
+impl<M: ExplicitRungeKutta> Solver for M {
+    fn name(&self) -> &str {
+        self.tableau().name()
+    }
+
+    fn order(&self) -> usize {
+        self.tableau().order()
+    }
+
+    fn nodes(&self) -> &[f64] {
+        self.tableau().nodes()
+    }
+
+    fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
+        let tableau = self.tableau();
+        let mut finite = vec![Finite::default(); tableau.stages()];
+        let slopes = slopes(tableau, stages, at, y, tableau.stages(), |i, point, k| {
+            // A stage state that overflows in F16 may come out of f as finite nonsense: tanh(∞) = 1.
+            let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
+            finite[i] = before.and(all_finite(k)?);
+            Ok(())
+        })?;
+        let terms = weighted(at.h, tableau.weights().iter().copied(), slopes.iter().map(|k| k.as_ref().map(|k| &k.0)));
+        Ok(Step { y: sum(Some(y), &terms, stages.accumulate())?, finite })
+    }
+
+    fn pullback(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        lambda: &State,
+        memory: StageMemory,
+        pullbacks: &mut Pullbacks<'_>,
+    ) -> Result<State> {
+        let tableau = self.tableau();
+        let mut points = match memory {
+            StageMemory::All => Points::All(linearizations(tableau, stages, at, y)?),
+            StageMemory::One => {
+                let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
+                Points::Slopes(slopes(tableau, stages, at, y, last, |_, _, _| Ok(()))?)
+            }
+        };
+        let mut mus: Vec<Option<Slope>> = (0..tableau.stages()).map(|_| None).collect();
+        for i in (0..tableau.stages()).rev().filter(|&i| tableau.is_used(i)) {
+            let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+            let Some(linearization) = points.take(tableau, stages, at, y, i)? else { continue };
+            let of_lambda = std::iter::once((tableau.weights()[i], Some(lambda)));
+            let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
+            let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
+            let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
+            let kappa = Slope::owned(kappa, Category::Cotangents);
+            let mu = pullbacks.pull(linearization.as_ref(), at, i, &kappa.0)?;
+            mus[i] = Some(Slope::owned(mu, Category::Cotangents));
+        }
+        let terms = weighted(1.0, vec![1.0; mus.len()], mus.iter().map(|mu| mu.as_ref().map(|mu| &mu.0)));
+        sum(Some(lambda), &terms, stages.accumulate())
+    }
+}
+
+/// A state of ours with its bytes announced.
+#[derive(Debug)]
+struct Slope(State, #[expect(dead_code, reason = "held for its drop")] Owned);
+
+impl Slope {
+    fn owned(state: State, category: Category) -> Self {
+        let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
+        Self(state, Owned::new(category, bytes))
+    }
+}
+
+/// k₁ … of the stages below `end` that matter; `see` is shown each stage state and its slope.
+fn slopes(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+    end: usize,
+    mut see: impl FnMut(usize, &State, &State) -> Result<()>,
+) -> Result<Vec<Option<Slope>>> {
+    let mut slopes: Vec<Option<Slope>> = Vec::with_capacity(end);
+    for i in 0..end {
+        if !tableau.is_used(i) {
+            slopes.push(None);
+            continue;
+        }
+        let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+        let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+        let k = stages.slope(at, i, &point)?;
+        see(i, &point, &k)?;
+        slopes.push(Some(Slope::owned(k, Category::Stages)));
+    }
+    Ok(slopes)
+}
+
+fn linearizations(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+) -> Result<Vec<Option<Box<dyn Linearization>>>> {
+    let mut all: Vec<Option<Box<dyn Linearization>>> = Vec::with_capacity(tableau.stages());
+    for i in 0..tableau.stages() {
+        let linearization = if tableau.is_used(i) {
+            let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+            let point = stage_state(tableau, at, y, i, |j| all[j].as_ref().map(|f| f.value()))?;
+            Some(stages.linearize(at, i, &point)?)
+        } else {
+            None
+        };
+        all.push(linearization);
+    }
+    Ok(all)
+}
+
+/// What the backward pass holds of the stages of a step.
+enum Points {
+    All(Vec<Option<Box<dyn Linearization>>>),
+    Slopes(Vec<Option<Slope>>),
+}
+
+impl Points {
+    /// The linearisation of stage i, which is needed no more afterwards (nor is its slope).
+    fn take(
+        &mut self,
+        tableau: &Tableau,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        i: usize,
+    ) -> Result<Option<Box<dyn Linearization>>> {
+        match self {
+            Self::All(all) => Ok(all[i].take()),
+            Self::Slopes(slopes) => {
+                slopes.truncate(i);
+                let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+                stages.linearize(at, i, &point).map(Some)
+            }
+        }
+    }
+}
+
+/// Yᵢ in the dtype of the step.
+fn stage_state<'a>(
+    tableau: &Tableau,
+    at: &StepAt<'_>,
+    y: &State,
+    i: usize,
+    slope: impl Fn(usize) -> Option<&'a State>,
+) -> Result<State> {
+    sum(Some(y), &weighted(at.h, (0..i).map(|j| tableau.a(i, j)), (0..i).map(slope)), at.dtype)
+}
+
+/// The terms h·c·x that are not structurally zero.
+fn weighted<'a>(
+    h: f64,
+    coefficients: impl IntoIterator<Item = f64>,
+    states: impl IntoIterator<Item = Option<&'a State>>,
+) -> Vec<(f64, &'a State)> {
+    let pairs = coefficients.into_iter().zip(states);
+    pairs.filter(|(c, _)| *c != 0.0).filter_map(|(c, state)| state.map(|state| (h * c, state))).collect()
+}
+
+/// base + Σ terms, tensor by tensor. Without any term or base there is nothing to sum, which no used stage meets.
+fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
+    let tensors = base.or(terms.first().map(|(_, state)| *state)).map_or(0, State::len);
+    let one = |n: usize| {
+        let terms: Vec<_> = terms.iter().map(|(c, state)| (*c, &state[n])).collect();
+        combine::combine(base.map(|base| &base[n]), &terms, dtype)
+    };
+    Ok(State::from((0..tensors).map(one).collect::<candle_core::Result<Vec<_>>>()?))
+}
+
+fn all_finite(state: &State) -> Result<Finite> {
+    let mut all = Finite::default();
+    for tensor in state.tensors() {
+        all = all.and(combine::finite(tensor)?);
+    }
+    Ok(all)
+}

@@ -1,0 +1,204 @@
+//! What a solver sees of the field: evaluations and linearisations at the stages of a step, checked and counted.
+
+use crate::State;
+use crate::error::{OdeError, Place, Result};
+use crate::field::{Finite, Gradients, Linearization, VectorField};
+use crate::scaling::Scale;
+use crate::stats::{Counters, count};
+use crate::time::{Time, TimeGrid, TimeTable};
+use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+/// The times of all stages of all steps, uploaded once.
+#[derive(Clone, Debug)]
+pub struct Clock {
+    grid: TimeGrid,
+    stages: usize,
+    table: Arc<TimeTable>,
+}
+
+impl Clock {
+    /// Every t_n + c_i·h_n of a grid.
+    pub fn new(grid: &TimeGrid, nodes: &[f64], device: &Device) -> Self {
+        let steps = grid.times().windows(2);
+        let times = steps.flat_map(|pair| nodes.iter().map(|c| pair[0] + c * (pair[1] - pair[0]))).collect();
+        Self { grid: grid.clone(), stages: nodes.len(), table: Arc::new(TimeTable::new(times, device)) }
+    }
+
+    /// Step `index`, with `dtype` for its evaluations.
+    pub fn step(&self, index: usize, dtype: DType) -> StepAt<'_> {
+        let (t, end) = (self.grid.times()[index], self.grid.times()[index + 1]);
+        StepAt { index, t, h: end - t, dtype, clock: self }
+    }
+}
+
+/// One step of a grid.
+#[derive(Clone, Copy, Debug)]
+pub struct StepAt<'a> {
+    /// Its index, from 0.
+    pub index: usize,
+    /// Where it starts.
+    pub t: f64,
+    /// Its length, negative when time runs backwards.
+    pub h: f64,
+    /// The dtype in which this step evaluates the field.
+    pub dtype: DType,
+    clock: &'a Clock,
+}
+
+impl StepAt<'_> {
+    /// The time of stage `stage`.
+    pub fn time(&self, stage: usize) -> Time {
+        self.clock.table.time(self.index * self.clock.stages + stage)
+    }
+
+    /// Where in the solve stage `stage` of this step is.
+    pub fn place(&self, stage: usize) -> Place {
+        Place { step: self.index, stage, time: self.time(stage).value(), dtype: self.dtype }
+    }
+}
+
+/// The vector field as the stages of a step see it.
+pub struct Stages<'a> {
+    field: &'a dyn VectorField,
+    accumulate: DType,
+    counters: &'a Counters,
+    tracking: bool,
+}
+
+impl<'a> Stages<'a> {
+    pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, tracking: bool) -> Self {
+        Self { field, accumulate, counters, tracking }
+    }
+
+    /// The dtype in which y, λ and the cotangents are summed.
+    pub fn accumulate(&self) -> DType {
+        self.accumulate
+    }
+
+    /// f at a stage; `y` is in the dtype of the step.
+    ///
+    /// # Errors
+    /// [`OdeError::Field`] with the place, or what is wrong with the result.
+    pub fn slope(&self, at: &StepAt<'_>, stage: usize, y: &State) -> Result<State> {
+        let _span = tracing::trace_span!(target: "candle_ode", "field").entered();
+        count(&self.counters.evaluations);
+        let place = at.place(stage);
+        let slope = self.field.eval(&at.time(stage), y).map_err(|error| from_field(error, place))?;
+        check_slope(y, &slope, place)?;
+        if self.tracking {
+            return Ok(slope);
+        }
+        Ok(slope.detach())
+    }
+
+    /// f at a stage with its pullback; `y` is in the dtype of the step.
+    ///
+    /// # Errors
+    /// As [`slope`](Self::slope).
+    pub fn linearize(&self, at: &StepAt<'_>, stage: usize, y: &State) -> Result<Box<dyn Linearization>> {
+        let _span = tracing::trace_span!(target: "candle_ode", "linearise").entered();
+        count(&self.counters.linearizations);
+        let place = at.place(stage);
+        let linearization = self.field.linearize(&at.time(stage), y).map_err(|error| from_field(error, place))?;
+        check_slope(y, linearization.value(), place)?;
+        Ok(linearization)
+    }
+}
+
+/// An error of the field, with its place; errors that are ours already stay what they are.
+fn from_field(error: candle_core::Error, place: Place) -> OdeError {
+    match OdeError::from(error) {
+        OdeError::Candle(source) => OdeError::Field { place, source },
+        ours => ours,
+    }
+}
+
+/// dy/dt must look like y.
+fn check_slope(y: &State, slope: &State, place: Place) -> Result<()> {
+    if y.len() != slope.len() {
+        return Err(OdeError::StateLength { expected: y.len(), found: slope.len(), place });
+    }
+    for (tensor, (y, k)) in y.tensors().iter().zip(slope.tensors()).enumerate() {
+        if y.shape() != k.shape() {
+            let (expected, found) = (y.shape().clone(), k.shape().clone());
+            return Err(OdeError::ShapeChanged { tensor, expected, found, place });
+        }
+        if y.dtype() != k.dtype() {
+            return Err(OdeError::DTypeChanged { tensor, expected: y.dtype(), found: k.dtype(), place });
+        }
+        if !y.device().same_device(k.device()) {
+            let what = format!("tensor {tensor} of f(t, y) at {place}");
+            let (expected, found) = (y.device().location(), k.device().location());
+            return Err(OdeError::DeviceMismatch { what, expected, found });
+        }
+    }
+    Ok(())
+}
+
+/// How the scale of each pullback is chosen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum StageScale {
+    /// From the cotangent at hand, with this headroom.
+    FromCotangent(i32),
+    /// The same for all.
+    Fixed(f64),
+}
+
+/// Where a solver takes the cotangents of a step: scales them, pulls them back, sums dL/dθ, notes overflow.
+pub struct Pullbacks<'a> {
+    gradients: &'a mut Gradients,
+    scale: StageScale,
+    counters: &'a Counters,
+    /// Per pullback, in the order they were made: the stage, and whether the result is finite.
+    finite: Vec<(usize, Finite)>,
+}
+
+impl<'a> Pullbacks<'a> {
+    pub(crate) fn new(gradients: &'a mut Gradients, scale: StageScale, counters: &'a Counters) -> Self {
+        Self { gradients, scale, counters, finite: vec![] }
+    }
+
+    /// (∂f/∂y)ᵀκ in the accumulate dtype; (∂f/∂θ)ᵀκ is added to the sums.
+    ///
+    /// # Errors
+    /// [`OdeError::Field`] with the place.
+    pub fn pull(
+        &mut self,
+        linearization: &dyn Linearization,
+        at: &StepAt<'_>,
+        stage: usize,
+        kappa: &State,
+    ) -> Result<State> {
+        let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
+        count(&self.counters.pullbacks);
+        let scale = match self.scale {
+            StageScale::FromCotangent(headroom) => Scale::for_cotangent(kappa.tensors(), headroom)?,
+            StageScale::Fixed(s) => Scale::Host(s),
+        };
+        let pulled =
+            linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
+        self.finite.push((stage, pulled.finite));
+        Ok(pulled.y)
+    }
+
+    /// Per pullback, the stage and whether the result is finite.
+    pub(crate) fn into_finite(self) -> Vec<(usize, Finite)> {
+        self.finite
+    }
+}
+
+/// The largest absolute value over a state, on the host.
+pub(crate) fn largest(state: &State) -> Result<f64> {
+    let mut largest = 0.0_f64;
+    for tensor in state.tensors() {
+        let m = crate::field::ops::combine::max_abs(tensor)?;
+        largest = if m > largest || m.is_nan() { m } else { largest };
+    }
+    Ok(largest)
+}
+
+/// A tensor of zeros for each tensor of `like`, in `dtype`.
+pub(crate) fn zeros_like(like: &State, dtype: DType) -> Result<State> {
+    Ok(like.try_map(|x| Tensor::zeros(x.shape(), dtype, x.device()))?)
+}

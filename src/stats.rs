@@ -1,0 +1,61 @@
+//! What a solve has done so far, forward and backward.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Counts of one solve. They go on counting through its backward passes.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct Stats {
+            $($(#[$doc])* pub $name: usize,)*
+        }
+
+        /// The same counts while the solve is alive, shared by its passes.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters {
+            $(pub(crate) $name: AtomicUsize,)*
+        }
+
+        impl Counters {
+            pub(crate) fn snapshot(&self) -> Stats {
+                Stats { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Evaluations of the vector field, those inside linearisations not included.
+    evaluations,
+    /// Linearisations of the vector field.
+    linearizations,
+    /// Pullbacks through a linearisation.
+    pullbacks,
+    /// Steps of the forward pass that were kept.
+    accepted_steps,
+    /// Steps of the forward pass that were thrown away by a controller.
+    rejected_steps,
+    /// Steps computed again in the backward pass because their start was not kept.
+    recomputed_steps,
+    /// Steps done again because something overflowed, in either pass.
+    redone_steps,
+    /// Whole backward passes done again because something overflowed.
+    redone_passes,
+    /// Changes of the scale by dynamic adjoint scaling.
+    scale_changes,
+    /// Parameters and inputs cast to a compute dtype.
+    casts,
+    /// Times the model was built.
+    builds,
+    /// Evaluations made twice to see whether the field is a pure function.
+    determinism_checks,
+}
+
+pub(crate) fn count(counter: &AtomicUsize) {
+    add(counter, 1);
+}
+
+pub(crate) fn add(counter: &AtomicUsize, n: usize) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
