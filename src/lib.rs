@@ -2,5 +2,6 @@
 
 pub mod account;
 mod error;
+pub mod memory;
 
 pub use error::{OdeError, PassKind, Place, Result};
