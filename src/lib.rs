@@ -7,6 +7,7 @@ pub mod field;
 pub use field::ops;
 mod forward;
 mod graph;
+pub mod memory;
 mod precision;
 mod scaling;
 mod solve;

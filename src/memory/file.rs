@@ -1,0 +1,94 @@
+//! Reports on disk: written whole or not at all, and read with an error that says what is wrong with the file.
+
+use super::report::{MemoryReport, SCHEMA};
+use crate::error::{OdeError, Result};
+use serde::Deserialize;
+use serde_json::error::Category;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// What every version of the format begins with.
+const OPENING: &str = r#"{"schema":"candle-ode/memory-report/"#;
+/// What every version's name begins with.
+const FAMILY: &str = "candle-ode/memory-report/";
+
+impl MemoryReport {
+    /// Writes the report as JSON: beside `path` first, then renamed, so that a crash leaves an earlier file whole.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Io`] if the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let part = beside(path);
+        let written = self.write(&part).and_then(|()| fs::rename(&part, path));
+        written.map_err(|source| {
+            // The first failure is the one to tell; the leftover, if there is one, may stay.
+            let _ = fs::remove_file(&part);
+            OdeError::Io { path: path.to_owned(), source }
+        })
+    }
+
+    /// Reads a report.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Io`] if the file cannot be read; [`OdeError::Format`] if it is not a memory report, is truncated,
+    /// is damaged (with line and column), or is of another version of the format.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = fs::read(path).map_err(|source| OdeError::Io { path: path.to_owned(), source })?;
+        parse(&bytes).map_err(|reason| OdeError::Format { path: path.to_owned(), reason })
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        serde_json::to_writer(&mut file, self)?;
+        file.write_all(b"\n")?;
+        file.into_inner()?.sync_all()
+    }
+}
+
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().map_or_else(OsString::new, OsString::from);
+    name.push(format!(".{}.part", std::process::id()));
+    path.with_file_name(name)
+}
+
+/// Only what tells the version.
+#[derive(Deserialize)]
+struct Head {
+    schema: String,
+}
+
+fn parse(bytes: &[u8]) -> std::result::Result<MemoryReport, String> {
+    let head: Head = match serde_json::from_slice(bytes) {
+        Ok(head) => head,
+        Err(error) => return Err(diagnose(bytes, &error)),
+    };
+    if head.schema == SCHEMA {
+        serde_json::from_slice(bytes).map_err(|error| format!("is a damaged memory report: {error}"))
+    } else if head.schema.starts_with(FAMILY) {
+        let found = head.schema;
+        Err(format!("is of another schema version: `{found}`, and this program reads `{SCHEMA}`; record it again"))
+    } else {
+        Err(format!("is not a memory report: its schema is `{}`", head.schema.escape_debug()))
+    }
+}
+
+/// Tells what a file is that cannot be read as a report.
+fn diagnose(bytes: &[u8], error: &serde_json::Error) -> String {
+    let start: Vec<u8> = bytes.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).take(OPENING.len()).collect();
+    if start.is_empty() {
+        return "is truncated: it is empty".to_owned();
+    }
+    if !OPENING.as_bytes().starts_with(&start) {
+        return "is not a memory report: it does not begin with this format's `schema`".to_owned();
+    }
+    match error.classify() {
+        Category::Eof => format!("is truncated: it ends after {} bytes in the middle of the report", bytes.len()),
+        _ => format!("is a damaged memory report: {error}"),
+    }
+}

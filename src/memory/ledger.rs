@@ -1,0 +1,166 @@
+//! Bytes by category: what this crate owns, counted exactly from its `bytes` events.
+
+use crate::account::Category;
+use crate::error::{OdeError, Result};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+
+/// Owned bytes by [`Category`], live and at most.
+///
+/// Only buffers that are announced count ([`Owned`](crate::account::Owned)); what Candle allocates inside a vector
+/// field does not. A buffer announced before anybody listened is missing here, so install the profiler first.
+///
+/// ```
+/// use candle_ode::account::Category;
+/// use candle_ode::memory::Ledger;
+///
+/// let ledger = Ledger::default();
+/// ledger.record(Category::Trajectory, 4096);
+/// ledger.record(Category::Trajectory, -4096);
+/// assert_eq!((ledger.live(Category::Trajectory), ledger.peak(Category::Trajectory)), (0, 4096));
+/// ```
+#[derive(Debug, Default)]
+pub struct Ledger {
+    accounts: [Account; Category::ALL.len()],
+    total: Account,
+    unknown: AtomicU64,
+}
+
+impl Ledger {
+    /// Adds `delta` bytes to a category, or takes them away if negative.
+    pub fn record(&self, category: Category, delta: i64) {
+        self.accounts[position(category)].add(delta);
+        self.total.add(delta);
+    }
+
+    /// Bytes of a category that are live.
+    pub fn live(&self, category: Category) -> u64 {
+        self.accounts[position(category)].live()
+    }
+
+    /// The most bytes of a category that were live at once, since the start or the last reset.
+    pub fn peak(&self, category: Category) -> u64 {
+        self.accounts[position(category)].peak()
+    }
+
+    /// Bytes of all categories that are live.
+    pub fn live_total(&self) -> u64 {
+        self.total.live()
+    }
+
+    /// The most bytes of all categories together that were live at once; at most the sum of the categories' peaks.
+    pub fn peak_total(&self) -> u64 {
+        self.total.peak()
+    }
+
+    /// Starts every peak anew at what is live now.
+    pub fn reset_peak(&self) {
+        self.accounts.iter().for_each(Account::reset_peak);
+        self.total.reset_peak();
+    }
+
+    /// Whether the books are in order: nothing was given back that had not been announced.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] that names the category whose balance is negative (the profiler was installed after the
+    /// buffer was made), or says that an event named no known category.
+    pub fn check(&self) -> Result<()> {
+        let hint = "install the profiler before the first tensor of a solve is made";
+        for category in Category::ALL {
+            let balance = self.accounts[position(category)].balance();
+            if balance < 0 {
+                let reason = format!("{category}: {} bytes more were given back than announced", -balance);
+                return Err(OdeError::Meter { counter: "ledger", reason, hint });
+            }
+        }
+        match self.unknown.load(Relaxed) {
+            0 => Ok(()),
+            n => {
+                let reason = format!("{n} `bytes` events had no known category or no delta");
+                let hint = "`category` must be a name from account::Category and `delta` an i64";
+                Err(OdeError::Meter { counter: "ledger", reason, hint })
+            }
+        }
+    }
+
+    /// Counts an event that could not be read.
+    pub(super) fn record_unknown(&self) {
+        self.unknown.fetch_add(1, Relaxed);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    live: AtomicI64,
+    peak: AtomicI64,
+}
+
+impl Account {
+    fn add(&self, delta: i64) {
+        let live = self.live.fetch_add(delta, Relaxed) + delta;
+        self.peak.fetch_max(live, Relaxed);
+    }
+
+    fn balance(&self) -> i64 {
+        self.live.load(Relaxed)
+    }
+
+    fn live(&self) -> u64 {
+        self.balance().max(0) as u64
+    }
+
+    fn peak(&self) -> u64 {
+        self.peak.load(Relaxed).max(self.balance()).max(0) as u64
+    }
+
+    /// Emptied before it is re-based, so that a change in between is not lost.
+    fn reset_peak(&self) {
+        self.peak.swap(i64::MIN, Relaxed);
+        self.peak.fetch_max(self.balance(), Relaxed);
+    }
+}
+
+fn position(category: Category) -> usize {
+    category as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn total_peak_is_the_peak_of_the_sum() {
+        let ledger = Ledger::default();
+        ledger.record(Category::Trajectory, 100);
+        ledger.record(Category::Trajectory, -100);
+        ledger.record(Category::Stages, 60);
+        assert_eq!(ledger.peak_total(), 100);
+        assert_eq!(ledger.live_total(), 60);
+        ledger.reset_peak();
+        assert_eq!(ledger.peak_total(), 60);
+        assert_eq!(ledger.peak(Category::Trajectory), 0);
+        assert_eq!(ledger.peak(Category::Stages), 60);
+    }
+
+    #[test]
+    fn every_category_has_its_own_account() {
+        let ledger = Ledger::default();
+        for (i, category) in Category::ALL.into_iter().enumerate() {
+            ledger.record(category, i as i64 + 1);
+        }
+        for (i, category) in Category::ALL.into_iter().enumerate() {
+            assert_eq!(position(category), i);
+            assert_eq!(ledger.live(category), i as u64 + 1);
+        }
+    }
+
+    #[test]
+    fn giving_back_what_was_not_announced_is_found() {
+        let ledger = Ledger::default();
+        assert!(ledger.check().is_ok());
+        ledger.record(Category::Casts, -8);
+        let message = ledger.check().unwrap_err().to_string();
+        assert!(message.contains("casts: 8 bytes"), "{message}");
+        assert_eq!(ledger.live(Category::Casts), 0);
+    }
+}

@@ -1,0 +1,48 @@
+//! Where the memory went: meters, a ledger, and a `tracing` layer that gives every span its peak.
+//!
+//! | part | says |
+//! |---|---|
+//! | [`Meter`]: [`HeapMeter`], `CudaPoolMeter` | live and peak bytes of one memory |
+//! | [`Ledger`] | bytes this crate owns, by [`Category`](crate::account::Category), exact |
+//! | [`MemoryLayer`] | for every span its time, live bytes before and after, and peak |
+//! | [`MemoryProfiler`] | puts them together and hands out a [`MemoryReport`] |
+//!
+//! The rest of the crate knows nothing of this room: it opens the spans listed in [`span`] and emits `bytes` events,
+//! which cost next to nothing while nobody listens.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_ode::memory::{MemoryProfiler, TrackingAllocator};
+//!
+//! // Binaries opt in to heap counting; a library never should.
+//! #[global_allocator]
+//! static HEAP: TrackingAllocator = TrackingAllocator::system();
+//!
+//! # fn main() -> candle_ode::Result<()> {
+//! let device = Device::Cpu;
+//! let profiler = MemoryProfiler::new(&device).install()?;
+//! tracing::info_span!("my_step").in_scope(|| Tensor::zeros(1 << 16, DType::F32, &device))?;
+//! let report = profiler.finish()?;
+//! assert!(report.spans[0].peak - report.spans[0].live_before >= 4 << 16);
+//! # Ok(())
+//! # }
+//! ```
+
+mod file;
+mod layer;
+mod ledger;
+mod meter;
+mod profiler;
+mod recorder;
+mod report;
+pub mod span;
+
+pub use layer::MemoryLayer;
+pub use ledger::Ledger;
+#[cfg(feature = "cuda")]
+pub use meter::CudaPoolMeter;
+pub use meter::{HeapMeter, Meter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
+pub use profiler::{MemoryProfiler, Recording, Snapshot};
+pub use report::{
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, SCHEMA, SpanReport, StepReport, Totals,
+};

@@ -1,0 +1,312 @@
+//! The profiler: a meter, the layer and a report, put together; and the recording under way.
+
+use super::layer::{Filter, MemoryLayer, Shared};
+use super::ledger::Ledger;
+use super::meter::{HeapMeter, Meter, TrackingAllocator, meter_for};
+use super::recorder::Recorder;
+use super::report::{CategoryBytes, Counter, Environment, MemoryReport};
+use crate::error::{OdeError, Result};
+use candle_core::Device;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Release},
+};
+use std::sync::{Arc, Mutex, PoisonError};
+use tracing::subscriber::DefaultGuard;
+use tracing::{Metadata, Subscriber};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+
+/// Sets up a recording of where the memory goes.
+///
+/// Defaults: the meter of the device ([`meter_for`]), the latest 20 000 spans, and all spans of this crate plus those
+/// of others from `DEBUG` up (so that a whole training loop can be measured).
+///
+/// Beside another layer:
+///
+/// ```
+/// use candle_core::Device;
+/// use candle_ode::memory::{MemoryProfiler, TrackingAllocator};
+/// use tracing_subscriber::layer::SubscriberExt;
+///
+/// #[global_allocator]
+/// static HEAP: TrackingAllocator = TrackingAllocator::system();
+///
+/// # fn main() -> candle_ode::Result<()> {
+/// let (layer, recording) = MemoryProfiler::new(&Device::Cpu).set("batch", 64).layer()?;
+/// let subscriber = tracing_subscriber::registry().with(layer); // .with(fmt::layer().with_filter(..)) …
+/// tracing::subscriber::with_default(subscriber, || tracing::info_span!("epoch").in_scope(|| vec![0u8; 1000]));
+/// let report = recording.finish()?;
+/// assert_eq!(report.spans[0].name, "epoch");
+/// assert_eq!(report.environment.settings["batch"], 64);
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "nothing is measured before `install`, `install_scoped` or `layer`"]
+pub struct MemoryProfiler {
+    device: Device,
+    meter: Option<Box<dyn Meter>>,
+    span_limit: usize,
+    filter: Filter,
+    settings: BTreeMap<String, Value>,
+}
+
+impl MemoryProfiler {
+    /// For tensors on `device`.
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            meter: None,
+            span_limit: 20_000,
+            filter: MemoryLayer::default_filter,
+            settings: BTreeMap::new(),
+        }
+    }
+
+    /// Reads this meter instead of the device's.
+    pub fn meter(mut self, meter: impl Meter + 'static) -> Self {
+        self.meter = Some(Box::new(meter));
+        self
+    }
+
+    /// Keeps the latest `limit` closed spans; older ones are dropped, counted, and stay in the sums by name.
+    ///
+    /// Their room, about 150 bytes a span, is taken when recording begins and is part of the baseline.
+    pub fn span_limit(mut self, limit: usize) -> Self {
+        self.span_limit = limit;
+        self
+    }
+
+    /// Measures the spans that `filter` accepts. It must accept this crate's (target
+    /// [`account::TARGET`](crate::account::TARGET)) events too, or the ledger stays empty.
+    pub fn filter(mut self, filter: fn(&Metadata<'_>) -> bool) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// Writes a setting (`solver`, `precision`, `schedule`, `tile` …) into the report.
+    pub fn set(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.settings.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// Begins recording on all threads, as the program's global `tracing` subscriber.
+    ///
+    /// After [`finish`](Recording::finish) another profiler may be installed; the ledger goes on counting in between.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if memory cannot be read (see [`meter_for`]), if another recording is under way, or if the
+    /// program has set another global subscriber: then add [`layer`](Self::layer) to that one.
+    pub fn install(self) -> Result<Recording> {
+        static INSTALLED: Mutex<Option<Arc<Shared>>> = Mutex::new(None);
+        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = &*installed {
+            return self.begin(shared.clone());
+        }
+        let shared = Arc::<Shared>::default();
+        let recording = self.begin(shared.clone())?;
+        let subscriber = tracing_subscriber::registry().with(filtered(&shared));
+        tracing::subscriber::set_global_default(subscriber).map_err(|_| OdeError::Meter {
+            counter: "spans",
+            reason: "the program has already set a global tracing subscriber".to_owned(),
+            hint: "add the layer of MemoryProfiler::layer() to that subscriber",
+        })?;
+        *installed = Some(shared);
+        Ok(recording)
+    }
+
+    /// Begins recording on this thread only, until the guard is dropped: for tests.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if memory cannot be read, or if another recording is under way.
+    pub fn install_scoped(self) -> Result<(Recording, DefaultGuard)> {
+        let (layer, recording) = self.layer()?;
+        Ok((recording, tracing::subscriber::set_default(tracing_subscriber::registry().with(layer))))
+    }
+
+    /// Begins recording, and hands out the layer to add to a subscriber of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`install_scoped`](Self::install_scoped).
+    pub fn layer<S>(self) -> Result<(impl Layer<S> + Send + Sync + 'static + use<S>, Recording)>
+    where
+        S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync + 'static,
+    {
+        let shared = Arc::<Shared>::default();
+        let recording = self.begin(shared.clone())?;
+        Ok((filtered(&shared), recording))
+    }
+
+    fn begin(self, shared: Arc<Shared>) -> Result<Recording> {
+        let claim = match self.meter {
+            Some(_) => None,
+            None => Some(Claim::take()?),
+        };
+        let meter = self.meter.map_or_else(|| meter_for(&self.device), Ok)?;
+        let others = other_meters(&self.device, meter.name())?;
+        let environment = Environment::of(&self.device, self.settings);
+        shared.choose(self.filter);
+        shared.begin(|| Recorder::start(meter, self.span_limit))?.ok_or_else(under_way)?;
+        Ok(Recording { shared, others, environment, _claim: claim })
+    }
+}
+
+impl fmt::Debug for MemoryProfiler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, span_limit, settings, .. } = self;
+        write!(f, "MemoryProfiler({:?}, span_limit {span_limit}, {settings:?})", device.location())
+    }
+}
+
+/// The layer, kept from seeing what the recording's filter rejects, at no cost to other layers.
+fn filtered<S>(shared: &Arc<Shared>) -> impl Layer<S> + Send + Sync + 'static + use<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync + 'static,
+{
+    let asked = shared.clone();
+    MemoryLayer::new(shared.clone()).with_filter(filter_fn(move |metadata| asked.accepts(metadata)))
+}
+
+/// Counters beside the one that the spans are measured with, and where they stood at the start.
+fn other_meters(device: &Device, first: &str) -> Result<Vec<(Box<dyn Meter>, u64)>> {
+    let mut meters: Vec<Box<dyn Meter>> = Vec::new();
+    #[cfg(feature = "cuda")]
+    if matches!(device, Device::Cuda(_)) {
+        meters.push(Box::new(super::CudaPoolMeter::used(device)?));
+        meters.push(Box::new(super::CudaPoolMeter::reserved(device)?));
+    }
+    let _ = device;
+    if TrackingAllocator::is_installed() {
+        meters.push(Box::new(HeapMeter::new()?));
+    }
+    meters.retain(|meter| meter.name() != first);
+    meters.into_iter().map(|meter| meter.mark().map(|reading| (meter, reading.live))).collect()
+}
+
+/// Peaks are kept once per process, so only one recording may reset them.
+struct Claim(());
+
+static CLAIMED: AtomicBool = AtomicBool::new(false);
+
+impl Claim {
+    fn take() -> Result<Self> {
+        if CLAIMED.swap(true, Acquire) {
+            return Err(under_way());
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        CLAIMED.store(false, Release);
+    }
+}
+
+/// Bytes at one moment of a recording, as its meter counts them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Live when recording began.
+    pub baseline: u64,
+    /// Live now.
+    pub live: u64,
+    /// Peak since the last [`Recording::reset_peak`].
+    pub peak: u64,
+    /// Owned bytes by category, live and peak (since the same reset).
+    pub owned: Vec<CategoryBytes>,
+}
+
+/// A recording under way; dropping it ends it without a report.
+#[must_use = "dropping it ends the recording"]
+pub struct Recording {
+    shared: Arc<Shared>,
+    others: Vec<(Box<dyn Meter>, u64)>,
+    environment: Environment,
+    _claim: Option<Claim>,
+}
+
+impl Recording {
+    /// Bytes this crate owns, by category.
+    pub fn ledger(&self) -> &Ledger {
+        &self.shared.ledger
+    }
+
+    /// Bytes now and at most. The peaks of spans are not disturbed.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if the meter cannot be read, or could not be at some span since the last snapshot.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let (baseline, reading) = self.shared.read(|recorder| Ok((recorder.baseline(), recorder.read()?)))?;
+        let owned = CategoryBytes::all(&self.shared.ledger);
+        Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned })
+    }
+
+    /// Starts the peaks of [`snapshot`](Self::snapshot) and of the [`ledger`](Self::ledger) anew, as at the start of an
+    /// iteration. Peaks of spans and the report's total peak are not disturbed; the report's peaks by category are
+    /// those since the last reset.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot).
+    pub fn reset_peak(&self) -> Result<()> {
+        self.shared.read(Recorder::reset_peak)?;
+        self.shared.ledger.reset_peak();
+        Ok(())
+    }
+
+    /// Writes a setting into the report, as [`MemoryProfiler::set`] does.
+    pub fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.environment.settings.insert(name.to_owned(), value.into());
+    }
+
+    /// Ends the recording. Spans still open are reported up to now.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if the meter could not be read, now or at some span.
+    pub fn finish(self) -> Result<MemoryReport> {
+        let finished = self.shared.end()?.finish()?;
+        let mut counters = vec![Counter {
+            name: finished.meter.name().to_owned(),
+            baseline: finished.baseline,
+            live: finished.live,
+            peak: finished.peak,
+            synchronises: finished.meter.synchronises(),
+        }];
+        for (meter, baseline) in &self.others {
+            let (live, peak) = (meter.live()?, meter.peak()?);
+            let synchronises = meter.synchronises();
+            counters.push(Counter { name: meter.name().to_owned(), baseline: *baseline, live, peak, synchronises });
+        }
+        Ok(MemoryReport::new(self.environment.clone(), counters, &self.shared.ledger, finished))
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // Already gone if the recording was finished.
+        let _ = self.shared.end();
+    }
+}
+
+impl fmt::Debug for Recording {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Recording({:?})", self.environment)
+    }
+}
+
+fn under_way() -> OdeError {
+    OdeError::Meter {
+        counter: "peak",
+        reason: "another recording is under way in this process".to_owned(),
+        hint: "call finish() on it (or drop it) first",
+    }
+}

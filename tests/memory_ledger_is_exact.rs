@@ -1,0 +1,73 @@
+//! Owned bytes are counted exactly from `bytes` events, on several threads too.
+
+#[path = "common/counted.rs"]
+mod counted;
+
+use candle_core::Device;
+use candle_ode::account::{Category, Owned};
+use candle_ode::memory::{MemoryProfiler, Recording};
+use counted::Counted;
+use tracing::Dispatch;
+use tracing::dispatcher::with_default;
+use tracing_subscriber::layer::SubscriberExt;
+
+fn recording() -> (Dispatch, Recording) {
+    let (layer, recording) = MemoryProfiler::new(&Device::Cpu).meter(Counted::default()).layer().unwrap();
+    (Dispatch::new(tracing_subscriber::registry().with(layer)), recording)
+}
+
+#[test]
+fn bytes_are_live_while_their_owner_lives() {
+    let (dispatch, recording) = recording();
+    let ledger = recording.ledger();
+    with_default(&dispatch, || {
+        let first = Owned::new(Category::Trajectory, 1000);
+        let second = Owned::new(Category::Trajectory, 24);
+        let other = Owned::new(Category::Gradients, 8);
+        assert_eq!((ledger.live(Category::Trajectory), ledger.live(Category::Gradients)), (1024, 8));
+        drop(first);
+        assert_eq!((ledger.live(Category::Trajectory), ledger.peak(Category::Trajectory)), (24, 1024));
+        assert_eq!((ledger.live_total(), ledger.peak_total()), (32, 1032));
+        recording.reset_peak().unwrap();
+        assert_eq!(ledger.peak_total(), 32);
+        drop((second, other));
+    });
+    ledger.check().unwrap();
+    let report = recording.finish().unwrap();
+    let trajectory = report.owned(Category::Trajectory).unwrap();
+    assert_eq!((trajectory.live, trajectory.peak), (0, 24));
+    assert_eq!((report.totals.owned_live, report.totals.owned_peak), (0, 32));
+}
+
+#[test]
+fn four_threads_add_up() {
+    let (dispatch, recording) = recording();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let dispatch = dispatch.clone();
+            scope.spawn(move || {
+                with_default(&dispatch, || {
+                    let kept: Vec<_> = (0..500).map(|i| Owned::new(Category::Stages, i + thread)).collect();
+                    std::mem::forget(Owned::new(Category::Casts, 1 + thread));
+                    drop(kept);
+                });
+            });
+        }
+    });
+    let ledger = recording.ledger();
+    assert_eq!((ledger.live(Category::Stages), ledger.live(Category::Casts)), (0, 10));
+    let one: u64 = (0..500).sum();
+    assert!((one..=4 * one + 6 * 500).contains(&ledger.peak(Category::Stages)));
+    assert_eq!(ledger.peak(Category::Casts), 10);
+    ledger.check().unwrap();
+}
+
+#[test]
+fn an_event_that_names_no_category_is_found() {
+    let (dispatch, recording) = recording();
+    with_default(&dispatch, || {
+        tracing::event!(name: "bytes", target: "candle_ode", tracing::Level::TRACE, category = "hats", delta = 4i64);
+    });
+    let message = recording.ledger().check().unwrap_err().to_string();
+    assert!(message.contains("no known category"), "{message}");
+}
