@@ -129,19 +129,19 @@ impl Pass<'_, '_> {
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         let y = solve.trajectory.state(index, solve.precision.accumulate_dtype())?;
         match solve.scaling.rule {
-            Rule::Dynamic if dtype == DType::F16 => self.step_dynamically(&at, &y, &lambda, gradients, dynamic),
+            Rule::Dynamic if dtype == DType::F16 => self.step_dynamically(&at, y, &lambda, gradients, dynamic),
             Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
-                self.pull(&at, &y, &lambda, gradients, StageScale::FromCotangent(solve.scaling.headroom()))
+                self.pull(&at, y, &lambda, gradients, StageScale::FromCotangent(solve.scaling.headroom()))
             }
-            Rule::Static(s) => self.pull(&at, &y, &lambda, gradients, StageScale::Fixed(s)),
-            _ => self.pull(&at, &y, &lambda, gradients, StageScale::Fixed(1.0)),
+            Rule::Static(s) => self.pull(&at, y, &lambda, gradients, StageScale::Fixed(s)),
+            _ => self.pull(&at, y, &lambda, gradients, StageScale::Fixed(1.0)),
         }
     }
 
     fn pull(
         &mut self,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         gradients: &mut Gradients,
         scale: StageScale,
@@ -154,7 +154,7 @@ impl Pass<'_, '_> {
     fn pulled(
         &mut self,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         gradients: &mut Gradients,
         scale: StageScale,
@@ -172,7 +172,7 @@ impl Pass<'_, '_> {
     fn step_dynamically(
         &mut self,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         gradients: &mut Gradients,
         dynamic: &mut Option<Dynamic>,
@@ -183,7 +183,7 @@ impl Pass<'_, '_> {
         let rule = dynamic.get_or_insert_with(|| Dynamic::new(at.dtype, y.numel(), batch, size));
         for _ in 0..Dynamic::ATTEMPTS {
             let mut of_step = Gradients::new(solve.casts.casts.leaves().len(), solve.precision.accumulate_dtype());
-            let (pulled, finite) = self.pulled(at, y, lambda, &mut of_step, StageScale::Fixed(rule.scale))?;
+            let (pulled, finite) = self.pulled(at, y.clone(), lambda, &mut of_step, StageScale::Fixed(rule.scale))?;
             let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
             if Finite::read(&flags)?.into_iter().all(|ok| ok) {
                 gradients.absorb(of_step)?;

@@ -76,23 +76,25 @@ impl<M: ExplicitRungeKutta> Solver for M {
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
         let tableau = self.tableau();
         let mut points = match memory {
-            StageMemory::All => Points::All(linearizations(tableau, stages, at, y)?),
+            StageMemory::All => Points::All(linearizations(tableau, stages, at, &y)?),
             StageMemory::One => {
                 let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
-                Points::Slopes(slopes(tableau, stages, at, y, last, |_, _, _| Ok(()))?)
+                let slopes = slopes(tableau, stages, at, &y, last, |_, _, _| Ok(()))?;
+                Points::One { y: y.clone(), slopes }
             }
         };
+        drop(y);
         let mut mus: Vec<Option<Slope>> = (0..tableau.stages()).map(|_| None).collect();
         for i in (0..tableau.stages()).rev().filter(|&i| tableau.is_used(i)) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            let Some(linearization) = points.take(tableau, stages, at, y, i)? else { continue };
+            let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
             let of_lambda = std::iter::once((tableau.weights()[i], Some(lambda)));
             let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
             let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
@@ -164,7 +166,7 @@ fn linearizations(
 /// What the backward pass holds of the stages of a step.
 enum Points {
     All(Vec<Option<Box<dyn Linearization>>>),
-    Slopes(Vec<Option<Slope>>),
+    One { y: State, slopes: Vec<Option<Slope>> },
 }
 
 impl Points {
@@ -174,12 +176,11 @@ impl Points {
         tableau: &Tableau,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
         i: usize,
     ) -> Result<Option<Box<dyn Linearization>>> {
         match self {
             Self::All(all) => Ok(all[i].take()),
-            Self::Slopes(slopes) => {
+            Self::One { y, slopes } => {
                 slopes.truncate(i);
                 let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
                 stages.linearize(at, i, &point).map(Some)

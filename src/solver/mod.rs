@@ -45,6 +45,7 @@ pub trait Solver: Debug + Send + Sync + 'static {
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step>;
 
     /// dL/dy at the start of the step from `lambda` = dL/dy at its end; contributions to dL/dθ go through `pullbacks`.
+    /// `y`, the state at the start, is given away so that it can be dropped once all stages are linearised.
     ///
     /// # Errors
     /// Whatever the vector field reports, with its place.
@@ -52,7 +53,7 @@ pub trait Solver: Debug + Send + Sync + 'static {
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,

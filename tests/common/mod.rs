@@ -7,6 +7,8 @@ use candle_ode::prelude::*;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
+pub mod memory;
+
 /// A plain Candle model: y ↦ W₂ tanh(W₁ y + b₁ + t) + b₂.
 pub struct Mlp(Linear, Linear);
 

@@ -71,7 +71,7 @@ impl Finite {
 }
 
 /// `base + Σ cᵢ·xᵢ` in `dtype`. The terms are summed first, in F64 if `base` or any term is F64 and else in F32, and
-/// `base` is added last.
+/// `base` is added last. A sum of one operand that is in `dtype` already is that operand, not a copy.
 ///
 /// # Errors
 /// Operands of different shapes or devices.
@@ -80,6 +80,14 @@ pub fn combine(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) ->
     let Some(first) = operands().next() else { candle_core::bail!("a sum needs at least one operand") };
     if let Some(other) = operands().find(|x| x.dims() != first.dims()) {
         candle_core::bail!("a sum of shapes {:?} and {:?}", first.dims(), other.dims())
+    }
+    let alone = match (base, terms) {
+        (Some(only), []) => Some(only),
+        (None, [(1.0, only)]) => Some(*only),
+        _ => None,
+    };
+    if let Some(only) = alone.filter(|only| only.dtype() == dtype) {
+        return Ok(only.clone());
     }
     let wide = operands().any(|x| x.dtype() == DType::F64) || dtype == DType::F64;
     let tracked = operands().any(Tensor::track_op);
