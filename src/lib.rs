@@ -2,5 +2,7 @@
 
 pub mod account;
 mod error;
+mod file;
+pub mod optim;
 
 pub use error::{OdeError, PassKind, Place, Result};
