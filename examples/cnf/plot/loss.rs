@@ -78,7 +78,7 @@ pub fn loss(path: &Path, title: &str, curves: &[Curve], entropy: Option<f64>) ->
             chart
                 .draw_series(DashedLineSeries::new(line, 6, 4, INK.stroke_width(1)))?
                 .label(format!("entropy of the data, {entropy:.2}"))
-                .legend(|(x, y)| DashedPathElement::new([(x, y), (x + 22, y)].into_iter(), 6, 4, INK.stroke_width(1)));
+                .legend(|(x, y)| DashedPathElement::new([(x, y), (x + 22, y)], 6, 4, INK.stroke_width(1)));
         }
         legend(&mut chart)
     })
