@@ -4,7 +4,12 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
 use candle_ode::OdeError;
+use candle_ode::account::TARGET;
 use candle_ode::optim::{Adam, AdamConfig, AdamW, AdamWConfig, clip_grad_norm};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// Two variables, `a` (3) and `b` (2, 2), with values far from 0 and from each other.
 fn variables(dtype: DType) -> Result<VarMap> {
@@ -208,5 +213,50 @@ fn clipping_is_by_the_norm_of_all_gradients() -> Result<()> {
     grads.insert(&b, Tensor::full(f32::INFINITY, (2, 2), &Device::Cpu)?);
     assert_eq!(clip_grad_norm(&both, &mut grads, 1.0)?, f64::INFINITY);
     assert_eq!(grads.get(&a).unwrap().max_all()?.to_scalar::<half::f16>()?.to_f32(), 150.0);
+    Ok(())
+}
+
+/// Adds up the `bytes` events of the category `optimizer`.
+struct Sum(Arc<AtomicI64>);
+
+#[derive(Default)]
+struct Bytes {
+    optimizer: bool,
+    delta: i64,
+}
+
+impl Visit for Bytes {
+    fn record_i64(&mut self, _: &Field, value: i64) {
+        self.delta = value;
+    }
+    fn record_str(&mut self, _: &Field, value: &str) {
+        self.optimizer = value == "optimizer";
+    }
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
+}
+
+impl<S: tracing::Subscriber> Layer<S> for Sum {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        let mut bytes = Bytes::default();
+        event.record(&mut bytes);
+        if event.metadata().target() == TARGET && bytes.optimizer {
+            self.0.fetch_add(bytes.delta, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn moments_are_announced_as_long_as_they_live() -> Result<()> {
+    let sum = Arc::new(AtomicI64::new(0));
+    let live = || sum.load(Ordering::Relaxed);
+    let _listening = tracing::subscriber::set_default(tracing_subscriber::registry().with(Sum(sum.clone())));
+    for (dtype, bytes_each) in [(DType::F64, 8), (DType::F32, 4), (DType::F16, 4)] {
+        let vars = variables(dtype)?;
+        let mut adam = Adam::from_varmap(&vars, AdamConfig::default())?;
+        adam.backward_step(&loss(&vars, 0)?)?;
+        assert_eq!(live(), 2 * 7 * bytes_each, "{dtype:?}");
+        drop(adam);
+        assert_eq!(live(), 0);
+    }
     Ok(())
 }

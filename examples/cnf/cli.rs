@@ -32,7 +32,7 @@ pub struct Cli {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub batch: Option<u32>,
     /// Learning rate of Adam, divided by ten for the last quarter of the iterations [default: 0.01]
-    #[arg(long, value_parser = learning_rate)]
+    #[arg(long, value_parser = learning_rate, allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// Seed of weights, batches and noise [default: 0]
     #[arg(long)]
