@@ -1,0 +1,317 @@
+//! The command line, and the checked settings of a run that come out of it.
+
+use candle_ode::{OdeError, Result};
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Trains a continuous normalizing flow in mixed precision.
+#[derive(Debug, Parser)]
+#[command(name = "cnf")]
+pub struct Cli {
+    /// checkerboard, 8gaussians, 2spirals, pinwheel, moons, circles, swissroll, rings, digits, or a path to rows of
+    /// numbers (.csv, .npy, .npz) [default: checkerboard]
+    #[arg(long)]
+    pub data: Option<String>,
+    /// One step of the integration [default: rk4]
+    #[arg(long)]
+    pub solver: Option<SolverName>,
+    /// Steps of the integration [default: 8]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub steps: Option<u32>,
+    /// What the vector field runs in and the trajectory is kept in [default: f32]
+    #[arg(long, conflicts_with = "compare")]
+    pub precision: Option<PrecisionName>,
+    /// How gradients come back [default: discrete]
+    #[arg(long)]
+    pub adjoint: Option<AdjointName>,
+    /// Training iterations [default: 800]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub iters: Option<u64>,
+    /// Points in a batch [default: 256]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub batch: Option<u32>,
+    /// Learning rate of Adam, divided by ten for the last quarter of the iterations [default: 0.01]
+    #[arg(long, value_parser = learning_rate, allow_negative_numbers = true)]
+    pub lr: Option<f64>,
+    /// Seed of weights, batches and noise [default: 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Runs on the CPU even where there is a GPU
+    #[arg(long)]
+    pub cpu: bool,
+    /// Where plots, metrics and weights go [default: out/cnf]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Goes on with the run that left its checkpoint in DIR, to the same bits as if it had not stopped
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["compare", "seeds"])]
+    pub resume: Option<PathBuf>,
+    /// Divergence of the field [default: exact for two columns, hutchinson for others]
+    #[arg(long)]
+    pub trace: Option<TraceName>,
+    /// Trains once in each of these precisions and prints a table
+    #[arg(long, value_delimiter = ',', value_name = "PRECISIONS")]
+    pub compare: Option<Vec<PrecisionName>>,
+    /// With --compare: trains with that many seeds, from --seed on, and prints mean and spread [default: 1]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000), requires = "compare")]
+    pub seeds: Option<u32>,
+}
+
+macro_rules! names {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[$variant_doc])* #[value(name = $text)] #[serde(rename = $text)] $variant),*
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.pad(match self { $(Self::$variant => $text),* })
+            }
+        }
+    };
+}
+
+names! {
+    /// Solvers by name.
+    SolverName {
+        /// Order 1.
+        Euler = "euler",
+        /// Order 2.
+        Midpoint = "midpoint",
+        /// Order 2.
+        Heun = "heun",
+        /// Order 2.
+        Ralston = "ralston",
+        /// Order 3.
+        Rk3 = "rk3",
+        /// Order 4.
+        Rk4 = "rk4",
+        /// Order 4, the 3/8 rule.
+        Rk38 = "rk38",
+        /// Order 3, Bogacki and Shampine.
+        Bosh3 = "bosh3",
+        /// Order 5, Dormand and Prince.
+        Dopri5 = "dopri5",
+        /// Order 5, Tsitouras.
+        Tsit5 = "tsit5",
+    }
+}
+
+names! {
+    /// Precisions by name.
+    PrecisionName {
+        /// 32 bits throughout.
+        F32 = "f32",
+        /// bfloat16 field and trajectory, F32 sums.
+        Bf16 = "bf16",
+        /// Half field and trajectory, F32 sums.
+        F16 = "f16",
+    }
+}
+
+names! {
+    /// Gradients by name.
+    AdjointName {
+        /// Step by step, from the kept states.
+        Discrete = "discrete",
+        /// By Candle's own graph through all steps.
+        Unrolled = "unrolled",
+    }
+}
+
+names! {
+    /// Divergences by name.
+    TraceName {
+        /// Every diagonal entry of the Jacobian.
+        Exact = "exact",
+        /// One random direction per solve.
+        Hutchinson = "hutchinson",
+    }
+}
+
+fn learning_rate(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(lr) if lr.is_finite() && lr > 0.0 => Ok(lr),
+        Ok(lr) => Err(format!("{lr} is no learning rate; give a positive number")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Everything the numbers of a run depend on; kept in its checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// Name of a density, `digits`, or a path.
+    pub data: String,
+    /// One step.
+    pub solver: SolverName,
+    /// Steps of a solve.
+    pub steps: u32,
+    /// Precision of field and trajectory.
+    pub precision: PrecisionName,
+    /// How gradients come back.
+    pub adjoint: AdjointName,
+    /// Iterations.
+    pub iters: u64,
+    /// The iteration after which the learning rate is a tenth.
+    pub drop_after: u64,
+    /// Points in a batch.
+    pub batch: u32,
+    /// Learning rate at the start.
+    pub lr: f64,
+    /// Seed of weights, batches and noise.
+    pub seed: u64,
+    /// Divergence; by the number of columns if not given.
+    pub trace: Option<TraceName>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data: "checkerboard".into(),
+            solver: SolverName::Rk4,
+            steps: 8,
+            precision: PrecisionName::F32,
+            adjoint: AdjointName::Discrete,
+            iters: 800,
+            drop_after: 600,
+            batch: 256,
+            lr: 1e-2,
+            seed: 0,
+            trace: None,
+        }
+    }
+}
+
+impl Config {
+    /// The learning rate of an iteration, counted from 1.
+    pub fn learning_rate(&self, iteration: u64) -> f64 {
+        if iteration <= self.drop_after { self.lr } else { self.lr / 10.0 }
+    }
+}
+
+impl Cli {
+    /// The settings of a fresh run.
+    pub fn config(&self) -> Config {
+        let base = Config::default();
+        let iters = self.iters.unwrap_or(base.iters);
+        Config {
+            data: self.data.clone().unwrap_or(base.data),
+            solver: self.solver.unwrap_or(base.solver),
+            steps: self.steps.unwrap_or(base.steps),
+            precision: self.precision.unwrap_or(base.precision),
+            adjoint: self.adjoint.unwrap_or(base.adjoint),
+            iters,
+            drop_after: iters - iters / 4,
+            batch: self.batch.unwrap_or(base.batch),
+            lr: self.lr.unwrap_or(base.lr),
+            seed: self.seed.unwrap_or(base.seed),
+            trace: self.trace,
+        }
+    }
+
+    /// The settings of a run that goes on: those of its checkpoint. `--iters` may ask for more of them; the learning
+    /// rate then stays where it is.
+    ///
+    /// # Errors
+    /// [`OdeError::Setting`] for a flag that contradicts the checkpoint.
+    pub fn resumed(&self, saved: &Config) -> Result<Config> {
+        let hint = "a resumed run keeps its settings (only --iters, --out and --cpu may change); leave the flag out";
+        fn keep<T: PartialEq + ToString>(
+            setting: &'static str,
+            flag: Option<&T>,
+            saved: Option<&T>,
+            hint: &'static str,
+        ) -> Result<()> {
+            match flag {
+                Some(flag) if Some(flag) != saved => Err(OdeError::Setting { setting, value: flag.to_string(), hint }),
+                _ => Ok(()),
+            }
+        }
+        keep("--data", self.data.as_ref(), Some(&saved.data), hint)?;
+        keep("--solver", self.solver.as_ref(), Some(&saved.solver), hint)?;
+        keep("--steps", self.steps.as_ref(), Some(&saved.steps), hint)?;
+        keep("--precision", self.precision.as_ref(), Some(&saved.precision), hint)?;
+        keep("--adjoint", self.adjoint.as_ref(), Some(&saved.adjoint), hint)?;
+        keep("--batch", self.batch.as_ref(), Some(&saved.batch), hint)?;
+        keep("--lr", self.lr.as_ref(), Some(&saved.lr), hint)?;
+        keep("--seed", self.seed.as_ref(), Some(&saved.seed), hint)?;
+        keep("--trace", self.trace.as_ref(), saved.trace.as_ref(), hint)?;
+        Ok(Config { iters: self.iters.unwrap_or(saved.iters), ..saved.clone() })
+    }
+
+    /// Where results go.
+    pub fn out(&self) -> &Path {
+        self.out.as_deref().or(self.resume.as_deref()).unwrap_or(Path::new("out/cnf"))
+    }
+
+    /// The runs to compare, each precision with each seed; none without `--compare`.
+    pub fn compared(&self) -> Vec<Config> {
+        let base = self.config();
+        let mut runs: Vec<Config> = Vec::new();
+        for &precision in self.compare.iter().flatten() {
+            for offset in 0..u64::from(self.seeds.unwrap_or(1)) {
+                let run = Config { precision, seed: base.seed.wrapping_add(offset), ..base.clone() };
+                if !runs.contains(&run) {
+                    runs.push(run);
+                }
+            }
+        }
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &str) -> std::result::Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("cnf").chain(flags.split_whitespace()))
+    }
+
+    #[test]
+    fn flags_are_checked() {
+        assert_eq!(parse("").unwrap().config(), Config::default());
+        for bad in [
+            "--steps 0",
+            "--iters 0",
+            "--batch 0",
+            "--lr 0",
+            "--lr nan",
+            "--lr -1",
+            "--precision f64",
+            "--seeds 3",
+            "--compare f32,f8",
+            "--precision f16 --compare f32",
+            "--resume a --compare f32",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        let config = parse("--data 2spirals --solver tsit5 --precision bf16 --iters 100 --lr 0.5").unwrap().config();
+        assert_eq!((config.solver, config.precision, config.drop_after), (SolverName::Tsit5, PrecisionName::Bf16, 75));
+        assert_eq!((config.learning_rate(75), config.learning_rate(76)), (0.5, 0.05));
+    }
+
+    #[test]
+    fn comparison_is_precisions_times_seeds() {
+        let runs = parse("--compare f32,f16,f32 --seeds 2 --seed 5").unwrap().compared();
+        let runs: Vec<_> = runs.iter().map(|run| (run.precision, run.seed)).collect();
+        let (f32, f16) = (PrecisionName::F32, PrecisionName::F16);
+        assert_eq!(runs, [(f32, 5), (f32, 6), (f16, 5), (f16, 6)]);
+        assert!(parse("").unwrap().compared().is_empty());
+    }
+
+    #[test]
+    fn resumed_runs_keep_their_settings() -> Result<()> {
+        let saved = parse("--data rings --iters 400").unwrap().config();
+        let longer = parse("--resume d --data rings --iters 900").unwrap();
+        assert_eq!(longer.resumed(&saved)?, Config { iters: 900, ..saved.clone() });
+        assert_eq!(longer.out(), Path::new("d"));
+        for changed in ["--lr 0.1", "--trace exact", "--batch 3", "--data moons"] {
+            let error = parse(&format!("--resume d {changed}")).unwrap().resumed(&saved).unwrap_err().to_string();
+            assert!(error.contains(changed.split(' ').next().unwrap()) && error.contains("resumed"), "{error}");
+        }
+        Ok(())
+    }
+}
