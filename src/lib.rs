@@ -1,4 +1,52 @@
-//! Neural ODEs on Candle: mixed precision, a manual reverse pass, and an account of every byte.
+//! Neural ODEs on [Candle](candle_core): mixed precision, a manual reverse pass, and an account of every byte.
+//!
+//! A model written against a `VarBuilder` becomes a vector field; [`Ode::solve`] integrates it; the states it hands out
+//! are part of Candle's graph, so that `loss.backward()` reaches the parameters and everything upstream of y0. The
+//! forward pass evaluates the field in F16, BF16 or F32, sums y in F32 and keeps a compact trajectory; the backward pass
+//! linearises each step again and pulls cotangents back through it, scaled against underflow and summed in F32.
+//!
+//! ```
+//! use candle_core::{DType, Device, Result, Tensor};
+//! use candle_nn::{AdamW, Linear, Module, Optimizer, VarBuilder, VarMap, linear};
+//! use candle_ode::prelude::*;
+//!
+//! struct Velocity(Linear, Linear);
+//! impl Velocity {
+//!     fn new(vb: VarBuilder) -> Result<Self> {
+//!         Ok(Self(linear(2, 32, vb.pp("in"))?, linear(32, 2, vb.pp("out"))?))
+//!     }
+//!     fn forward(&self, t: &Tensor, y: &Tensor) -> Result<Tensor> {
+//!         self.1.forward(&self.0.forward(&y.broadcast_add(t)?)?.tanh()?)
+//!     }
+//! }
+//!
+//! let (vars, device) = (VarMap::new(), Device::Cpu);
+//! let field = ModelField::new(&vars, &device, |vb| Velocity::new(vb), |m, t: &Time, y| m.forward(&t.like(y)?, y))?;
+//! let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-3)?;
+//!
+//! let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(16).precision(Precision::F16);
+//! let y0 = Tensor::randn(0f32, 1.0, (64, 2), &device)?;
+//! let solution = ode.solve(&y0)?;
+//! let loss = solution.last().sqr()?.mean_all()?;
+//! optimizer.step(&loss.backward()?)?;
+//! assert_eq!(solution.trajectory_bytes(), 15 * 64 * 2 * 2);          // N − 1 states, two bytes an element
+//! assert_eq!(solution.last().dtype(), DType::F32);                   // never rounded to the storage dtype
+//! # Ok::<(), OdeError>(())
+//! ```
+//!
+//! # Where to look
+//!
+//! | you want | look at |
+//! |---|---|
+//! | to integrate a model, a closure, a state of several tensors | [`ModelField`], [`FnField`], [`State`] |
+//! | another method, or your own | [`solver`], [`Tableau`] |
+//! | half precision, and what keeps it right | [`Precision`], [`AdjointScaling`], [`OnOverflow`] |
+//! | layers whose gradients are right in half precision | [`ops`] |
+//! | a continuous normalizing flow | [`field::divergence`] |
+//! | to see the bytes | [`memory`] |
+//! | optimisers that resume to the same bits | [`optim`] |
+//!
+//! Cargo features only add: `cuda`, `cudnn`, `nccl`, `metal`, `mkl` and `accelerate` forward to Candle's.
 
 pub mod account;
 mod adjoint;

@@ -68,6 +68,16 @@ impl AdjointScaling {
         if compute == DType::F16 { Self::per_step() } else { Self::none() }
     }
 
+    /// `per_step`, `dynamic`, `static` or `none`.
+    pub fn name(&self) -> &'static str {
+        match self.rule {
+            Rule::PerStep => "per_step",
+            Rule::Dynamic => "dynamic",
+            Rule::Static(_) => "static",
+            Rule::None => "none",
+        }
+    }
+
     /// Powers of two that earlier overflows have taken off S.
     pub fn headroom(&self) -> i32 {
         self.headroom.load(Ordering::Relaxed)

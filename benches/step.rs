@@ -1,0 +1,51 @@
+//! One training step (forward, loss, backward) of the standard problems M1 and M2: `cargo bench --bench step`.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::VarMap;
+use candle_ode::ops::{Activation, Mlp};
+use candle_ode::prelude::*;
+use criterion::{Criterion, criterion_group, criterion_main};
+use std::hint::black_box;
+
+/// A field over `sizes`, its state, and how many steps.
+struct Problem {
+    name: &'static str,
+    sizes: &'static [usize],
+    batch: usize,
+    steps: usize,
+}
+
+const PROBLEMS: [Problem; 2] = [
+    Problem { name: "M1", sizes: &[16, 64, 64, 16], batch: 64, steps: 32 },
+    Problem { name: "M2", sizes: &[64, 64, 64], batch: 512, steps: 64 },
+];
+
+fn train_step(ode: &Ode, y0: &Tensor) -> Result<()> {
+    let loss = ode.solve(y0)?.last().sqr()?.mean_all()?;
+    black_box(loss.backward()?);
+    Ok(())
+}
+
+fn steps(criterion: &mut Criterion) {
+    for problem in &PROBLEMS {
+        let vars = VarMap::new();
+        let build = |vb| Mlp::new(problem.sizes, Activation::Tanh, vb);
+        let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| candle_nn::Module::forward(m, y))
+            .unwrap_or_else(|error| panic!("{}: {error}", problem.name));
+        let y0 = Tensor::randn(0f32, 1.0, (problem.batch, problem.sizes[0]), &Device::Cpu).and_then(|y| Var::from_tensor(&y));
+        let y0 = y0.unwrap_or_else(|error| panic!("{error}"));
+        let mut group = criterion.benchmark_group(problem.name);
+        group.sample_size(10);
+        for precision in [Precision::F32, Precision::BF16, Precision::F16, Precision::new().storage(DType::F16)] {
+            let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(problem.steps).precision(precision);
+            let name = format!("rk4 compute {:?} storage {:?}", precision.compute_dtype(), precision.storage_dtype());
+            group.bench_function(name, |bencher| {
+                bencher.iter(|| train_step(&ode, y0.as_tensor()).unwrap_or_else(|error| panic!("{error}")));
+            });
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, steps);
+criterion_main!(benches);
