@@ -310,3 +310,18 @@ fn under_way() -> OdeError {
         hint: "call finish() on it (or drop it) first",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_users_hold_crosses_threads() {
+        fn crosses<T: Send + Sync>() {}
+        crosses::<MemoryProfiler>();
+        crosses::<Recording>();
+        crosses::<MemoryLayer>();
+        crosses::<MemoryReport>();
+        crosses::<Ledger>();
+    }
+}
