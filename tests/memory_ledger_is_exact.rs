@@ -12,7 +12,9 @@ use tracing::dispatcher::with_default;
 use tracing_subscriber::layer::SubscriberExt;
 
 fn recording() -> (Dispatch, Recording) {
-    let (layer, recording) = MemoryProfiler::new(&Device::Cpu).meter(Counted::default()).layer().unwrap();
+    let memory = Counted::default();
+    memory.add(5);
+    let (layer, recording) = MemoryProfiler::new(&Device::Cpu).meter(memory).layer().unwrap();
     (Dispatch::new(tracing_subscriber::registry().with(layer)), recording)
 }
 
@@ -30,13 +32,14 @@ fn bytes_are_live_while_their_owner_lives() {
         assert_eq!((ledger.live_total(), ledger.peak_total()), (32, 1032));
         recording.reset_peak().unwrap();
         assert_eq!(ledger.peak_total(), 32);
+        assert_eq!(recording.snapshot().unwrap().live, 5, "the meter is another counter");
         drop((second, other));
     });
     ledger.check().unwrap();
     let report = recording.finish().unwrap();
     let trajectory = report.owned(Category::Trajectory).unwrap();
-    assert_eq!((trajectory.live, trajectory.peak), (0, 24));
-    assert_eq!((report.totals.owned_live, report.totals.owned_peak), (0, 32));
+    assert_eq!((trajectory.live, trajectory.peak), (0, 1024), "the report's peak is that of the whole recording");
+    assert_eq!((report.totals.owned_live, report.totals.owned_peak), (0, 1032));
 }
 
 #[test]

@@ -58,7 +58,7 @@ impl Shared {
         if recorder.is_some() {
             return Ok(None);
         }
-        self.ledger.reset_peak();
+        self.ledger.restart();
         *recorder = Some(start()?);
         Ok(Some(()))
     }

@@ -52,10 +52,24 @@ impl Ledger {
         self.total.peak()
     }
 
+    /// As [`peak`](Self::peak), since recording began and whatever was reset since: what a report says.
+    pub fn highest(&self, category: Category) -> u64 {
+        self.accounts[position(category)].highest()
+    }
+
+    /// As [`peak_total`](Self::peak_total), since recording began and whatever was reset since.
+    pub fn highest_total(&self) -> u64 {
+        self.total.highest()
+    }
+
     /// Starts every peak anew at what is live now.
     pub fn reset_peak(&self) {
-        self.accounts.iter().for_each(Account::reset_peak);
-        self.total.reset_peak();
+        self.all(Account::reset_peak);
+    }
+
+    /// Forgets the highest peaks too: a recording begins.
+    pub(super) fn restart(&self) {
+        self.all(Account::restart);
     }
 
     /// Whether the books are in order: nothing was given back that had not been announced.
@@ -83,6 +97,11 @@ impl Ledger {
         }
     }
 
+    fn all(&self, change: impl Fn(&Account)) {
+        self.accounts.iter().for_each(&change);
+        change(&self.total);
+    }
+
     /// Counts an event that could not be read.
     pub(super) fn record_unknown(&self) {
         self.unknown.fetch_add(1, Relaxed);
@@ -92,7 +111,10 @@ impl Ledger {
 #[derive(Debug, Default)]
 struct Account {
     live: AtomicI64,
+    /// Since the last reset.
     peak: AtomicI64,
+    /// The highest of the peaks before it.
+    highest: AtomicI64,
 }
 
 impl Account {
@@ -113,10 +135,20 @@ impl Account {
         self.peak.load(Relaxed).max(self.balance()).max(0) as u64
     }
 
+    fn highest(&self) -> u64 {
+        self.peak().max(self.highest.load(Relaxed).max(0) as u64)
+    }
+
     /// Emptied before it is re-based, so that a change in between is not lost.
     fn reset_peak(&self) {
-        self.peak.swap(i64::MIN, Relaxed);
+        let closed = self.peak.swap(i64::MIN, Relaxed);
+        self.highest.fetch_max(closed, Relaxed);
         self.peak.fetch_max(self.balance(), Relaxed);
+    }
+
+    fn restart(&self) {
+        self.reset_peak();
+        self.highest.store(0, Relaxed);
     }
 }
 
@@ -140,6 +172,9 @@ mod tests {
         assert_eq!(ledger.peak_total(), 60);
         assert_eq!(ledger.peak(Category::Trajectory), 0);
         assert_eq!(ledger.peak(Category::Stages), 60);
+        assert_eq!((ledger.highest_total(), ledger.highest(Category::Trajectory)), (100, 100));
+        ledger.restart();
+        assert_eq!((ledger.highest_total(), ledger.highest(Category::Trajectory)), (60, 0));
     }
 
     #[test]

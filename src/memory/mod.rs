@@ -34,6 +34,7 @@ mod ledger;
 mod meter;
 mod profiler;
 mod recorder;
+mod recording;
 mod report;
 pub mod span;
 
@@ -42,7 +43,8 @@ pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
 pub use meter::CudaPoolMeter;
 pub use meter::{HeapMeter, Meter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
-pub use profiler::{MemoryProfiler, Recording, Snapshot};
+pub use profiler::MemoryProfiler;
+pub use recording::{Recording, Snapshot};
 pub use report::{
     CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, SCHEMA, SpanReport, StepReport, Totals,
 };

@@ -1,19 +1,15 @@
-//! The profiler: a meter, the layer and a report, put together; and the recording under way.
+//! The profiler: a meter and the layer put together, and a recording begun.
 
 use super::layer::{Filter, MemoryLayer, Shared};
-use super::ledger::Ledger;
 use super::meter::{HeapMeter, Meter, TrackingAllocator, meter_for};
 use super::recorder::Recorder;
-use super::report::{CategoryBytes, Counter, Environment, MemoryReport};
+use super::recording::{Claim, Recording, under_way};
+use super::report::Environment;
 use crate::error::{OdeError, Result};
 use candle_core::Device;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{
-    AtomicBool,
-    Ordering::{Acquire, Release},
-};
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing::subscriber::DefaultGuard;
 use tracing::{Metadata, Subscriber};
@@ -190,123 +186,18 @@ fn other_meters(device: &Device, first: &str) -> Result<Vec<(Box<dyn Meter>, u64
     meters.into_iter().map(|meter| meter.mark().map(|reading| (meter, reading.live))).collect()
 }
 
-/// Peaks are kept once per process, so only one recording may reset them.
-struct Claim(());
+#[cfg(test)]
+mod tests {
+    use super::super::{Ledger, MemoryReport};
+    use super::*;
 
-static CLAIMED: AtomicBool = AtomicBool::new(false);
-
-impl Claim {
-    fn take() -> Result<Self> {
-        if CLAIMED.swap(true, Acquire) {
-            return Err(under_way());
-        }
-        Ok(Self(()))
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        CLAIMED.store(false, Release);
-    }
-}
-
-/// Bytes at one moment of a recording, as its meter counts them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Live when recording began.
-    pub baseline: u64,
-    /// Live now.
-    pub live: u64,
-    /// Peak since the last [`Recording::reset_peak`].
-    pub peak: u64,
-    /// Owned bytes by category, live and peak (since the same reset).
-    pub owned: Vec<CategoryBytes>,
-}
-
-/// A recording under way; dropping it ends it without a report.
-#[must_use = "dropping it ends the recording"]
-pub struct Recording {
-    shared: Arc<Shared>,
-    others: Vec<(Box<dyn Meter>, u64)>,
-    environment: Environment,
-    _claim: Option<Claim>,
-}
-
-impl Recording {
-    /// Bytes this crate owns, by category.
-    pub fn ledger(&self) -> &Ledger {
-        &self.shared.ledger
-    }
-
-    /// Bytes now and at most. The peaks of spans are not disturbed.
-    ///
-    /// # Errors
-    ///
-    /// [`OdeError::Meter`] if the meter cannot be read, or could not be at some span since the last snapshot.
-    pub fn snapshot(&self) -> Result<Snapshot> {
-        let (baseline, reading) = self.shared.read(|recorder| Ok((recorder.baseline(), recorder.read()?)))?;
-        let owned = CategoryBytes::all(&self.shared.ledger);
-        Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned })
-    }
-
-    /// Starts the peaks of [`snapshot`](Self::snapshot) and of the [`ledger`](Self::ledger) anew, as at the start of an
-    /// iteration. Peaks of spans and the report's total peak are not disturbed; the report's peaks by category are
-    /// those since the last reset.
-    ///
-    /// # Errors
-    ///
-    /// As [`snapshot`](Self::snapshot).
-    pub fn reset_peak(&self) -> Result<()> {
-        self.shared.read(Recorder::reset_peak)?;
-        self.shared.ledger.reset_peak();
-        Ok(())
-    }
-
-    /// Writes a setting into the report, as [`MemoryProfiler::set`] does.
-    pub fn set(&mut self, name: &str, value: impl Into<Value>) {
-        self.environment.settings.insert(name.to_owned(), value.into());
-    }
-
-    /// Ends the recording. Spans still open are reported up to now.
-    ///
-    /// # Errors
-    ///
-    /// [`OdeError::Meter`] if the meter could not be read, now or at some span.
-    pub fn finish(self) -> Result<MemoryReport> {
-        let finished = self.shared.end()?.finish()?;
-        let mut counters = vec![Counter {
-            name: finished.meter.name().to_owned(),
-            baseline: finished.baseline,
-            live: finished.live,
-            peak: finished.peak,
-            synchronises: finished.meter.synchronises(),
-        }];
-        for (meter, baseline) in &self.others {
-            let (live, peak) = (meter.live()?, meter.peak()?);
-            let synchronises = meter.synchronises();
-            counters.push(Counter { name: meter.name().to_owned(), baseline: *baseline, live, peak, synchronises });
-        }
-        Ok(MemoryReport::new(self.environment.clone(), counters, &self.shared.ledger, finished))
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        // Already gone if the recording was finished.
-        let _ = self.shared.end();
-    }
-}
-
-impl fmt::Debug for Recording {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Recording({:?})", self.environment)
-    }
-}
-
-fn under_way() -> OdeError {
-    OdeError::Meter {
-        counter: "peak",
-        reason: "another recording is under way in this process".to_owned(),
-        hint: "call finish() on it (or drop it) first",
+    #[test]
+    fn what_users_hold_crosses_threads() {
+        fn crosses<T: Send + Sync>() {}
+        crosses::<MemoryProfiler>();
+        crosses::<Recording>();
+        crosses::<MemoryLayer>();
+        crosses::<MemoryReport>();
+        crosses::<Ledger>();
     }
 }

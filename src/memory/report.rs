@@ -31,7 +31,7 @@ pub struct MemoryReport {
     pub counters: Vec<Counter>,
     /// The recording as a whole.
     pub totals: Totals,
-    /// Owned bytes by category: live at the end, peak since the last reset.
+    /// Owned bytes by category: live at the end, and peak over the recording.
     pub owned: Vec<CategoryBytes>,
     /// All closed spans summed by target and name, dropped ones included.
     pub names: Vec<NameSummary>,
@@ -63,7 +63,7 @@ pub struct Counter {
     pub baseline: u64,
     /// Bytes live when it ended.
     pub live: u64,
-    /// The most bytes live at once in between. For counters after the first, since their last reset.
+    /// The most bytes live at once in between.
     pub peak: u64,
     /// Whether reading it waited for the device: then the times say little about speed.
     pub synchronises: bool,
@@ -76,7 +76,7 @@ pub struct Totals {
     pub duration_ns: u64,
     /// Owned bytes live at the end, all categories.
     pub owned_live: u64,
-    /// The most owned bytes live at once, all categories, since the last reset.
+    /// The most owned bytes live at once, all categories together.
     pub owned_peak: u64,
     /// Spans that were measured.
     pub spans: u64,
@@ -187,7 +187,7 @@ impl MemoryReport {
         let totals = Totals {
             duration_ns: found.duration,
             owned_live: ledger.live_total(),
-            owned_peak: ledger.peak_total(),
+            owned_peak: ledger.highest_total(),
             spans: (found.closed.len() + found.open.len()) as u64 + found.dropped,
             spans_dropped: found.dropped,
         };
@@ -201,7 +201,7 @@ impl MemoryReport {
             environment,
             counters,
             totals,
-            owned: CategoryBytes::all(ledger),
+            owned: CategoryBytes::all(ledger, Ledger::highest),
             names: found.names.iter().map(NameSummary::new).collect(),
             passes: passes(&spans, complete_from),
             spans,
@@ -258,11 +258,12 @@ fn in_words(device: &Device) -> String {
 }
 
 impl CategoryBytes {
-    pub(super) fn all(ledger: &Ledger) -> Vec<Self> {
+    /// Every category of the ledger, with this notion of peak.
+    pub(super) fn all(ledger: &Ledger, peak: fn(&Ledger, Category) -> u64) -> Vec<Self> {
         let bytes = |category: Category| Self {
             category: category.name().to_owned(),
             live: ledger.live(category),
-            peak: ledger.peak(category),
+            peak: peak(ledger, category),
         };
         Category::ALL.into_iter().map(bytes).collect()
     }

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 /// Live bytes and peak, moved by hand.
 #[derive(Clone, Default)]
-pub struct Counted(Arc<Mutex<Reading>>);
+pub(crate) struct Counted(Arc<Mutex<Reading>>);
 
 impl Counted {
-    pub fn add(&self, delta: i64) {
+    pub(crate) fn add(&self, delta: i64) {
         let mut reading = self.0.lock().unwrap();
         reading.live = reading.live.checked_add_signed(delta).unwrap();
         reading.peak = reading.peak.max(reading.live);

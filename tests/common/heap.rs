@@ -8,7 +8,7 @@ use std::time::Duration;
 static HEAP: TrackingAllocator = TrackingAllocator::system();
 
 /// Waits until nothing else in the process allocates: the test harness's main thread still does when a test begins.
-pub fn settle() {
+pub(crate) fn settle() {
     let mut seen = u64::MAX;
     while seen != TrackingAllocator::allocations() {
         seen = TrackingAllocator::allocations();

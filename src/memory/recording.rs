@@ -1,0 +1,136 @@
+//! A recording under way: what it says while it runs, and the report at its end.
+
+use super::layer::Shared;
+use super::ledger::Ledger;
+use super::meter::Meter;
+use super::recorder::Recorder;
+use super::report::{CategoryBytes, Counter, Environment, MemoryReport};
+use crate::error::{OdeError, Result};
+use serde_json::Value;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Release},
+};
+
+/// Peaks are kept once per process, so only one recording may reset them.
+pub(super) struct Claim(());
+
+static CLAIMED: AtomicBool = AtomicBool::new(false);
+
+impl Claim {
+    pub(super) fn take() -> Result<Self> {
+        if CLAIMED.swap(true, Acquire) {
+            return Err(under_way());
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        CLAIMED.store(false, Release);
+    }
+}
+
+/// Bytes at one moment of a recording, as its meter counts them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Live when recording began.
+    pub baseline: u64,
+    /// Live now.
+    pub live: u64,
+    /// Peak since the last [`Recording::reset_peak`].
+    pub peak: u64,
+    /// Owned bytes by category, live and peak (since the same reset).
+    pub owned: Vec<CategoryBytes>,
+}
+
+/// A recording under way; dropping it ends it without a report.
+#[must_use = "dropping it ends the recording"]
+pub struct Recording {
+    pub(super) shared: Arc<Shared>,
+    /// Counters beside the first, and where they stood at the start.
+    pub(super) others: Vec<(Box<dyn Meter>, u64)>,
+    pub(super) environment: Environment,
+    pub(super) _claim: Option<Claim>,
+}
+
+impl Recording {
+    /// Bytes this crate owns, by category.
+    pub fn ledger(&self) -> &Ledger {
+        &self.shared.ledger
+    }
+
+    /// Bytes now and at most. The peaks of spans are not disturbed.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if the meter cannot be read, or could not be at some span since the last snapshot.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let (baseline, reading) = self.shared.read(|recorder| Ok((recorder.baseline(), recorder.read()?)))?;
+        let owned = CategoryBytes::all(&self.shared.ledger, Ledger::peak);
+        Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned })
+    }
+
+    /// Starts the peaks of [`snapshot`](Self::snapshot) and of the [`ledger`](Self::ledger) anew, as at the start of an
+    /// iteration. The peaks of spans and of the report are not disturbed.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot).
+    pub fn reset_peak(&self) -> Result<()> {
+        self.shared.read(Recorder::reset_peak)?;
+        self.shared.ledger.reset_peak();
+        Ok(())
+    }
+
+    /// Writes a setting into the report, as [`MemoryProfiler::set`] does.
+    pub fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.environment.settings.insert(name.to_owned(), value.into());
+    }
+
+    /// Ends the recording. Spans still open are reported up to now.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if the meter could not be read, now or at some span.
+    pub fn finish(self) -> Result<MemoryReport> {
+        let finished = self.shared.end()?.finish()?;
+        let mut counters = vec![Counter {
+            name: finished.meter.name().to_owned(),
+            baseline: finished.baseline,
+            live: finished.live,
+            peak: finished.peak,
+            synchronises: finished.meter.synchronises(),
+        }];
+        for (meter, baseline) in &self.others {
+            let (live, peak) = (meter.live()?, meter.peak()?);
+            let synchronises = meter.synchronises();
+            counters.push(Counter { name: meter.name().to_owned(), baseline: *baseline, live, peak, synchronises });
+        }
+        Ok(MemoryReport::new(self.environment.clone(), counters, &self.shared.ledger, finished))
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // Already gone if the recording was finished.
+        let _ = self.shared.end();
+    }
+}
+
+impl fmt::Debug for Recording {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Recording({:?})", self.environment)
+    }
+}
+
+pub(super) fn under_way() -> OdeError {
+    OdeError::Meter {
+        counter: "peak",
+        reason: "another recording is under way in this process".to_owned(),
+        hint: "call finish() on it (or drop it) first",
+    }
+}
