@@ -2,5 +2,11 @@
 
 pub mod account;
 mod error;
+mod field;
+mod state;
+mod time;
 
 pub use error::{OdeError, PassKind, Place, Result};
+pub use field::{Tangent, draw, ops, sink};
+pub use state::State;
+pub use time::{Time, TimeGrid};

@@ -1,0 +1,33 @@
+//! Where fused ops leave weight gradients: straight in the accumulate-dtype sums.
+//!
+//! During a pullback the sums of dL/dθ are open on this thread, keyed by the leaf that stands for each parameter. An
+//! op whose weight *is* such a leaf adds its F32 contribution here and returns no gradient to Candle; in any other
+//! place (plain Candle training) [`add`] says `false` and the op returns the gradient as every Candle op does.
+
+use super::params::Gradients;
+use candle_core::{Result, Tensor};
+use std::cell::RefCell;
+
+thread_local! {
+    static OPEN: RefCell<Option<Gradients>> = const { RefCell::new(None) };
+}
+
+/// Adds `contribution` (F32 or F64, shape of `weight`) to the sum of the parameter that `weight` is a leaf of.
+/// Says whether there was one.
+///
+/// # Errors
+/// When the addition fails on the device.
+pub fn add(weight: &Tensor, contribution: &Tensor) -> Result<bool> {
+    OPEN.with_borrow_mut(|open| match open {
+        Some(gradients) => gradients.add_leaf(weight, contribution),
+        None => Ok(false),
+    })
+}
+
+/// Runs `pull` with the sums open on this thread, and hands them back.
+pub(crate) fn open<T>(gradients: Gradients, pull: impl FnOnce() -> T) -> (T, Gradients) {
+    let outer = OPEN.replace(Some(gradients));
+    let pulled = pull();
+    let gradients = OPEN.replace(outer).unwrap_or_default();
+    (pulled, gradients)
+}

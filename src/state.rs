@@ -1,0 +1,128 @@
+//! What is integrated: one tensor or several of different shapes, moved as one value.
+
+use crate::error::{OdeError, Result};
+use candle_core::{DType, Device, Tensor};
+use std::ops::Index;
+
+/// The state y of an ODE: one tensor, or several that evolve together (a flow carries z and log p).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_ode::State;
+///
+/// let z = Tensor::zeros((32, 2), DType::F32, &Device::Cpu)?;
+/// let log_p = Tensor::zeros(32, DType::F32, &Device::Cpu)?;
+/// let y = State::from([z, log_p]);
+/// assert_eq!((y.len(), y.numel(), y.bytes(DType::F16)), (2, 96, 192));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct State(Vec<Tensor>);
+
+impl State {
+    /// How many tensors.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The tensors, in order.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.0
+    }
+
+    /// The tensors, in order, by value.
+    pub fn into_tensors(self) -> Vec<Tensor> {
+        self.0
+    }
+
+    /// The tensor of a state of one.
+    ///
+    /// # Errors
+    /// [`OdeError::Unsupported`] if there are several.
+    pub fn single(&self) -> Result<&Tensor> {
+        match self.0.as_slice() {
+            [only] => Ok(only),
+            several => Err(OdeError::Unsupported {
+                what: format!("taking the single tensor of a state of {}", several.len()),
+                instead: "take them by index: state[0], state[1] …",
+            }),
+        }
+    }
+
+    /// Elements in all tensors together.
+    pub fn numel(&self) -> usize {
+        self.0.iter().map(Tensor::elem_count).sum()
+    }
+
+    /// Bytes of all tensors together in `dtype`.
+    pub fn bytes(&self, dtype: DType) -> usize {
+        self.numel() * dtype.size_in_bytes()
+    }
+
+    /// The device of the first tensor.
+    pub fn device(&self) -> &Device {
+        static CPU: Device = Device::Cpu;
+        self.0.first().map_or(&CPU, Tensor::device)
+    }
+
+    /// Whether Candle tracks any of the tensors.
+    pub fn is_tracked(&self) -> bool {
+        self.0.iter().any(Tensor::track_op)
+    }
+
+    /// The same values, cut from Candle's graph.
+    pub fn detach(&self) -> Self {
+        Self(self.0.iter().map(Tensor::detach).collect())
+    }
+
+    /// One function over all tensors.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn try_map<E>(&self, f: impl FnMut(&Tensor) -> std::result::Result<Tensor, E>) -> std::result::Result<Self, E> {
+        self.0.iter().map(f).collect::<std::result::Result<_, E>>().map(Self)
+    }
+}
+
+impl Index<usize> for State {
+    type Output = Tensor;
+
+    fn index(&self, index: usize) -> &Tensor {
+        &self.0[index]
+    }
+}
+
+impl From<Tensor> for State {
+    fn from(tensor: Tensor) -> Self {
+        Self(vec![tensor])
+    }
+}
+
+impl From<&Tensor> for State {
+    fn from(tensor: &Tensor) -> Self {
+        Self(vec![tensor.clone()])
+    }
+}
+
+impl From<Vec<Tensor>> for State {
+    fn from(tensors: Vec<Tensor>) -> Self {
+        Self(tensors)
+    }
+}
+
+impl<const N: usize> From<[Tensor; N]> for State {
+    fn from(tensors: [Tensor; N]) -> Self {
+        Self(tensors.into())
+    }
+}
+
+impl From<&State> for State {
+    fn from(state: &State) -> Self {
+        state.clone()
+    }
+}
