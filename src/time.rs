@@ -126,7 +126,9 @@ impl TimeTable {
             DType::F32 => &self.f32,
             DType::F16 => &self.f16,
             DType::BF16 => &self.bf16,
-            other => candle_core::bail!("a time cannot be expressed in {other:?}; the state must be F16, BF16, F32 or F64"),
+            other => {
+                candle_core::bail!("a time cannot be expressed in {other:?}; the state must be F16, BF16, F32 or F64")
+            }
         };
         if let Some(column) = cell.get() {
             return Ok(column);
@@ -204,7 +206,8 @@ impl TimeGrid {
     /// [`OdeError::OutputOffGrid`] names the nearest point. Times within a few ulp of a point count as that point.
     pub fn index_of(&self, time: f64) -> Result<usize> {
         let distance = |t: f64| (t - time).abs();
-        let nearest = (0..self.0.len()).min_by(|&a, &b| distance(self.0[a]).total_cmp(&distance(self.0[b]))).unwrap_or(0);
+        let nearest =
+            (0..self.0.len()).min_by(|&a, &b| distance(self.0[a]).total_cmp(&distance(self.0[b]))).unwrap_or(0);
         let tolerance = 8.0 * f64::EPSILON * self.0.iter().fold(0.0_f64, |m, t| m.max(t.abs()));
         if distance(self.0[nearest]) <= tolerance {
             Ok(nearest)
