@@ -63,7 +63,11 @@ pub(super) fn check(f: Function<'_>, args: &[Tensor]) {
         let size = got.iter().fold(1.0_f64, |m, v| m.max(v.abs()));
         for i in (0..flat.len()).step_by((flat.len() / 40).max(1)) {
             let slope = (at(i, h) - at(i, -h)) / (2.0 * h);
-            assert!((slope - got[i]).abs() < 1e-7 * size, "argument {n}, element {i}: {} but differences say {slope}", got[i]);
+            assert!(
+                (slope - got[i]).abs() < 1e-7 * size,
+                "argument {n}, element {i}: {} but differences say {slope}",
+                got[i]
+            );
         }
     }
 }

@@ -216,14 +216,21 @@ impl<const QUARTERS: u32> Function for Sine<QUARTERS> {
 pub(super) struct LogCosh;
 
 impl Function for LogCosh {
-    /// ln(1 + u), u = cosh x − 1 = m² / (2 (1 + m)), m = exp(−|x|) − 1, near 0; |x| + ln(1 + exp(−2|x|)) − ln 2 beyond.
+    /// ln(1 + u) with u = cosh x − 1 by its Taylor series for |x| < 1, |x| + ln(1 + exp(−2|x|)) − ln 2 beyond.
     #[inline(always)]
     fn value<R: Real>(self, x: R) -> R {
+        const TERMS: u32 = 10;
         let size = x.abs();
-        let m = (-size).exp_m1_negative();
-        let e = R::ONE + m;
-        let u = m * m / (e + e);
+        let square = size * size;
+        let mut series = R::ONE;
+        let mut n = TERMS;
+        while n > 1 {
+            series = R::ONE + series * square * R::of(1.0 / f64::from(2 * n * (2 * n - 1)));
+            n -= 1;
+        }
+        let u = R::of(0.5) * square * series;
         let near = (if size < R::ONE { u } else { R::ONE }).ln_1p_unit();
+        let e = (-size).exp_negative();
         let far = size - R::of(LN_2) + (e * e).ln_1p_unit();
         if size < R::ONE { near } else { far }
     }

@@ -106,7 +106,8 @@ fn half_precision_is_right_to_its_last_place() {
 fn every_f16_is_rounded_once() {
     let all: Vec<half::f16> = (0..=u16::MAX).map(half::f16::from_bits).filter(|x| x.is_finite()).collect();
     let x = Tensor::new(all.as_slice(), &Device::Cpu).unwrap();
-    for activation in [Activation::Tanh, Activation::Softplus, Activation::Silu, Activation::Gelu, Activation::LogCosh] {
+    for activation in [Activation::Tanh, Activation::Softplus, Activation::Silu, Activation::Gelu, Activation::LogCosh]
+    {
         let got = activation.forward(&x).unwrap().to_vec1::<half::f16>().unwrap();
         for (x, got) in all.iter().zip(got) {
             let exact = exact(activation, x.to_f64());
@@ -133,7 +134,11 @@ fn extremes_stay_finite() {
             let slope = activation.derivative(&x).unwrap();
             let grad = (y.clone() + slope.clone()).unwrap().backward().unwrap().get(&x).unwrap().clone();
             for result in [y, slope, grad] {
-                assert!(values(&result).iter().all(|v| v.is_finite()), "{activation:?} {dtype:?}: {:?}", values(&result));
+                assert!(
+                    values(&result).iter().all(|v| v.is_finite()),
+                    "{activation:?} {dtype:?}: {:?}",
+                    values(&result)
+                );
             }
         }
     }
@@ -146,7 +151,8 @@ fn extremes_stay_finite() {
 #[test]
 fn compositions_for_other_devices_agree() {
     for dtype in [DType::F32, DType::F64] {
-        let x = Tensor::cat(&[spread(&[500]), (noise(&[100], 5) * 1e-3).unwrap(), (noise(&[100], 6) * 90.0).unwrap()], 0);
+        let x =
+            Tensor::cat(&[spread(&[500]), (noise(&[100], 5) * 1e-3).unwrap(), (noise(&[100], 6) * 90.0).unwrap()], 0);
         let x = x.unwrap().to_dtype(dtype).unwrap();
         let v = noise(&[700], 7).to_dtype(dtype).unwrap();
         let bound = if dtype == DType::F32 { 2e-6 } else { 1e-13 };
