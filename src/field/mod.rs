@@ -1,6 +1,6 @@
 //! What is integrated: vector fields, their linearisations and tangents.
 
-//divergence
+pub mod divergence;
 pub mod draw;
 mod function;
 mod model;

@@ -1,0 +1,263 @@
+//! The scalar functions with their first and second derivatives, finite wherever the mathematics is.
+
+use super::super::real::{LN_2, Real, normal_tail};
+use std::f64::consts::{FRAC_2_SQRT_PI, SQRT_2};
+
+/// A scalar function that is differentiated twice.
+pub(super) trait Function: Copy + Send + Sync + 'static {
+    /// `Some(quarters)` if the function is sin(x + quarters · π/2), whose fast form holds for moderate x only.
+    const SINE: Option<u32> = None;
+
+    fn value<R: Real>(self, x: R) -> R;
+    fn slope<R: Real>(self, x: R) -> R;
+    fn curvature<R: Real>(self, x: R) -> R;
+
+    /// The derivative of order 0, 1 or 2.
+    #[inline(always)]
+    fn order<R: Real, const ORDER: u32>(self, x: R) -> R {
+        match ORDER {
+            0 => self.value(x),
+            1 => self.slope(x),
+            _ => self.curvature(x),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Tanh;
+
+impl Function for Tanh {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        let m = (x.abs() * R::of(-2.0)).exp_m1_negative();
+        (-m / (m + R::of(2.0))).copysign(x)
+    }
+    /// sech² x = 4 e / (1 + e)², e = exp(−2|x|)
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        let e = (x.abs() * R::of(-2.0)).exp_negative();
+        let d = R::ONE + e;
+        R::of(4.0) * e / (d * d)
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        R::of(-2.0) * self.value(x) * self.slope(x)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Sigmoid;
+
+impl Function for Sigmoid {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        let e = (-x.abs()).exp_negative();
+        let top = if x < R::ZERO { e } else { R::ONE };
+        top / (R::ONE + e)
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        let e = (-x.abs()).exp_negative();
+        let d = R::ONE + e;
+        e / (d * d)
+    }
+    /// s (1 − s) (1 − 2 s), where 1 − 2 s = −tanh(x / 2)
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        -self.slope(x) * Tanh.value(R::of(0.5) * x)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Softplus;
+
+impl Function for Softplus {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        Relu.value(x) + (-x.abs()).exp_negative().ln_1p_unit()
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        Sigmoid.value(x)
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        Sigmoid.slope(x)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Silu;
+
+impl Function for Silu {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        let size = -x.abs();
+        let below = if x < R::LOWEST { R::LOWEST } else { x };
+        let top = if x < R::ZERO { R::times_exp_negative(below, size) } else { x };
+        top / (R::ONE + size.exp_negative())
+    }
+    /// s (1 + x (1 − s))
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        Sigmoid.value(x) * (R::ONE + x * Sigmoid.value(-x))
+    }
+    /// s (1 − s) (2 + x (1 − 2 s))
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        Sigmoid.slope(x) * (R::of(2.0) - x * Tanh.value(R::of(0.5) * x))
+    }
+}
+
+/// x Φ(x) in F64 arithmetic with a series as long as `R` needs, because its tail loses digits in F32.
+#[derive(Clone, Copy)]
+pub(super) struct Gelu;
+
+impl Gelu {
+    /// Φ(x)
+    #[inline(always)]
+    fn distribution<R: Real>(x: f64) -> f64 {
+        let tail = normal_tail::<R>(x.abs());
+        if x < 0.0 { tail } else { 1.0 - tail }
+    }
+    /// φ(x)
+    #[inline(always)]
+    fn density(x: f64) -> f64 {
+        0.25 * SQRT_2 * FRAC_2_SQRT_PI * (-0.5 * x * x).exp_negative()
+    }
+}
+
+impl Function for Gelu {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        let x = x.wide();
+        R::of(x * Self::distribution::<R>(x))
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        let x = x.wide();
+        R::of(Self::distribution::<R>(x) + x * Self::density(x))
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        let x = x.wide();
+        let square = x * x;
+        // Beyond, the density is zero, and zero times an overflown square would not be.
+        let square = if square > 1e4 { 1e4 } else { square };
+        R::of(Self::density(x) * (2.0 - square))
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Relu;
+
+impl Function for Relu {
+    /// A NaN stays one.
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        if x < R::ZERO { R::ZERO } else { x }
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        if x > R::ZERO { R::ONE } else { R::ZERO }
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, _: R) -> R {
+        R::ZERO
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Elu(pub(super) f64);
+
+impl Function for Elu {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        let below = if x > R::ZERO { R::ZERO } else { x };
+        let curve = R::of(self.0) * below.exp_m1_negative();
+        if x > R::ZERO { x } else { curve }
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        let below = if x > R::ZERO { R::ZERO } else { x };
+        let curve = R::of(self.0) * below.exp_negative();
+        if x > R::ZERO { R::ONE } else { curve }
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        let below = if x > R::ZERO { R::ZERO } else { x };
+        let curve = R::of(self.0) * below.exp_negative();
+        if x > R::ZERO { R::ZERO } else { curve }
+    }
+}
+
+/// sin(x + `QUARTERS` · π/2)
+#[derive(Clone, Copy)]
+pub(super) struct Sine<const QUARTERS: u32>;
+
+impl<const QUARTERS: u32> Function for Sine<QUARTERS> {
+    const SINE: Option<u32> = Some(QUARTERS);
+
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        x.sin_within(QUARTERS)
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        x.sin_within(QUARTERS + 1)
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        x.sin_within(QUARTERS + 2)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct LogCosh;
+
+impl Function for LogCosh {
+    /// ln(1 + u) with u = cosh x − 1 by its Taylor series for |x| < 1, |x| + ln(1 + exp(−2|x|)) − ln 2 beyond.
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        const TERMS: u32 = 10;
+        let size = x.abs();
+        let square = size * size;
+        let mut series = R::ONE;
+        let mut n = TERMS;
+        while n > 1 {
+            series = R::ONE + series * square * R::of(1.0 / f64::from(2 * n * (2 * n - 1)));
+            n -= 1;
+        }
+        let u = R::of(0.5) * square * series;
+        let near = (if size < R::ONE { u } else { R::ONE }).ln_1p_unit();
+        let e = (-size).exp_negative();
+        let far = size - R::of(LN_2) + (e * e).ln_1p_unit();
+        if size < R::ONE { near } else { far }
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, x: R) -> R {
+        Tanh.value(x)
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, x: R) -> R {
+        Tanh.slope(x)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Identity;
+
+impl Function for Identity {
+    #[inline(always)]
+    fn value<R: Real>(self, x: R) -> R {
+        x
+    }
+    #[inline(always)]
+    fn slope<R: Real>(self, _: R) -> R {
+        R::ONE
+    }
+    #[inline(always)]
+    fn curvature<R: Real>(self, _: R) -> R {
+        R::ZERO
+    }
+}

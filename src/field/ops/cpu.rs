@@ -1,0 +1,243 @@
+//! What the ops share on the CPU: dense views of storages, arithmetic in F32 or F64 whatever the dtype, and loops
+//! compiled for the widest vectors at hand.
+
+use super::real::Real;
+use crate::error::OdeError;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Layout, Result, WithDType};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::borrow::Cow;
+
+/// Elements that a loop widens, works on and narrows at a time: a few KiB of stack that stay in the first cache.
+pub(super) const CHUNK: usize = 256;
+
+/// A floating-point dtype that tensors have, and the wide one that its ops calculate in.
+pub(super) trait Element: WithDType {
+    /// F32 for F16, BF16 and F32; F64 for F64.
+    type Wide: Real + Element;
+
+    /// `wide[i] = narrow[i]`, exactly.
+    fn widen(narrow: &[Self], wide: &mut [Self::Wide]);
+    /// `narrow[i] = wide[i]`, rounded to nearest.
+    fn narrow(wide: &[Self::Wide], narrow: &mut [Self]);
+}
+
+macro_rules! element {
+    ($element:ty, $wide:ty, $widen:expr, $narrow:expr) => {
+        impl Element for $element {
+            type Wide = $wide;
+
+            #[inline(always)]
+            fn widen(narrow: &[Self], wide: &mut [Self::Wide]) {
+                $widen(narrow, wide)
+            }
+
+            #[inline(always)]
+            fn narrow(wide: &[Self::Wide], narrow: &mut [Self]) {
+                $narrow(wide, narrow)
+            }
+        }
+    };
+}
+
+element!(f32, f32, |from: &[f32], to: &mut [f32]| to.copy_from_slice(from), |from: &[f32], to: &mut [f32]| to
+    .copy_from_slice(from));
+element!(f64, f64, |from: &[f64], to: &mut [f64]| to.copy_from_slice(from), |from: &[f64], to: &mut [f64]| to
+    .copy_from_slice(from));
+element!(f16, f32, |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [f16]| to
+    .convert_from_f32_slice(from));
+element!(bf16, f32, |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [bf16]| to
+    .convert_from_f32_slice(from));
+
+/// The dtype that sums over a batch are made in.
+pub(super) fn wide_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// Runs `$body` with `$element` standing for the Rust type of `$dtype`.
+macro_rules! with_element {
+    ($dtype:expr, $op:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F16 => {
+                type $element = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $element = half::bf16;
+                $body
+            }
+            candle_core::DType::F32 => {
+                type $element = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $element = f64;
+                $body
+            }
+            other => Err($crate::field::ops::cpu::not_float($op, other)),
+        }
+    };
+}
+pub(super) use with_element;
+
+/// The error of an op that was given integers.
+pub(super) fn not_float(op: &str, dtype: DType) -> candle_core::Error {
+    let hint = "it takes F16, BF16, F32 or F64; convert with .to_dtype(..)";
+    OdeError::UnsupportedDType { what: format!("the argument of `{op}`"), dtype, hint }.into()
+}
+
+/// The elements of a tensor in row-major order: a view where they lie so, a copy where they do not.
+pub(super) fn dense<'a, T: Element>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [T]>> {
+    if let Some((start, end)) = layout.contiguous_offsets() {
+        return Ok(Cow::Borrowed(&T::cpu_storage_as_slice(storage)?[start..end]));
+    }
+    let mut copy = T::to_cpu_storage_owned(vec![T::from_f64(0.0); layout.shape().elem_count()]);
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    T::cpu_storage_data(copy).map(Cow::Owned)
+}
+
+/// The elements of a tensor in row-major order, widened to `W`, whatever their dtype.
+pub(super) fn dense_wide<W: Element>(storage: &CpuStorage, layout: &Layout) -> Result<Vec<W>> {
+    let wide = storage.to_dtype(layout, W::DTYPE)?;
+    W::cpu_storage_data(wide)
+}
+
+/// Work on slices that is to be compiled for the widest vectors of the CPU at hand.
+///
+/// `run` and what it calls must be `#[inline(always)]` to be part of it.
+pub(super) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Does the work.
+    fn run(self) -> Self::Output;
+}
+
+/// Runs a kernel with the widest vectors of this CPU. No variant fuses or reorders, so all give the same bits.
+pub(super) fn vectorised<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::is_x86_feature_detected!("avx512f")
+            && std::is_x86_feature_detected!("avx512dq")
+            && std::is_x86_feature_detected!("avx512bw")
+            && std::is_x86_feature_detected!("avx512vl")
+        {
+            // SAFETY: the features were found on this CPU.
+            return unsafe { avx512(kernel) };
+        }
+        if std::is_x86_feature_detected!("avx2") {
+            // SAFETY: the feature was found on this CPU.
+            return unsafe { avx2(kernel) };
+        }
+    }
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+fn avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+/// Σ f(aᵢ, bᵢ) in a fixed order with many partial sums, so that its error grows slowly and it runs in vectors.
+/// `a` and `b` have the same length.
+#[inline(always)]
+pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
+    const LANES: usize = 16;
+    const BLOCK: usize = 64 * LANES;
+    let mut total = W::ZERO;
+    for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+        let mut lanes = [W::ZERO; LANES];
+        let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let rest = a.remainder().iter().zip(b.remainder()).fold(W::ZERO, |sum, (&a, &b)| sum + f(a, b));
+        for (a, b) in a.zip(b) {
+            for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane = *lane + f(a, b);
+            }
+        }
+        total = total + lanes.into_iter().fold(rest, |sum, lane| sum + lane);
+    }
+    total
+}
+
+/// Sums over the rows of a `(rows, columns)` matrix, in F32 or F64, by blocks of rows.
+pub(super) struct ColumnSums<'a, T> {
+    /// The matrix, row-major.
+    pub(super) matrix: &'a [T],
+    /// How long a row is; at least 1.
+    pub(super) columns: usize,
+}
+
+impl<T: Element> Kernel for ColumnSums<'_, T> {
+    type Output = Vec<T::Wide>;
+
+    #[inline(always)]
+    fn run(self) -> Vec<T::Wide> {
+        const BLOCK: usize = 64;
+        // Narrow matrices are added up several rows side by side.
+        let width = self.columns * (CHUNK / self.columns).max(1);
+        let zeros = || vec![<T::Wide as Real>::ZERO; width];
+        let (mut total, mut block, mut wide) = (zeros(), zeros(), zeros());
+        for rows in self.matrix.chunks(width * BLOCK) {
+            block.fill(Real::ZERO);
+            for row in rows.chunks(width) {
+                let wide = &mut wide[..row.len()];
+                T::widen(row, wide);
+                for (sum, &value) in block.iter_mut().zip(wide.iter()) {
+                    *sum = *sum + value;
+                }
+            }
+            for (total, &block) in total.iter_mut().zip(&block) {
+                *total = *total + block;
+            }
+        }
+        let (first, others) = total.split_at_mut(self.columns);
+        for row in others.chunks(self.columns) {
+            for (sum, &value) in first.iter_mut().zip(row) {
+                *sum = *sum + value;
+            }
+        }
+        total.truncate(self.columns);
+        total
+    }
+}
+
+/// `y[i] += pattern[i % pattern.len()]`, rounded once.
+pub(super) struct AddPattern<'a, T: Element> {
+    /// What is added to.
+    pub(super) y: &'a mut [T],
+    /// What is added, again and again; not empty.
+    pub(super) pattern: &'a [T::Wide],
+}
+
+impl<T: Element> Kernel for AddPattern<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let mut wide = [<T::Wide as Real>::ZERO; CHUNK];
+        let repeated;
+        let pattern = if self.pattern.len() < CHUNK {
+            repeated = self.pattern.repeat(CHUNK / self.pattern.len());
+            &repeated
+        } else {
+            self.pattern
+        };
+        for period in self.y.chunks_mut(pattern.len()) {
+            for (y, pattern) in period.chunks_mut(CHUNK).zip(pattern.chunks(CHUNK)) {
+                let wide = &mut wide[..y.len()];
+                T::widen(y, wide);
+                for (value, &add) in wide.iter_mut().zip(pattern) {
+                    *value = *value + add;
+                }
+                T::narrow(wide, y);
+            }
+        }
+    }
+}
