@@ -32,7 +32,8 @@ fn steps(criterion: &mut Criterion) {
         let build = |vb| Mlp::new(problem.sizes, Activation::Tanh, vb);
         let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| candle_nn::Module::forward(m, y))
             .unwrap_or_else(|error| panic!("{}: {error}", problem.name));
-        let y0 = Tensor::randn(0f32, 1.0, (problem.batch, problem.sizes[0]), &Device::Cpu).and_then(|y| Var::from_tensor(&y));
+        let y0 = Tensor::randn(0f32, 1.0, (problem.batch, problem.sizes[0]), &Device::Cpu)
+            .and_then(|y| Var::from_tensor(&y));
         let y0 = y0.unwrap_or_else(|error| panic!("{error}"));
         let mut group = criterion.benchmark_group(problem.name);
         group.sample_size(10);
