@@ -158,10 +158,10 @@ pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
         let rest = a.remainder().iter().zip(b.remainder()).fold(W::ZERO, |sum, (&a, &b)| sum + f(a, b));
         for (a, b) in a.zip(b) {
             for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-                *lane = *lane + f(a, b);
+                *lane += f(a, b);
             }
         }
-        total = total + lanes.into_iter().fold(rest, |sum, lane| sum + lane);
+        total += lanes.into_iter().fold(rest, |sum, lane| sum + lane);
     }
     total
 }
@@ -190,17 +190,17 @@ impl<T: Element> Kernel for ColumnSums<'_, T> {
                 let wide = &mut wide[..row.len()];
                 T::widen(row, wide);
                 for (sum, &value) in block.iter_mut().zip(wide.iter()) {
-                    *sum = *sum + value;
+                    *sum += value;
                 }
             }
             for (total, &block) in total.iter_mut().zip(&block) {
-                *total = *total + block;
+                *total += block;
             }
         }
         let (first, others) = total.split_at_mut(self.columns);
         for row in others.chunks(self.columns) {
             for (sum, &value) in first.iter_mut().zip(row) {
-                *sum = *sum + value;
+                *sum += value;
             }
         }
         total.truncate(self.columns);
@@ -234,7 +234,7 @@ impl<T: Element> Kernel for AddPattern<'_, T> {
                 let wide = &mut wide[..y.len()];
                 T::widen(y, wide);
                 for (value, &add) in wide.iter_mut().zip(pattern) {
-                    *value = *value + add;
+                    *value += add;
                 }
                 T::narrow(wide, y);
             }

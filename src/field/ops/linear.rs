@@ -404,13 +404,14 @@ mod tests {
         let (w, b) = (leaf(noise(&[3, 2], 1)), leaf(noise(&[3], 2)));
         let x = leaf(Tensor::ones((70_000, 2), DType::F32, &Device::Cpu).unwrap());
         let y = affine(&x, &w, Some(&b)).unwrap();
-        let (grads, sums) = sink::open(Gradients::of(&[&w, &b]), || y.backward().unwrap());
+        let mut open = Gradients::new(2, DType::F32);
+        open.bind(&[w.clone(), b.clone()]);
+        let (grads, sums) = sink::open(open, || y.backward().unwrap());
         assert!(grads.get(&w).is_none() && grads.get(&b).is_none() && grads.get(&x).is_some());
-        for leaf in [&w, &b] {
-            let sum = sums.0[&leaf.id()].as_ref().unwrap();
-            assert_eq!(sum.dtype(), DType::F32);
-            assert_eq!(sum.dims(), leaf.dims());
-            assert!(values(sum).iter().all(|&v| v == 70_000.0), "{sum}");
+        for (leaf, sum) in [&w, &b].into_iter().zip(sums.into_sums()) {
+            let sum = sum.unwrap();
+            assert_eq!((sum.dtype(), sum.dims()), (DType::F32, leaf.dims()));
+            assert!(values(&sum).iter().all(|&v| v == 70_000.0), "{sum}");
         }
     }
 

@@ -1,22 +1,56 @@
-//! Differentiable fused ops, and the layers made of them.
+//! Differentiable building blocks for vector fields, usable in any Candle model.
+//!
+//! Layers have candle-nn's constructors and parameter names and implement [`Module`](candle_core::Module), so they are
+//! drop-in twins; they also implement [`Tangent`](crate::Tangent), which divergences need. All of them take F16, BF16,
+//! F32 and F64 with any strides. In half precision they calculate in F32 and round once; sums over a batch are made in
+//! F32 always; and inside a solve the gradient of a weight goes to the F32 sums of dL/dθ without being rounded.
+//!
+//! | here | formula | why not Candle's |
+//! |---|---|---|
+//! | [`linear()`], [`linear_no_bias`], [`affine`] | x Wᵀ + b | F16 sums over the batch stop at 2048; F16 products with one row or column lose digits |
+//! | [`concat_linear`] | [x, t] Wᵀ + b | makes no copy of x |
+//! | [`add_bias`] | x + b along a dimension | as `linear` |
+//! | [`conv2d`], [`conv2d_no_bias`] | x ∗ w + b | no BF16 on the CPU; sums as in `linear`; an error in the backward pass of some strided convolutions of oblong images |
+//! | [`layer_norm`], [`layer_norm_no_bias`], [`rms_norm`] | (x − mean) / std · w + b | no backward pass for contiguous input; no F32 weights on F16 input |
+//! | [`group_norm`], [`instance_norm`] | the same over groups of channels | no F32 weights on F16 input; batch sums |
+//! | [`softmax`], [`Softmax`] | eˣ / Σ eˣ | `softmax_last_dim` has no backward pass |
+//! | [`Dropout`] | x · mask / (1 − p) | draws anew at each call, which no solve allows |
+//! | [`Activation`], [`tanh`], [`sigmoid`], [`softplus`], [`silu`], [`gelu`], [`relu`], [`elu`], [`sin`], [`cos`], [`log_cosh`] | f(x) | scalar code, and several kernels in the backward pass |
+//! | [`Sequential`], [`Mlp`] | one after another | no tangent, neither `Send` nor `Sync` |
+//!
+//! Each op is one node in Candle's graph and keeps nothing but what Candle keeps anyway: its arguments and its result.
+//! On the CPU it runs in loops of ours; on other devices its value is composed of Candle's ops, with the same formulas.
+//!
+//! Ops whose backward pass Candle lacks and that have no twin here: `conv_transpose1d`, `upsample_bilinear2d`, and pools
+//! with a kernel that differs from the stride.
 
-pub mod activation;
+mod activation;
 mod bias;
 pub mod combine;
 mod concat_time;
+mod conv;
 mod cpu;
+mod dropout;
 #[cfg(test)]
 mod gradcheck;
 mod linear;
 mod mlp;
+mod norm;
 mod precomputed;
 mod real;
 mod sequential;
+mod softmax;
 mod weight;
 
 pub use activation::{Activation, cos, elu, gelu, log_cosh, relu, sigmoid, silu, sin, softplus, tanh};
 pub use bias::add_bias;
 pub use concat_time::{ConcatLinear, concat_linear};
+pub use conv::{Conv2d, conv2d, conv2d_no_bias};
+pub use dropout::Dropout;
 pub use linear::{Linear, affine, linear, linear_b, linear_no_bias};
 pub use mlp::{Mlp, MlpBuilder};
+pub use norm::{
+    GroupNorm, InstanceNorm, LayerNorm, group_norm, instance_norm, layer_norm, layer_norm_no_bias, rms_norm,
+};
 pub use sequential::{Sequential, Timed, seq};
+pub use softmax::{Softmax, softmax};

@@ -5,16 +5,19 @@
 //! |r| ≤ ln 2 / 2 after x = k ln 2 + r; log1p is 2 artanh(u / (2 + u)); erfc is a Chebyshev series of
 //! ln(erfc(z) e^{z²} / t) in t = 2 / (2 + z).
 
-use std::ops::{Add, Div, Mul, Neg, Sub};
+use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub};
 
 /// F32 or F64: what the ops calculate in.
 pub(super) trait Real:
     Copy
     + PartialOrd
     + Add<Output = Self>
+    + AddAssign
     + Sub<Output = Self>
     + Mul<Output = Self>
+    + MulAssign
     + Div<Output = Self>
+    + DivAssign
     + Neg<Output = Self>
     + Send
     + Sync
@@ -165,7 +168,7 @@ trait Exponential: Sized {
 }
 
 real!(f32, i32, u32, mantissa: 23, bias: 127, magic: 12_582_912.0,
-      ln2: (0.693_359_375, -2.121_944_4e-4), lowest: -125.0, exp_terms: 7, log_terms: 8, erfc_terms: 16,
+      ln2: (0.693_359_4, -2.121_944_4e-4), lowest: -125.0, exp_terms: 7, log_terms: 8, erfc_terms: 16,
       turns: 1e6);
 real!(f64, i64, u64, mantissa: 52, bias: 1023, magic: 6_755_399_441_055_744.0,
       ln2: (6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10), lowest: -800.0, exp_terms: 13, log_terms: 17,
@@ -231,7 +234,7 @@ const ERFC: [f64; 28] = [
     -8.523_809_591_492_655e-8,
     6.529_054_439_098_851e-9,
     5.059_343_495_551_469e-9,
-    -9.913_641_564_930_331e-10,
+    -9.913_641_564_930_33e-10,
     -2.273_651_222_931_836e-10,
     9.646_791_102_015_526e-11,
     2.394_038_083_039_115e-12,

@@ -346,7 +346,7 @@ impl<T: Element, F: Function, const ORDER: u32> Kernel for Map<'_, T, F, ORDER> 
             for by in self.by {
                 T::widen(&by[start..start + len], &mut factor[..len]);
                 for (y, &factor) in y.iter_mut().zip(&factor) {
-                    *y = *y * factor;
+                    *y *= factor;
                 }
             }
             T::narrow(&y[..len], &mut narrow[..len]);
@@ -364,8 +364,7 @@ fn beyond_turns<R: Real>(x: &[R], y: &mut [R], quarters: u32) {
         return;
     }
     for (y, &x) in y.iter_mut().zip(x) {
-        // Written so that a NaN, too, is handed on.
-        if !(x.abs() <= limit) {
+        if x.abs() > limit {
             *y = x.sin_anywhere(quarters);
         }
     }
