@@ -7,7 +7,7 @@ use candle_ode::memory::{cuda_device, probe_cuda};
 fn a_missing_device_is_an_error() {
     let error = cuda_device(4096).unwrap_err();
     match error {
-        OdeError::Unsupported { .. } => assert!(!cfg!(feature = "cuda"), "{error}"),
+        OdeError::Unsupported { .. } if !cfg!(feature = "cuda") => {}
         OdeError::Meter { counter: "cuda", .. } => assert!(probe_cuda().is_err(), "{error}"),
         OdeError::Candle(_) => {}
         other => panic!("{other}"),
