@@ -1,0 +1,128 @@
+//! Velocity fields of flows: the reference flow with its hypernetwork, and an MLP for any number of dimensions.
+//!
+//! Both work in every dtype: what they are made of sums over the batch in F32.
+
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::VarBuilder;
+use candle_ode::ops::{Activation, Mlp, affine};
+use candle_ode::{Tangent, Time};
+
+/// The reference flow: f(z, t) = mean over j of u_j tanh(w_j·z + b_j).
+///
+/// w_j, b_j and u_j = v_j σ(g_j) are functions of t, the output of a hypernetwork 1 → 32 → 32 → (3 dim + 1) width with
+/// tanh between its layers. Its divergence is known: mean over j of (1 − tanh²) u_j·w_j.
+///
+/// Shapes: z and f are `(batch, dim)`; W `(width, dim)`, b `(width)`, U `(dim, width)`.
+///
+/// # Reference
+/// The continuous normalizing flow of Celledoni, Owren, Ruthotto, Yang, arXiv 2510.23498.
+#[derive(Clone, Debug)]
+pub struct HyperFlow {
+    hyper: Mlp,
+    dim: usize,
+    width: usize,
+}
+
+/// Units of each hidden layer of the hypernetwork.
+const HIDDEN: usize = 32;
+
+/// The weights at one time.
+struct Weights {
+    w: Tensor,
+    b: Tensor,
+    u: Tensor,
+}
+
+impl HyperFlow {
+    /// A flow of `dim` dimensions that is `width` units wide; parameters `hyper.0.weight`, `hyper.0.bias` …
+    ///
+    /// # Errors
+    /// Whatever the `VarBuilder` reports.
+    pub fn new(dim: usize, width: usize, vb: VarBuilder) -> Result<Self> {
+        let sizes = [1, HIDDEN, HIDDEN, (3 * dim + 1) * width];
+        Ok(Self { hyper: Mlp::new(&sizes, Activation::Tanh, vb.pp("hyper"))?, dim, width })
+    }
+
+    fn weights(&self, t: &Time, z: &Tensor) -> Result<Weights> {
+        let Self { dim, width, .. } = *self;
+        let all = self.hyper.forward(&t.like(z)?)?.flatten_all()?;
+        let block = |n: usize| all.narrow(0, n * dim * width, dim * width);
+        let gate = Activation::Sigmoid.forward(&block(2)?)?;
+        Ok(Weights {
+            w: block(0)?.reshape((width, dim))?,
+            b: all.narrow(0, 3 * dim * width, width)?,
+            u: (block(1)? * gate)?.reshape((dim, width))?,
+        })
+    }
+
+    /// The mean over the units: activations `(batch, width)` times weights `(outputs, width)`, over the width.
+    fn mean(&self, activations: &Tensor, weights: &Tensor) -> Result<Tensor> {
+        affine(activations, weights, None)? / self.width as f64
+    }
+}
+
+impl Tangent for HyperFlow {
+    fn tangent(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Weights { w, b, u } = self.weights(t, z)?;
+        let (units, along) = Activation::Tanh.tangent(t, &affine(z, &w, Some(&b))?, &affine(v, &w, None)?)?;
+        Ok((self.mean(&units, &u)?, self.mean(&along, &u)?))
+    }
+
+    fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        let Weights { w, b, u } = self.weights(t, z)?;
+        let units = affine(z, &w, Some(&b))?;
+        let f = self.mean(&Activation::Tanh.forward(&units)?, &u)?;
+        let along = (u * w.t()?)?.sum_keepdim(0)?;
+        let trace = self.mean(&Activation::Tanh.derivative(&units)?, &along)?;
+        Ok(Some((f, trace.squeeze(1)?)))
+    }
+}
+
+/// A velocity field for points of `dim` columns.
+#[derive(Clone, Debug)]
+pub enum Velocity {
+    /// For the plane: see [`HyperFlow`].
+    Hyper(HyperFlow),
+    /// For everything else: two hidden layers with softplus, each seeing the time.
+    Mlp(Mlp),
+}
+
+impl Velocity {
+    /// The reference flow, 128 units wide, for two dimensions; an MLP for others.
+    ///
+    /// # Errors
+    /// Whatever the `VarBuilder` reports.
+    pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
+        if dim == 2 {
+            return HyperFlow::new(dim, 128, vb).map(Self::Hyper);
+        }
+        let hidden = (2 * dim).clamp(64, 1024);
+        Mlp::builder(&[dim, hidden, hidden, dim], Activation::Softplus).in_time().build(vb.pp("mlp")).map(Self::Mlp)
+    }
+}
+
+impl Tangent for Velocity {
+    fn tangent(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Hyper(flow) => flow.tangent(t, z, v),
+            Self::Mlp(mlp) => mlp.tangent(t, z, v),
+        }
+    }
+
+    fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        match self {
+            Self::Hyper(flow) => flow.trace(t, z),
+            Self::Mlp(mlp) => mlp.trace(t, z),
+        }
+    }
+}
+
+/// −log of the standard normal density at z `(batch, dim)`, in the dtype of z: ½|z|² + ½ dim ln 2π, shape `(batch,)`.
+///
+/// # Errors
+/// A z of another shape or of integers.
+pub fn base_nll(z: &Tensor) -> Result<Tensor> {
+    let (_, dim) = z.dims2()?;
+    debug_assert!(matches!(z.dtype(), DType::F32 | DType::F64), "solutions come in the accumulate dtype");
+    (z.sqr()?.sum(1)? * 0.5)? + 0.5 * dim as f64 * std::f64::consts::TAU.ln()
+}
