@@ -124,6 +124,14 @@ impl Source {
         }
     }
 
+    /// The value of a white pixel; 1 for what is no image.
+    pub fn white(&self) -> f64 {
+        match &self.kind {
+            Kind::Table(table) => table.levels.map_or(1.0, |levels| f64::from(levels - 1)),
+            Kind::Toy(_) => 1.0,
+        }
+    }
+
     /// The batch of that iteration: `rows` fresh points, or rows of the file drawn with replacement.
     pub fn batch(&self, seed: u64, iteration: u64, rows: usize) -> Batch {
         let mut rng = draws(seed, Purpose::Batch, iteration);

@@ -2,35 +2,39 @@
 
 // Nothing of a program is reachable from outside.
 #![allow(unreachable_pub)]
-// Some of it waits for the training loop.
-#![allow(dead_code)]
 
 mod checkpoint;
 mod cli;
+mod compare;
 mod data;
 mod draws;
 mod file;
+mod flow;
 mod metrics;
+mod model;
+mod pictures;
 mod plot;
+mod progress;
+mod session;
+mod stop;
+mod train;
+mod weights;
 
+use candle_ode::memory::TrackingAllocator;
 use clap::Parser;
 use std::process::ExitCode;
 
+#[global_allocator]
+static HEAP: TrackingAllocator = TrackingAllocator::system();
+
 fn main() -> ExitCode {
-    match run(&cli::Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+    let cli = cli::Cli::parse();
+    match stop::Stop::on_ctrl_c().and_then(|stop| session::run(&cli, &stop)) {
+        Ok(session::End::Finished) => ExitCode::SUCCESS,
+        Ok(session::End::Interrupted) => ExitCode::from(stop::INTERRUPTED),
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
-}
-
-/// Checks the settings and looks at the data.
-fn run(cli: &cli::Cli) -> candle_ode::Result<()> {
-    let config = cli.config();
-    let source = data::Source::open(&config.data)?;
-    let batch = source.batch(config.seed, 1, config.batch as usize);
-    println!("{}: {} columns, batches of {}", source.name(), source.dim(), batch.len());
-    Ok(())
 }
