@@ -380,7 +380,11 @@ impl From<candle_core::Error> for OdeError {
         match error {
             C::WrappedContext { wrapped, context } => match wrapped.downcast::<Self>() {
                 Ok(ours) => *ours,
-                Err(wrapped) => Self::Candle(C::WrappedContext { wrapped, context }),
+                Err(wrapped) => match wrapped.downcast::<C>() {
+                    Ok(inner) if holds_ours(&inner) => Self::from(*inner),
+                    Ok(inner) => Self::Candle(C::WrappedContext { wrapped: inner, context }),
+                    Err(wrapped) => Self::Candle(C::WrappedContext { wrapped, context }),
+                },
             },
             C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. }
                 if holds_ours(&inner) =>
@@ -396,7 +400,10 @@ impl From<candle_core::Error> for OdeError {
 fn holds_ours(error: &candle_core::Error) -> bool {
     use candle_core::Error as C;
     match error {
-        C::WrappedContext { wrapped, .. } => wrapped.is::<OdeError>(),
+        // What `.context(..)` on a `Result` makes: ours, or Candle's around ours.
+        C::WrappedContext { wrapped, .. } => {
+            wrapped.is::<OdeError>() || wrapped.downcast_ref::<C>().is_some_and(holds_ours)
+        }
         C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. } => holds_ours(inner),
         C::BackwardNotSupported { .. } => true,
         _ => false,

@@ -4,11 +4,11 @@ use crate::State;
 use crate::adjoint::Recorded;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
-use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField};
+use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
 use crate::solve::{OnOverflow, StepInfo};
-use crate::solver::{Clock, Solver, StageMemory, Stages};
+use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages, check_captured};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
@@ -95,7 +95,14 @@ impl<'a> Forward<'a> {
         let mut wide = Wide::default();
         let walked = {
             let mut opened = Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters);
-            self.check_first(&mut opened, start)?;
+            if self.opening == Opening::Track && self.field.needs_probe() {
+                // The masters themselves are open: let the field show on copies first whether it writes to them.
+                let field = self.field.as_ref();
+                let mut probe = Opened::new(&self.casts, field, Opening::Probe, self.seed, &self.counters);
+                self.check_first(&mut probe, Opening::Probe, start)?;
+            } else {
+                self.check_first(&mut opened, self.opening, start)?;
+            }
             loop {
                 let mut suspects = vec![];
                 let walked = self.walk(&mut opened, start, outputs, &mut wide, &mut suspects)?;
@@ -163,8 +170,12 @@ impl<'a> Forward<'a> {
             let at = self.clock.step(n, dtype);
             let _span =
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
-            let tracking = self.opening == Opening::Track;
-            let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, tracking);
+            let slopes = match self.opening {
+                Opening::Track => Slopes::Keep,
+                Opening::Evaluate => Slopes::Refuse,
+                Opening::Probe | Opening::Linearize => Slopes::Cut,
+            };
+            let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes);
             let step = self.solver.step(&stages, &at, y)?;
             let mut finite = step.finite;
             let end = step.y.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
@@ -239,21 +250,23 @@ impl<'a> Forward<'a> {
     }
 
     /// The first evaluation, twice: same bits, nothing captured, no parameter written to.
-    fn check_first(&self, opened: &mut Opened<'_>, start: &State) -> Result<()> {
-        if !self.checked.determinism && self.opening != Opening::Probe {
+    fn check_first(&self, opened: &mut Opened<'_>, opening: Opening, start: &State) -> Result<()> {
+        if !self.checked.determinism && opening != Opening::Probe {
             return Ok(());
         }
         let compute = self.precision.compute_dtype();
         let field = opened.get(compute)?;
         let at = self.clock.step(0, compute);
         let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
-        let stages = Stages::new(field, self.precision.accumulate_dtype(), &self.counters, true);
+        let stages = Stages::new(field, self.precision.accumulate_dtype(), &self.counters, Slopes::Keep);
         let first = stages.slope(&at, 0, &y)?;
+        // The unrolled graph reaches captured tensors by itself.
         if self.opening != Opening::Track {
             check_captured(field, &first)?;
         }
-        if self.opening == Opening::Probe {
+        if opening == Opening::Probe {
             check_unchanged(field.leaves(), &self.casts.casts)?;
+            self.field.probed();
         }
         if self.checked.determinism {
             count(&self.counters.determinism_checks);
@@ -262,18 +275,6 @@ impl<'a> Forward<'a> {
         }
         Ok(())
     }
-}
-
-/// A tracked result whose leaves are not all ours was reached through a captured tensor.
-fn check_captured(field: &dyn VectorField, slope: &State) -> Result<()> {
-    for tensor in slope.tensors().iter().filter(|x| x.track_op()) {
-        for node in tensor.sorted_nodes() {
-            if node.is_variable() && !field.leaves().iter().any(|leaf| leaf.id() == node.id()) {
-                return Err(OdeError::Captured { shape: node.shape().clone(), dtype: node.dtype() });
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The copies that a probe was given must still hold what they were copied from.

@@ -203,6 +203,9 @@ impl Ode {
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check()?;
         check_start(&y0)?;
+        if let Some((index, &value)) = self.save_at.iter().enumerate().find(|(_, t)| !t.is_finite()) {
+            return Err(OdeError::NonFiniteTime { index, value });
+        }
         let outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
         let _span = tracing::debug_span!(target: "candle_ode", "solve", steps = grid.steps()).entered();
         let counters = Arc::new(Counters::default());

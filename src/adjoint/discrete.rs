@@ -8,7 +8,7 @@ use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, Rule};
 use crate::solver::{Clock, Pullbacks, Solver, StageMemory, Stages, StepAt};
-use crate::solver::{StageScale, largest};
+use crate::solver::{Slopes, StageScale, largest};
 use crate::stats::{Counters, count};
 use crate::trajectory::Trajectory;
 use candle_core::{DType, Tensor};
@@ -162,7 +162,7 @@ impl Pass<'_, '_> {
         let solve = self.solve;
         let field = self.opened.get(at.dtype)?;
         gradients.bind(field.leaves());
-        let stages = Stages::new(field, solve.precision.accumulate_dtype(), &solve.counters, false);
+        let stages = Stages::new(field, solve.precision.accumulate_dtype(), &solve.counters, Slopes::Cut);
         let mut pullbacks = Pullbacks::new(gradients, scale, &solve.counters);
         let lambda = solve.solver.pullback(&stages, at, y, lambda, solve.memory, &mut pullbacks)?;
         Ok((lambda, pullbacks.into_finite()))
@@ -179,6 +179,10 @@ impl Pass<'_, '_> {
     ) -> Result<State> {
         let solve = self.solve;
         let size = largest(lambda)?;
+        if size == 0.0 && dynamic.is_none() {
+            // No output that the loss uses has been reached yet: a scale found here would fit nothing.
+            return self.pull(at, y, lambda, gradients, StageScale::Fixed(1.0));
+        }
         let batch = y.tensors().first().and_then(|y| y.dims().first().copied()).unwrap_or(1);
         let rule = dynamic.get_or_insert_with(|| Dynamic::new(at.dtype, y.numel(), batch, size));
         for _ in 0..Dynamic::ATTEMPTS {

@@ -113,8 +113,11 @@ pub trait Field: Send + Sync + 'static {
     /// Whatever building the model reports.
     fn open(&self, casts: &Casts, opening: Opening, seed: u64) -> Result<Box<dyn VectorField>>;
 
-    /// Says once in its life that it has not been probed for writes to its own parameters yet.
+    /// Whether it has yet to be probed for writes to its own parameters.
     fn needs_probe(&self) -> bool {
         false
     }
+
+    /// Told when a probe has found none: it need not be probed again.
+    fn probed(&self) {}
 }

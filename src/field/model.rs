@@ -168,7 +168,11 @@ impl Field for ModelField {
     }
 
     fn needs_probe(&self) -> bool {
-        !self.probed.swap(true, Ordering::Relaxed)
+        !self.probed.load(Ordering::Relaxed)
+    }
+
+    fn probed(&self) {
+        self.probed.store(true, Ordering::Relaxed);
     }
 }
 

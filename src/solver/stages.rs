@@ -63,12 +63,23 @@ pub struct Stages<'a> {
     field: &'a dyn VectorField,
     accumulate: DType,
     counters: &'a Counters,
-    tracking: bool,
+    slopes: Slopes,
+}
+
+/// What becomes of a slope that Candle tracks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Slopes {
+    /// It stays in Candle's graph.
+    Keep,
+    /// It is cut from Candle's graph.
+    Cut,
+    /// It is an error: nothing that was given to the field is tracked, so the field has captured something.
+    Refuse,
 }
 
 impl<'a> Stages<'a> {
-    pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, tracking: bool) -> Self {
-        Self { field, accumulate, counters, tracking }
+    pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, slopes: Slopes) -> Self {
+        Self { field, accumulate, counters, slopes }
     }
 
     /// The dtype in which y, λ and the cotangents are summed.
@@ -86,8 +97,10 @@ impl<'a> Stages<'a> {
         let place = at.place(stage);
         let slope = self.field.eval(&at.time(stage), y).map_err(|error| from_field(error, place))?;
         check_slope(y, &slope, place)?;
-        if self.tracking {
-            return Ok(slope);
+        match self.slopes {
+            Slopes::Keep => return Ok(slope),
+            Slopes::Cut => {}
+            Slopes::Refuse => check_captured(self.field, &slope)?,
         }
         Ok(slope.detach())
     }
@@ -104,6 +117,18 @@ impl<'a> Stages<'a> {
         check_slope(y, linearization.value(), place)?;
         Ok(linearization)
     }
+}
+
+/// A tracked result whose leaves are not all ours was reached through a captured tensor.
+pub(crate) fn check_captured(field: &dyn VectorField, slope: &State) -> Result<()> {
+    for tensor in slope.tensors().iter().filter(|x| x.track_op()) {
+        for node in tensor.sorted_nodes() {
+            if node.is_variable() && !field.leaves().iter().any(|leaf| leaf.id() == node.id()) {
+                return Err(OdeError::Captured { shape: node.shape().clone(), dtype: node.dtype() });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// An error of the field, with its place; errors that are ours already stay what they are.

@@ -7,6 +7,7 @@ use candle_ode::prelude::*;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
+pub mod gradcheck;
 pub mod memory;
 
 /// A plain Candle model: y ↦ W₂ tanh(W₁ y + b₁ + t) + b₂.
@@ -55,6 +56,30 @@ pub fn normal(seed: u64, shape: &[usize], dtype: DType) -> Tensor {
 
 pub fn values(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Every element as its bits: equal only if the tensors are.
+pub fn bits(x: &Tensor) -> Vec<u64> {
+    values(x).into_iter().map(f64::to_bits).collect()
+}
+
+/// The bits of all variables, by name.
+pub fn snapshot(vars: &VarMap) -> BTreeMap<String, Vec<u64>> {
+    sorted(vars).into_iter().map(|(name, var)| (name, bits(&var))).collect()
+}
+
+/// A variable of standard normal numbers.
+pub fn variable(seed: u64, shape: &[usize], dtype: DType) -> Var {
+    Var::from_tensor(&normal(seed, shape, dtype)).unwrap()
+}
+
+/// A field over a state of one tensor whose missing parameters are created in F64.
+pub fn field64<M: 'static>(
+    vars: &VarMap,
+    build: impl Fn(VarBuilder<'static>) -> Result<M> + Send + Sync + 'static,
+    eval: impl Fn(&M, &Time, &State, &[Tensor]) -> Result<State> + Send + Sync + 'static,
+) -> ModelField {
+    ModelField::from_var_builder(VarBuilder::from_varmap(vars, DType::F64, &Device::Cpu), build, eval).unwrap()
 }
 
 /// ‖a − b‖ / ‖b‖ in the 2-norm.
