@@ -1,7 +1,7 @@
 //! In which dtype what is done.
 
 use crate::error::{OdeError, Result};
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 /// The three dtypes of a solve.
 ///
@@ -77,7 +77,7 @@ impl Precision {
         self.accumulate
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self, device: &Device) -> Result<()> {
         let floats = [DType::F16, DType::BF16, DType::F32, DType::F64];
         let wrong = |what: &str, dtype, hint| Err(OdeError::UnsupportedDType { what: what.into(), dtype, hint });
         if !floats.contains(&self.compute) {
@@ -88,6 +88,9 @@ impl Precision {
         }
         if !matches!(self.accumulate, DType::F32 | DType::F64) {
             return wrong("the accumulate dtype", self.accumulate, "sums need F32 or F64");
+        }
+        if device.is_metal() && [self.compute, self.storage, self.accumulate].contains(&DType::F64) {
+            return wrong("the precision", DType::F64, "Metal has no F64: take F32");
         }
         if self.accumulate.size_in_bytes() < self.compute.size_in_bytes() {
             return wrong("the accumulate dtype", self.accumulate, "it cannot be narrower than the compute dtype");

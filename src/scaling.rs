@@ -4,7 +4,8 @@
 
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -139,35 +140,65 @@ impl Scale {
             Self::Device { inverse, .. } => x.to_dtype(dtype)?.broadcast_mul(&inverse.to_dtype(dtype)?),
         }
     }
+}
 
-    /// The power of two with ½ < S·max|κ| ≤ 1 over all `tensors`, shifted down by `headroom`. 1 for a cotangent that is
-    /// zero or not finite.
-    pub(crate) fn for_cotangent(tensors: &[Tensor], headroom: i32) -> candle_core::Result<Self> {
+/// Finds the power of two with ½ < S·max|κ| ≤ 1 for each cotangent of one pass, shifted down by its headroom. 1 for a
+/// cotangent that is zero or not finite.
+#[derive(Debug)]
+pub(crate) struct PowerOfTwo {
+    headroom: i32,
+    tables: OnceCell<Tables>,
+}
+
+/// The rule by table look-up, all on the device: the count of powers of two below the maximum is its exponent.
+#[derive(Debug)]
+struct Tables {
+    thresholds: Tensor,
+    scales: Tensor,
+    inverses: Tensor,
+}
+
+impl PowerOfTwo {
+    pub(crate) fn new(headroom: i32) -> Self {
+        Self { headroom, tables: OnceCell::new() }
+    }
+
+    /// S for a cotangent of these tensors, without a read from the device.
+    pub(crate) fn scale(&self, tensors: &[Tensor]) -> candle_core::Result<Scale> {
         if tensors.iter().all(|x| x.device().is_cpu()) {
             let mut largest = 0.0_f64;
             for x in tensors {
                 let m = combine::max_abs(x)?;
                 largest = if m > largest || m.is_nan() { m } else { largest };
             }
-            return Ok(Self::Host(power_below(largest, headroom)));
+            return Ok(Scale::Host(power_below(largest, self.headroom)));
         }
         let maxima = tensors.iter().map(combine::max_abs_on_device).collect::<candle_core::Result<Vec<_>>>()?;
-        Self::on_device(&Tensor::stack(&maxima, 0)?.max(0)?, headroom)
+        self.look_up(&Tensor::stack(&maxima, 0)?.max(0)?)
     }
 
-    /// The same rule by table look-up, all on the device: the count of powers of two below the maximum is its exponent.
-    fn on_device(largest: &Tensor, headroom: i32) -> candle_core::Result<Self> {
-        let device = largest.device();
-        let thresholds: Vec<f32> = (LOWEST..=HIGHEST).map(|e| 2f32.powi(e)).collect();
-        // Entry 0 stands for zero and NaN (no threshold is below), the last for infinity (all are).
-        let scales: Vec<f32> = thresholds.iter().map(|p| power_below(f64::from(*p) * 1.5, headroom) as f32).collect();
-        let scales: Vec<f32> = std::iter::once(1.0).chain(scales).chain([1.0]).collect();
-        let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
-        let below = Tensor::new(thresholds, device)?.broadcast_lt(largest)?.to_dtype(DType::F32)?.sum_all()?;
+    fn look_up(&self, largest: &Tensor) -> candle_core::Result<Scale> {
+        let Tables { thresholds, scales, inverses } = self.tables(largest.device())?;
+        let below = thresholds.broadcast_lt(largest)?.to_dtype(DType::F32)?.sum_all()?;
         let infinite = largest.gt(f32::MAX)?.to_dtype(DType::F32)?;
         let row = (below + infinite)?.to_dtype(DType::U32)?.reshape(1)?;
-        let pick = |table: Vec<f32>| Tensor::new(table, device)?.index_select(&row, 0)?.reshape(());
-        Ok(Self::Device { scale: pick(scales)?, inverse: pick(inverses)? })
+        let pick = |table: &Tensor| table.index_select(&row, 0)?.reshape(());
+        Ok(Scale::Device { scale: pick(scales)?, inverse: pick(inverses)? })
+    }
+
+    /// The tables, uploaded once.
+    fn tables(&self, device: &Device) -> candle_core::Result<&Tables> {
+        if let Some(tables) = self.tables.get() {
+            return Ok(tables);
+        }
+        let thresholds: Vec<f32> = (LOWEST..=HIGHEST).map(|e| 2f32.powi(e)).collect();
+        // Entry 0 stands for zero and NaN (no threshold is below), the last for infinity (all are).
+        let scale = |p: &f32| power_below(f64::from(*p) * 1.5, self.headroom) as f32;
+        let scales: Vec<f32> = std::iter::once(1.0).chain(thresholds.iter().map(scale)).chain([1.0]).collect();
+        let inverses: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
+        let upload = |table: Vec<f32>| Tensor::new(table, device);
+        let made = Tables { thresholds: upload(thresholds)?, scales: upload(scales)?, inverses: upload(inverses)? };
+        Ok(self.tables.get_or_init(|| made))
     }
 }
 
@@ -240,7 +271,6 @@ impl Dynamic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn the_scale_brings_the_maximum_into_half_to_one() {
@@ -257,7 +287,7 @@ mod tests {
     #[test]
     fn the_scale_on_the_device_is_the_one_on_the_host() -> candle_core::Result<()> {
         for m in [1e-20_f32, 3.1e-9, 0.5, 0.500001, 0.75, 1.0, 1.0000001, 6e4, 3e20, 0.0, f32::NAN, f32::INFINITY] {
-            let Scale::Device { scale, inverse } = Scale::on_device(&Tensor::new(m, &Device::Cpu)?, 2)? else {
+            let Scale::Device { scale, inverse } = PowerOfTwo::new(2).look_up(&Tensor::new(m, &Device::Cpu)?)? else {
                 panic!()
             };
             let (s, i) = (scale.to_scalar::<f32>()?, inverse.to_scalar::<f32>()?);

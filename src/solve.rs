@@ -10,7 +10,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::States;
+use crate::trajectory::{States, Trajectory};
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -201,7 +201,7 @@ impl Ode {
         let y0: State = y0.into();
         let grid = self.time_grid()?;
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
-        precision.check()?;
+        precision.check(y0.device())?;
         check_start(&y0)?;
         if let Some((index, &value)) = self.save_at.iter().enumerate().find(|(_, t)| !t.is_finite()) {
             return Err(OdeError::NonFiniteTime { index, value });
@@ -242,35 +242,22 @@ impl Ode {
             counters: counters.clone(),
         };
         let (walked, forward) = forward.run(&start, &outputs)?;
-        let times: Vec<f64> = outputs.iter().filter(|&&n| n <= walked.steps()).map(|&n| grid.times()[n]).collect();
-        let trajectory_bytes = walked.trajectory.as_ref().map_or(0, crate::trajectory::Trajectory::bytes);
-        let end = grid.times()[walked.steps()];
-        let mut at: Vec<usize> = outputs.into_iter().filter(|&n| n <= walked.steps()).collect();
-        let states = if tracked && !unrolled {
+        let steps = walked.steps();
+        let trajectory_bytes = walked.trajectory.as_ref().map_or(0, Trajectory::bytes);
+        let reached: Vec<(usize, State)> = if tracked && !unrolled {
             let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
             let (kept, recorded) = walked.record(forward, discrete.stage_memory, scaling)?;
             let indices: Vec<usize> = kept.iter().map(|(n, _)| *n).collect();
-            let attached = crate::graph::attach(kept, &start, trainable, recorded)?;
-            indices.into_iter().zip(attached).collect()
+            indices.into_iter().zip(crate::graph::attach(kept, &start, trainable, recorded)?).collect()
         } else {
             walked.outputs
         };
-        // States come in the order of the grid; they are handed out in the order they were asked for.
-        let of = |n: usize| states.iter().find(|(at, _)| *at == n).map(|(_, state)| state.clone());
-        let Some((_, last)) = states.last().cloned() else { return Err(OdeError::NoSteps) };
-        if at.is_empty() {
-            at.push(states.len());
-            return Ok(Solution {
-                states: vec![last.clone()],
-                times: vec![end],
-                last,
-                end,
-                counters,
-                trajectory_bytes,
-            });
-        }
-        let states = at.into_iter().filter_map(of).collect();
-        Ok(Solution { states, times, last, end, counters, trajectory_bytes })
+        let Some((_, last)) = reached.last().cloned() else { return Err(OdeError::NoSteps) };
+        // In the order they were asked for, as far as they were reached.
+        let wanted = if outputs.is_empty() { vec![steps] } else { outputs };
+        let find = |n: &usize| reached.iter().find(|(at, _)| at == n).map(|(_, y)| (grid.times()[*n], y.clone()));
+        let (times, states) = wanted.iter().filter_map(find).unzip();
+        Ok(Solution { states, times, last, end: grid.times()[steps], counters, trajectory_bytes })
     }
 
     fn time_grid(&self) -> Result<TimeGrid> {

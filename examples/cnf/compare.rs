@@ -78,7 +78,8 @@ impl Table {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let several = self.0.iter().any(|line| line.seeds > 1);
-        let mut head = format!("{:<10}{:>9}{:>12}{:>16}{:>22}", "precision", "time", "peak", "trajectory", "validation NLL");
+        let mut head =
+            format!("{:<10}{:>9}{:>12}{:>16}{:>22}", "precision", "time", "peak", "trajectory", "validation NLL");
         if several {
             head.push_str("    spread");
         }
@@ -121,8 +122,7 @@ mod tests {
             (config, Outcome { val_nll, peak_bytes, seconds: 2.0, trajectory_bytes: 1536, ..Outcome::default() })
         };
         let (f32, f16) = (PrecisionName::F32, PrecisionName::F16);
-        let runs =
-            [run(f32, 0, 3.5, 2 << 20), run(f32, 1, 3.75, 1 << 20), run(f16, 0, 3.75, 7), run(f16, 1, 3.75, 8)];
+        let runs = [run(f32, 0, 3.5, 2 << 20), run(f32, 1, 3.75, 1 << 20), run(f16, 0, 3.75, 7), run(f16, 1, 3.75, 8)];
         let table = Table::of(&runs);
         assert_eq!((table.0[0].val_nll, table.0[0].val_nll_spread, table.0[0].peak_bytes), (3.625, 0.25, 2 << 20));
         assert_eq!((table.0[1].seeds, table.0[1].val_nll_difference), (2, 0.125));

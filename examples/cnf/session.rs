@@ -85,7 +85,10 @@ fn compare(runs: Vec<Config>, out: &Path, device: &Device, stop: &Stop) -> Resul
     }
     println!("\n{}", Table::of(&finished));
     println!("NLL of the same {JUDGES} validation points (tables: all held-out rows), each in its own precision;");
-    println!("the spread is the largest less the smallest of the seeds. Saved in {}", out.join("compare.csv").display());
+    println!(
+        "the spread is the largest less the smallest of the seeds. Saved in {}",
+        out.join("compare.csv").display()
+    );
     Ok(End::Finished)
 }
 
@@ -99,12 +102,19 @@ fn describe(run: &Run, outcome: &Outcome) {
     let stats = outcome.last;
     println!(
         "Validated in {} on {} points. A training step: {} evaluations, {} linearisations, {} pullbacks, {} casts, {} builds.",
-        run.config().precision, run.judges(), stats.evaluations, stats.linearizations, stats.pullbacks, stats.casts,
+        run.config().precision,
+        run.judges(),
+        stats.evaluations,
+        stats.linearizations,
+        stats.pullbacks,
+        stats.casts,
         stats.builds,
     );
     let (steps, passes) = outcome.redone;
     let rate = outcome.iterations as f64 / outcome.seconds.max(f64::MIN_POSITIVE);
-    println!("{rate:.1} iterations a second; {steps} solver steps and {passes} backward passes done again after overflow.");
+    println!(
+        "{rate:.1} iterations a second; {steps} solver steps and {passes} backward passes done again after overflow."
+    );
 }
 
 fn interrupted(out: &Path, run: &Run) -> End {

@@ -164,7 +164,16 @@ impl Run {
         outcome.last = stats;
         let scale = (-f64::from(self.flow.scaling().headroom())).exp2();
         let val_nll = None;
-        Ok(Some(Row { iter: iteration, train_nll, val_nll, forward_s, backward_s, peak_bytes, trajectory_bytes, scale }))
+        Ok(Some(Row {
+            iter: iteration,
+            train_nll,
+            val_nll,
+            forward_s,
+            backward_s,
+            peak_bytes,
+            trajectory_bytes,
+            scale,
+        }))
     }
 
     /// Mean NLL of the validation points in the data's coordinates, by the flow in the precision of the run.

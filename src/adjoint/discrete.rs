@@ -6,13 +6,14 @@ use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
-use crate::scaling::{AdjointScaling, Dynamic, Rule};
+use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
 use crate::solver::{Clock, Pullbacks, Solver, StageMemory, Stages, StepAt};
 use crate::solver::{Slopes, StageScale, largest};
 use crate::stats::{Counters, count};
 use crate::trajectory::Trajectory;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Everything the backward pass needs of a finished forward pass.
@@ -49,7 +50,8 @@ impl Recorded {
         let mut opened = Opened::new(&self.casts, self.field.as_ref(), Opening::Linearize, self.seed, &self.counters);
         let mut widened = BTreeSet::new();
         for _ in 0..PASSES {
-            let mut pass = Pass { solve: self, opened: &mut opened, widened: &widened, flags: vec![] };
+            let powers = Rc::new(PowerOfTwo::new(self.scaling.headroom()));
+            let mut pass = Pass { solve: self, opened: &mut opened, widened: &widened, powers, flags: vec![] };
             let reversed = pass.run(cotangents)?;
             let (places, flags): (Vec<_>, Vec<_>) = std::mem::take(&mut pass.flags).into_iter().unzip();
             let read = Finite::read(&flags)?;
@@ -84,6 +86,7 @@ struct Pass<'a, 'b> {
     solve: &'a Recorded,
     opened: &'b mut Opened<'a>,
     widened: &'b BTreeSet<usize>,
+    powers: Rc<PowerOfTwo>,
     /// (step, stage) and whether what came out of it is finite, in the order of the walk.
     flags: Vec<((usize, usize), Finite)>,
 }
@@ -131,7 +134,7 @@ impl Pass<'_, '_> {
         match solve.scaling.rule {
             Rule::Dynamic if dtype == DType::F16 => self.step_dynamically(&at, y, &lambda, gradients, dynamic),
             Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
-                self.pull(&at, y, &lambda, gradients, StageScale::FromCotangent(solve.scaling.headroom()))
+                self.pull(&at, y, &lambda, gradients, StageScale::FromCotangent(self.powers.clone()))
             }
             Rule::Static(s) => self.pull(&at, y, &lambda, gradients, StageScale::Fixed(s)),
             _ => self.pull(&at, y, &lambda, gradients, StageScale::Fixed(1.0)),

@@ -3,10 +3,11 @@
 use crate::State;
 use crate::error::{OdeError, Place, Result};
 use crate::field::{Finite, Gradients, Linearization, VectorField};
-use crate::scaling::Scale;
+use crate::scaling::{PowerOfTwo, Scale};
 use crate::stats::{Counters, count};
 use crate::time::{Time, TimeGrid, TimeTable};
 use candle_core::{DType, Device, Tensor};
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// The times of all stages of all steps, uploaded once.
@@ -162,10 +163,10 @@ fn check_slope(y: &State, slope: &State, place: Place) -> Result<()> {
 }
 
 /// How the scale of each pullback is chosen.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum StageScale {
-    /// From the cotangent at hand, with this headroom.
-    FromCotangent(i32),
+    /// From the cotangent at hand.
+    FromCotangent(Rc<PowerOfTwo>),
     /// The same for all.
     Fixed(f64),
 }
@@ -197,9 +198,9 @@ impl<'a> Pullbacks<'a> {
     ) -> Result<State> {
         let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
         count(&self.counters.pullbacks);
-        let scale = match self.scale {
-            StageScale::FromCotangent(headroom) => Scale::for_cotangent(kappa.tensors(), headroom)?,
-            StageScale::Fixed(s) => Scale::Host(s),
+        let scale = match &self.scale {
+            StageScale::FromCotangent(powers) => powers.scale(kappa.tensors())?,
+            StageScale::Fixed(s) => Scale::Host(*s),
         };
         let pulled =
             linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
