@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all.
+//! Files that are there whole or not at all: how checkpoints, reports and pictures are written.
 
 use crate::{OdeError, Result};
 use std::ffi::OsString;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 ///
 /// # Errors
 /// [`OdeError::Io`] with `path`; the file that was there stays as it was.
-pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
     let part = beside(path);
     let written = fill(&part, write).and_then(|()| fs::rename(&part, path));
     written.map_err(|source| {
@@ -37,7 +37,7 @@ fn beside(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// As there.
-pub(crate) fn write_bytes_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn write_bytes_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomically(path, |file| file.write_all(bytes))
 }
 

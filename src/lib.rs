@@ -53,7 +53,7 @@ mod adjoint;
 mod error;
 pub mod field;
 pub use field::ops;
-mod file;
+pub mod file;
 mod forward;
 mod graph;
 pub mod memory;

@@ -3,9 +3,9 @@
 //! Each file is replaced in one go and carries its iteration, so that a crash between two of them is noticed.
 
 use crate::cli::Config;
-use crate::file::write_atomically;
 use candle_core::Device;
 use candle_nn::VarMap;
+use candle_ode::file::write_bytes_atomically;
 use candle_ode::optim::Adam;
 use candle_ode::{OdeError, Result};
 use safetensors::tensor::{SafeTensors, serialize};
@@ -45,8 +45,8 @@ pub fn save(dir: &Path, vars: &VarMap, adam: &mut Adam, state: &State) -> Result
     let json = serde_json::to_vec_pretty(state).map_err(|error| wrong(STATE, error.to_string()))?;
     adam.set_extra(ITERATION, state.iteration as f64);
     adam.save(dir.join(OPTIMIZER))?;
-    write_atomically(&dir.join(MODEL), &model)?;
-    write_atomically(&dir.join(STATE), &json)
+    write_bytes_atomically(&dir.join(MODEL), &model)?;
+    write_bytes_atomically(&dir.join(STATE), &json)
 }
 
 /// Reads the settings and the iteration to go on from.

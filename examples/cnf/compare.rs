@@ -1,8 +1,8 @@
 //! The table at the end: what each precision cost, and what it came to.
 
 use crate::cli::{Config, PrecisionName};
-use crate::file::write_atomically;
 use crate::train::Outcome;
+use candle_ode::file::write_bytes_atomically;
 use candle_ode::{OdeError, Result};
 use serde::Serialize;
 use std::fmt::{self, Write};
@@ -71,7 +71,7 @@ impl Table {
             writer.serialize(line).map_err(|error| wrong(error.to_string()))?;
         }
         let bytes = writer.into_inner().map_err(|error| wrong(error.to_string()))?;
-        write_atomically(path, &bytes)
+        write_bytes_atomically(path, &bytes)
     }
 }
 

@@ -8,7 +8,6 @@ mod cli;
 mod compare;
 mod data;
 mod draws;
-mod file;
 mod flow;
 mod metrics;
 mod model;

@@ -49,7 +49,7 @@ impl Metrics {
         if bytes.is_empty() {
             bytes = b"iter,train_nll,val_nll,forward_s,backward_s,peak_bytes,trajectory_bytes,scale\n".to_vec();
         }
-        crate::file::write_atomically(path, &bytes)?;
+        candle_ode::file::write_bytes_atomically(path, &bytes)?;
         let file = File::options().append(true).open(path);
         let file = file.map_err(|source| OdeError::Io { path: path.to_owned(), source })?;
         let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);

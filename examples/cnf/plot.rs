@@ -4,7 +4,7 @@ pub mod colour;
 pub mod density;
 pub mod loss;
 
-use crate::file::write_atomically;
+use candle_ode::file::write_bytes_atomically;
 use candle_ode::{OdeError, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -34,7 +34,7 @@ fn picture(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Drawn)
     // Defaults of SVG, spelled out at each of thousands of cells; and cells must not bleed into their neighbours.
     let svg = svg.replace(" opacity=\"1\"", "").replace(" stroke=\"none\"", "").replace(" stroke-width=\"1\"/>", "/>");
     let svg = svg.replacen(">\n", ">\n<style>rect{shape-rendering:crispEdges}</style>\n", 1);
-    write_atomically(path, svg.as_bytes())
+    write_bytes_atomically(path, svg.as_bytes())
 }
 
 fn label(size: u32) -> TextStyle<'static> {

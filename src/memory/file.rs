@@ -4,10 +4,9 @@ use super::report::{MemoryReport, SCHEMA};
 use crate::error::{OdeError, Result};
 use serde::Deserialize;
 use serde_json::error::Category;
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
 
 /// What every version of the format begins with.
 const OPENING: &str = r#"{"schema":"candle-ode/memory-report/"#;
@@ -21,13 +20,9 @@ impl MemoryReport {
     ///
     /// [`OdeError::Io`] if the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let part = beside(path);
-        let written = self.write(&part).and_then(|()| fs::rename(&part, path));
-        written.map_err(|source| {
-            // The first failure is the one to tell; the leftover, if there is one, may stay.
-            let _ = fs::remove_file(&part);
-            OdeError::Io { path: path.to_owned(), source }
+        crate::file::write_atomically(path.as_ref(), |file| {
+            serde_json::to_writer(&mut *file, self)?;
+            file.write_all(b"\n")
         })
     }
 
@@ -42,19 +37,6 @@ impl MemoryReport {
         let bytes = fs::read(path).map_err(|source| OdeError::Io { path: path.to_owned(), source })?;
         parse(&bytes).map_err(|reason| OdeError::Format { path: path.to_owned(), reason })
     }
-
-    fn write(&self, path: &Path) -> io::Result<()> {
-        let mut file = BufWriter::new(File::create(path)?);
-        serde_json::to_writer(&mut file, self)?;
-        file.write_all(b"\n")?;
-        file.into_inner()?.sync_all()
-    }
-}
-
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.file_name().map_or_else(OsString::new, OsString::from);
-    name.push(format!(".{}.part", std::process::id()));
-    path.with_file_name(name)
 }
 
 /// Only what tells the version.
