@@ -295,13 +295,17 @@ impl Gradients {
         self.slots = leaves.iter().enumerate().map(|(slot, leaf)| (leaf.id(), slot)).collect();
     }
 
-    /// From here on, what is added carries this scale.
-    pub(crate) fn set_scale(&mut self, scale: &Scale) {
+    /// From here on, what is added carries this scale: [`add_leaf`](Self::add_leaf) divides by it.
+    pub fn set_scale(&mut self, scale: &Scale) {
         self.scale = scale.clone();
     }
 
-    /// Adds to the slot of `leaf`, if it has one.
-    pub(crate) fn add_leaf(&mut self, leaf: &Tensor, gradient: &Tensor) -> candle_core::Result<bool> {
+    /// Adds gradient/S to the sum of the parameter or input that `leaf` stands for
+    /// ([`VectorField::leaves`](crate::VectorField::leaves)); says whether it stands for one.
+    ///
+    /// # Errors
+    /// Another shape than the leaf's; whatever the device reports.
+    pub fn add_leaf(&mut self, leaf: &Tensor, gradient: &Tensor) -> candle_core::Result<bool> {
         match self.slots.get(&leaf.id()) {
             None => Ok(false),
             Some(&slot) => self.add(slot, gradient).map(|()| true),
