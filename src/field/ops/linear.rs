@@ -7,6 +7,7 @@
 use super::bias::{add_channels, sum_channels};
 use super::cpu::{Element, dense, dense_wide, wide_dtype, with_element};
 use super::precomputed::{Precomputed, hand_over};
+use super::product::{self, multiply};
 use super::weight::give;
 use crate::Time;
 use crate::error::OdeError;
@@ -200,7 +201,7 @@ impl LinearOp {
         };
         let for_weight = if weight.track_op() {
             let x = x.detach().reshape(((), *inputs))?.to_dtype(wide)?;
-            let mut contribution = grad.to_dtype(wide)?.t()?.matmul(&x)?;
+            let mut contribution = product::matmul(&grad.to_dtype(wide)?.t()?, &x)?;
             let more = weight.dim(1)? - inputs;
             if more > 0 {
                 let last = match (beyond, &sums) {
@@ -287,7 +288,7 @@ fn product<T: Element>(x: View<'_>, weight: View<'_>) -> Result<Vec<T>> {
         (Some((start, _)), Some((weight_start, _))) => {
             let x_layout = Layout::contiguous_with_offset((m, k), start);
             let weight_layout = Layout::contiguous_with_offset((n, k), weight_start).transpose(0, 1)?;
-            T::cpu_storage_data(x.0.matmul(weight.0, (1, m, n, k), &x_layout, &weight_layout)?)
+            T::cpu_storage_data(multiply(x.0, &x_layout, weight.0, &weight_layout)?)
         }
         _ => dense_product::<T>(&dense(x.0, x.1)?, &dense(weight.0, weight.1)?, (m, n, k)),
     }
@@ -296,7 +297,7 @@ fn product<T: Element>(x: View<'_>, weight: View<'_>) -> Result<Vec<T>> {
 fn dense_product<T: Element>(x: &[T], weight: &[T], (m, n, k): (usize, usize, usize)) -> Result<Vec<T>> {
     let (x, weight) = (T::to_cpu_storage(x), T::to_cpu_storage(weight));
     let weight_layout = Layout::contiguous((n, k)).transpose(0, 1)?;
-    T::cpu_storage_data(x.matmul(&weight, (1, m, n, k), &Layout::contiguous((m, k)), &weight_layout)?)
+    T::cpu_storage_data(multiply(&x, &Layout::contiguous((m, k)), &weight, &weight_layout)?)
 }
 
 /// a b for matrices, every dot product accumulated in F32 at least.
@@ -304,9 +305,9 @@ fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let half = matches!(a.dtype(), DType::F16 | DType::BF16);
     let (rows, columns) = (a.dim(0)?, b.dim(1)?);
     if half && (rows == 1 || columns == 1) {
-        return a.to_dtype(DType::F32)?.matmul(&b.to_dtype(DType::F32)?)?.to_dtype(a.dtype());
+        return product::matmul(&a.to_dtype(DType::F32)?, &b.to_dtype(DType::F32)?)?.to_dtype(a.dtype());
     }
-    a.matmul(&b.contiguous()?)
+    product::matmul(a, b)
 }
 
 /// The same value made of Candle's ops, for devices without kernels of ours.

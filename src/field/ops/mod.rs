@@ -37,6 +37,7 @@ mod linear;
 mod mlp;
 mod norm;
 mod precomputed;
+mod product;
 mod real;
 mod sequential;
 mod softmax;
