@@ -391,9 +391,20 @@ impl From<candle_core::Error> for OdeError {
             {
                 Self::from(*inner)
             }
-            C::BackwardNotSupported { op } => Self::no_backward(op),
-            other => Self::Candle(other),
+            other => match without_backward(&other) {
+                Some(op) => Self::no_backward(op),
+                None => Self::Candle(other),
+            },
         }
+    }
+}
+
+/// The op that Candle cannot differentiate. It says so in two ways.
+fn without_backward(error: &candle_core::Error) -> Option<&str> {
+    match error {
+        candle_core::Error::BackwardNotSupported { op } => Some(op),
+        candle_core::Error::Msg(text) => text.strip_prefix("backward not supported for "),
+        _ => None,
     }
 }
 
@@ -405,8 +416,7 @@ fn holds_ours(error: &candle_core::Error) -> bool {
             wrapped.is::<OdeError>() || wrapped.downcast_ref::<C>().is_some_and(holds_ours)
         }
         C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. } => holds_ours(inner),
-        C::BackwardNotSupported { .. } => true,
-        _ => false,
+        other => without_backward(other).is_some(),
     }
 }
 
@@ -421,5 +431,13 @@ impl OdeError {
             _ => "write it with ops that have one, or implement `VectorField` with your own pullback",
         };
         Self::NoBackward { op: op.to_owned(), instead }
+    }
+
+    /// f depends on a tensor of the state that Candle's graph of f does not reach.
+    pub(crate) fn graph_cut(tensor: usize) -> Self {
+        let op = format!("whatever leads from tensor {tensor} of the state to f(t, y), which cuts the graph");
+        let instead = "candle-nn's softmax_last_dim, layer_norm, rms_norm and rotary embeddings do so without a word: \
+                       use candle_ode::ops::softmax and candle_ode::ops::layer_norm, or ops made of others";
+        Self::NoBackward { op, instead }
     }
 }

@@ -106,5 +106,9 @@ orders! {
     rk4_has_order_4: Rk4, MIDDLE,
     the_three_eighths_rule_has_order_4: ThreeEighths, MIDDLE,
     dopri5_has_order_5: Dopri5, cases(Problem::Tangent, 3.0, [12, 12, 32]),
-    tsit5_has_order_5: Tsit5, cases(Problem::Tangent, 3.0, [16, 28, 20]),
+    tsit5_has_order_5: Tsit5, [
+        (Problem::Tangent, 0.0, 3.0, Grid::Uniform, 16),
+        (Problem::Rational, 2.0, 0.0, Grid::Uniform, 8),
+        (Problem::Tangent, 3.0, 0.0, Grid::Warped, 20),
+    ],
 }

@@ -6,10 +6,11 @@ use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
 use crate::scaling::Scale;
 use crate::{State, Time};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{VarBuilder, VarMap};
-use std::collections::BTreeMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -164,7 +165,7 @@ impl Field for ModelField {
         let vb = casts.var_builder();
         let model = draw::seeded(seed, || self.model.build(vb))
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
-        Ok(Box::new(OpenModel { model, casts }))
+        Ok(Box::new(OpenModel { model, casts, connected: Cell::new(false) }))
     }
 
     fn needs_probe(&self) -> bool {
@@ -216,6 +217,29 @@ impl<M, E: Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State>> Model
 struct OpenModel {
     model: Box<dyn Model>,
     casts: Casts,
+    /// Whether a linearisation of this pass has been seen to reach the state.
+    connected: Cell<bool>,
+}
+
+impl OpenModel {
+    /// Some fused ops of candle-nn cut the graph without a word: f then depends on y, and Candle sees no way back.
+    /// Costs one evaluation per tensor of the state that the graph does not reach.
+    fn check_connected(&self, t: &Time, y: &State, output: &State) -> candle_core::Result<()> {
+        let tracked = output.tensors().iter().filter(|x| x.track_op());
+        let reached: HashSet<TensorId> = tracked.flat_map(|x| x.sorted_nodes()).map(Tensor::id).collect();
+        for (n, leaf) in y.tensors().iter().enumerate().filter(|(_, leaf)| !reached.contains(&leaf.id())) {
+            let mut moved = y.detach().into_tensors();
+            moved[n] = ((leaf.detach() * 1.5)? + 0.25)?;
+            // A field that is not defined there says nothing about its graph.
+            let Ok(elsewhere) = self.model.eval(t, &State::from(moved), self.casts.inputs()) else { continue };
+            for (here, there) in output.tensors().iter().zip(elsewhere.tensors()) {
+                if here.detach().ne(&there.detach())?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? > 0.0 {
+                    return Err(OdeError::graph_cut(n).into());
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl VectorField for OpenModel {
@@ -227,6 +251,9 @@ impl VectorField for OpenModel {
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
         let output = self.model.eval(t, &y, self.casts.inputs())?;
+        if !self.connected.replace(true) {
+            self.check_connected(t, &y, &output)?;
+        }
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();

@@ -1,0 +1,347 @@
+//! Every failure is an error of its own, with its values, and leaves the parameters as they were.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{Context, DType, Device, DeviceLocation, Shape, Tensor, Var};
+use candle_nn::{Init, ModuleT, VarMap};
+use candle_ode::prelude::*;
+use candle_ode::{PassKind, Place};
+use common::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const CPU: Device = Device::Cpu;
+
+fn decay() -> FnField {
+    FnField::new(|_, y| y.neg())
+}
+
+fn ones() -> Tensor {
+    Tensor::ones((2, 3), DType::F32, &CPU).unwrap()
+}
+
+/// What solving from `y0` over four steps of [0, 1] says.
+fn fails(field: &(impl Field + Clone), y0: impl Into<State>) -> OdeError {
+    Ode::new(field).span(0.0, 1.0).steps(4).solve(y0).expect_err("the solve should have failed")
+}
+
+/// Asserts the variant and its values, and that the error survives as one of Candle's, whatever is wrapped around it.
+macro_rules! says {
+    ($error:expr, $pattern:pat $(if $guard:expr)? $(,)?) => {{
+        let error: OdeError = $error;
+        let text = error.to_string();
+        assert!(matches!(&error, $pattern $(if $guard)?), "{text}");
+        let error = OdeError::from(candle_core::Error::from(error));
+        assert!(matches!(&error, $pattern $(if $guard)?), "through Candle: {error}");
+        let error = OdeError::from(candle_core::Error::from(error).context("outer").with_path("a/file").bt());
+        assert!(matches!(&error, $pattern $(if $guard)?), "through contexts: {error}");
+        assert_eq!(error.to_string(), text);
+    }};
+}
+
+#[test]
+fn of_a_y0_that_is_not_finite() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let y0 = Tensor::new(&[[1f32, 2.0], [bad, 3.0]], &CPU).unwrap();
+        let same = |value: f64| value == f64::from(bad) || value.is_nan() && bad.is_nan();
+        says!(fails(&decay(), &y0), OdeError::NonFiniteState { tensor: 0, index: 2, value } if same(*value));
+        // The index is that of the view.
+        let (half, view) = (y0.to_dtype(DType::F16).unwrap(), y0.t().unwrap());
+        let state = State::from([ones(), half]);
+        let both = FnField::with_state(|_, y| y.try_map(Tensor::neg));
+        says!(fails(&both, state), OdeError::NonFiniteState { tensor: 1, index: 2, value } if same(*value));
+        says!(fails(&decay(), &view), OdeError::NonFiniteState { tensor: 0, index: 1, value } if same(*value));
+    }
+}
+
+#[test]
+fn of_a_parameter_or_input_that_is_not_finite() {
+    let vars = VarMap::new();
+    let field = mlp_field(&vars, DType::F32, 3, 4);
+    let bias = Tensor::new(&[0f32, 1.0, f32::NAN, f32::INFINITY], &CPU).unwrap();
+    sorted(&vars)["in.bias"].set(&bias).unwrap();
+    let before = snapshot(&vars);
+    says!(
+        fails(&field, ones()),
+        OdeError::NonFiniteParameter { name, index: 2, value } if name == "in.bias" && value.is_nan(),
+    );
+    assert_eq!(snapshot(&vars), before);
+    let scaled = FnField::with_inputs(|_, y, inputs| Ok(State::from(y[0].broadcast_mul(&inputs[1])?)));
+    let inputs = [ones(), Tensor::new(&[1f32, f32::INFINITY, 0.0], &CPU).unwrap()];
+    says!(
+        Ode::new(&scaled).span(0.0, 1.0).steps(4).inputs(&inputs).solve(ones()).unwrap_err(),
+        OdeError::NonFiniteParameter { name, index: 1, .. } if name == "input 1",
+    );
+}
+
+#[test]
+fn of_times_that_make_no_grid() {
+    let ode = || Ode::new(&decay());
+    let solve = |ode: Ode| ode.solve(ones()).unwrap_err();
+    let nan = f64::NAN;
+    says!(solve(ode().span(0.0, 1.0)), OdeError::NoSteps);
+    says!(solve(ode().span(0.0, 1.0).steps(0)), OdeError::NoSteps);
+    says!(solve(ode().grid(&[])), OdeError::NoSteps);
+    says!(solve(ode().grid(&[0.5])), OdeError::NoSteps);
+    says!(solve(ode().steps(3)), OdeError::Setting { setting: "span", .. });
+    says!(solve(ode().span(0.5, 0.5).steps(3)), OdeError::EmptySpan { time } if *time == 0.5);
+    says!(solve(ode().grid(&[2.0, 2.0])), OdeError::EmptySpan { time } if *time == 2.0);
+    says!(solve(ode().grid(&[0.0, 0.5, 0.4, 1.0])),
+        OdeError::UnsortedTimes { index: 2, before, value } if (*before, *value) == (0.5, 0.4));
+    says!(solve(ode().grid(&[1.0, 0.5, 0.5, 0.0])), OdeError::UnsortedTimes { index: 2, .. });
+    says!(solve(ode().grid(&[0.0, 1.0, 0.0])), OdeError::UnsortedTimes { .. });
+    says!(solve(ode().span(nan, 1.0).steps(3)), OdeError::NonFiniteTime { index: 0, value } if value.is_nan());
+    says!(solve(ode().span(0.0, f64::INFINITY).steps(3)), OdeError::NonFiniteTime { index: 1, .. });
+    says!(solve(ode().grid(&[0.0, 0.5, nan, 1.0])), OdeError::NonFiniteTime { index: 2, value } if value.is_nan());
+    says!(solve(ode().span(0.0, 1.0).steps(4).save_at(&[0.5, nan])), OdeError::NonFiniteTime { index: 1, .. });
+    says!(solve(ode().span(0.0, 1.0).steps(4).save_at(&[0.5, 0.6])),
+        OdeError::OutputOffGrid { time, nearest } if (*time, *nearest) == (0.6, 0.5));
+    says!(solve(ode().span(0.0, 1.0).steps(4).save_at(&[2.0])), OdeError::OutputOffGrid { .. });
+}
+
+#[test]
+fn of_dtypes_that_cannot_be() {
+    let integers = Tensor::new(&[1i64, 2], &CPU).unwrap();
+    says!(fails(&decay(), &integers),
+        OdeError::UnsupportedDType { what, dtype: DType::I64, .. } if what == "tensor 0 of y0");
+    let ode = Ode::new(&decay()).span(0.0, 1.0).steps(4);
+    let with = |precision| ode.clone().precision(precision).solve(ones()).unwrap_err();
+    let new = Precision::new;
+    says!(with(new().accumulate(DType::F16)), OdeError::UnsupportedDType { what, dtype: DType::F16, .. }
+        if what == "the accumulate dtype");
+    says!(with(new().compute(DType::F64)), OdeError::UnsupportedDType { dtype: DType::F32, .. });
+    says!(with(new().compute(DType::U8)), OdeError::UnsupportedDType { what, dtype: DType::U8, .. }
+        if what == "the compute dtype");
+    says!(with(new().storage(DType::I64)), OdeError::UnsupportedDType { what, dtype: DType::I64, .. }
+        if what == "the storage dtype");
+    says!(ode.clone().inputs(&[integers]).solve(ones()).unwrap_err(),
+        OdeError::UnsupportedDType { what, dtype: DType::I64, .. } if what == "input 0");
+}
+
+/// Candle's second devices are GPUs, so a solve over two devices cannot be set up on a CPU: what can be tested here is
+/// that the error names both and survives Candle.
+#[test]
+fn of_tensors_on_different_devices() {
+    let found = DeviceLocation::Cuda { gpu_id: 1 };
+    let error = OdeError::DeviceMismatch { what: "parameter `w`".into(), expected: DeviceLocation::Cpu, found };
+    assert!(error.to_string().contains("parameter `w` is on Cuda { gpu_id: 1 }, the solve runs on Cpu"), "{error}");
+    says!(error, OdeError::DeviceMismatch { what, expected: DeviceLocation::Cpu, found }
+        if what == "parameter `w`" && *found == DeviceLocation::Cuda { gpu_id: 1 });
+}
+
+#[test]
+fn of_states_without_elements() {
+    let empty = Tensor::zeros((0, 3), DType::F32, &CPU).unwrap();
+    says!(fails(&decay(), State::from([ones(), empty])),
+        OdeError::EmptyState { tensor: 1, shape } if *shape == Shape::from((0, 3)));
+    says!(fails(&decay(), State::from(vec![])), OdeError::Setting { setting: "y0", .. });
+}
+
+/// The third evaluation of a step of four (the midpoint of step 2), in F32.
+fn is_late(place: &Place) -> bool {
+    *place == Place { step: 2, stage: 1, time: 0.625, dtype: DType::F32 }
+}
+
+/// Before t = 0.6 a decay, from there on what `then` makes of y.
+fn later(then: impl Fn(&Tensor) -> candle_core::Result<State> + Send + Sync + 'static) -> FnField {
+    FnField::with_state(move |t, y| if t.value() < 0.6 { Ok(State::from(y[0].neg()?)) } else { then(&y[0]) })
+}
+
+#[test]
+fn of_a_field_that_returns_something_else() {
+    says!(fails(&later(|y| Ok(State::from(y.sum_keepdim(1)?))), ones()),
+        OdeError::ShapeChanged { tensor: 0, expected, found, place }
+        if is_late(place) && expected.dims() == [2, 3] && found.dims() == [2, 1]);
+    says!(fails(&later(|y| Ok(State::from(y.to_dtype(DType::F64)?))), ones()),
+        OdeError::DTypeChanged { tensor: 0, expected: DType::F32, found: DType::F64, place } if is_late(place));
+    says!(fails(&later(|y| Ok(State::from([y.clone(), y.clone()]))), ones()),
+        OdeError::StateLength { expected: 1, found: 2, place } if is_late(place));
+    says!(fails(&later(|_| Ok(State::from(vec![]))), ones()),
+        OdeError::StateLength { expected: 1, found: 0, place } if is_late(place));
+    let two = FnField::new(|_, y| y.neg());
+    says!(fails(&two, State::from([ones(), ones()])), OdeError::Unsupported { .. });
+}
+
+#[test]
+fn of_a_field_that_fails() {
+    says!(fails(&later(|_| candle_core::bail!("out of cheese")), ones()),
+        OdeError::Field { place, source } if is_late(place) && source.to_string().contains("out of cheese"));
+    // Ours stay what they are, also under a context.
+    says!(fails(&later(|_| Err(OdeError::NoSteps).context("while solving inside")?), ones()), OdeError::NoSteps);
+    // And so in the backward pass: this field fails once the forward pass is over.
+    let count = std::sync::Arc::new(AtomicUsize::new(0));
+    let seen = count.clone();
+    let field = FnField::new(move |_, y| match seen.fetch_add(1, Ordering::Relaxed) {
+        0..6 => y.neg(),
+        n => candle_core::bail!("evaluation {n}"),
+    });
+    let y0 = Var::from_tensor(&ones()).unwrap();
+    let solution = Ode::new(&field).solver(Euler).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap();
+    let error = solution.last().sum_all().unwrap().backward().unwrap_err();
+    says!(OdeError::from(error), OdeError::Field { place, source }
+        if (place.step, place.stage, place.time) == (3, 0, 0.75) && source.to_string().contains("evaluation 6"));
+    assert_eq!(count.load(Ordering::Relaxed), 7);
+}
+
+#[test]
+fn of_a_model_that_cannot_be_built() {
+    let vars = VarMap::new();
+    let built = AtomicUsize::new(0);
+    let build = move |vb: candle_nn::VarBuilder<'static>| match built.fetch_add(1, Ordering::Relaxed) {
+        0 => vb.get(3, "first"),
+        _ => vb.get(3, "second"),
+    };
+    let field = ModelField::new(&vars, &CPU, build, |p: &Tensor, _: &Time, y| y.broadcast_mul(p)).unwrap();
+    says!(fails(&field, ones()), OdeError::Build { dtype: DType::F32, source }
+        if source.to_string().contains("`second`"));
+    let refused = ModelField::new(&vars, &CPU, |vb| vb.get(4, "first"), |_, _: &Time, y| y.neg());
+    says!(refused.err().unwrap(), OdeError::Build { dtype: DType::F32, .. });
+}
+
+#[test]
+fn of_a_random_field() {
+    let noise = FnField::new(|_, y| y + Tensor::randn(0f32, 1.0, y.shape(), y.device())?);
+    says!(fails(&noise, ones()), OdeError::NotDeterministic { time, tensor: 0, index: 0, first, second }
+        if *time == 0.0 && first != second);
+    let checked = Ode::new(&noise).span(0.0, 1.0).steps(4).check_determinism(false).solve(ones());
+    assert_eq!(checked.unwrap().stats().determinism_checks, 0);
+}
+
+#[test]
+fn of_a_captured_tensor() {
+    let w = Var::new(&[1f32, 2.0, 3.0], &CPU).unwrap();
+    for captured in [w.as_tensor().clone(), w.sqr().unwrap()] {
+        for from in [0.0, 0.6] {
+            let captured = captured.clone();
+            let field = FnField::new(move |t: &Time, y: &Tensor| match t.value() < from {
+                true => y.neg(),
+                false => y.broadcast_mul(&captured),
+            });
+            says!(fails(&field, ones()), OdeError::Captured { shape, dtype: DType::F32 } if shape.dims() == [3]);
+            let unchecked = Ode::new(&field).span(0.0, 1.0).steps(4).check_determinism(false);
+            says!(unchecked.solve(ones()).unwrap_err(), OdeError::Captured { .. });
+        }
+        // Detached, it is a constant.
+        let constant = captured.detach();
+        let field = FnField::new(move |_, y: &Tensor| y.broadcast_mul(&constant));
+        assert!(Ode::new(&field).span(0.0, 1.0).steps(4).solve(ones()).is_ok());
+    }
+    // A model that captures one of its own masters behind the VarBuilder's back.
+    let vars = VarMap::new();
+    let master = vars.get(3, "p", Init::Const(0.5), DType::F32, &CPU).unwrap();
+    let eval = move |p: &Tensor, _: &Time, y: &Tensor| y.broadcast_mul(&(p + &master)?);
+    let field = ModelField::new(&vars, &CPU, |vb| vb.get(3, "p"), eval).unwrap();
+    says!(fails(&field, ones()), OdeError::Captured { .. });
+    says!(fails(&field, ones()), OdeError::Captured { .. });
+}
+
+#[test]
+fn of_a_model_that_writes_to_its_parameters() {
+    let normed = |train: bool| {
+        let vars = VarMap::new();
+        let build = |vb: candle_nn::VarBuilder<'static>| candle_nn::batch_norm(3, 1e-5, vb);
+        let field = ModelField::new(&vars, &CPU, build, move |norm, _: &Time, y| norm.forward_t(y, train)).unwrap();
+        (vars, field)
+    };
+    let y0 = Var::from_tensor(&normal(1, &[4, 3], DType::F32)).unwrap();
+    for precision in [Precision::F32, Precision::F64] {
+        for adjoint in [Adjoint::from(Discrete::default()), Unrolled.into()] {
+            let (vars, field) = normed(true);
+            let before = snapshot(&vars);
+            let ode = Ode::new(&field).span(0.0, 1.0).steps(4).precision(precision).adjoint(adjoint);
+            // However often it is tried, and whatever is switched off.
+            for ode in [ode.clone(), ode.clone(), ode.check_determinism(false)] {
+                says!(ode.solve(y0.as_tensor()).unwrap_err(), OdeError::ParameterChanged { name }
+                    if name.starts_with("running_"));
+                assert_eq!(snapshot(&vars), before);
+            }
+        }
+    }
+    let (vars, field) = normed(false);
+    let before = snapshot(&vars);
+    let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap();
+    solution.last().sum_all().unwrap().backward().unwrap();
+    assert_eq!(snapshot(&vars), before);
+}
+
+/// A field over rows of three.
+fn over_rows(f: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static) -> FnField {
+    FnField::new(move |_, y| f(y, &Tensor::ones(3, y.dtype(), y.device())?))
+}
+
+#[test]
+fn of_ops_that_cut_the_graph_without_a_word() {
+    use candle_nn::ops::{layer_norm, rms_norm, softmax_last_dim};
+    for field in [
+        over_rows(|y, _| softmax_last_dim(y)),
+        over_rows(|y, one| layer_norm(y, one, &one.zeros_like()?, 1e-5)? * 0.5),
+        over_rows(|y, one| rms_norm(&y.tanh()?, one, 1e-5)),
+    ] {
+        let y0 = Var::from_tensor(&normal(1, &[4, 3], DType::F32)).unwrap();
+        let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap();
+        let loss = solution.last().sum_all().unwrap();
+        let cut = |error| {
+            says!(error, OdeError::NoBackward { op, instead } if op.contains("tensor 0 of the state")
+                && instead.contains("candle_ode::ops::softmax") && instead.contains("candle_ode::ops::layer_norm"));
+        };
+        cut(OdeError::from(loss.backward().unwrap_err()));
+        // `.context` on a result, as applications write it.
+        cut(OdeError::from(loss.backward().context("training step 7").unwrap_err()));
+    }
+    // A parameter of a later layer is tracked all the same: it hides nothing.
+    let vars = VarMap::new();
+    let build = |vb: candle_nn::VarBuilder<'static>| candle_nn::linear(3, 3, vb);
+    let eval = |m: &candle_nn::Linear, _: &Time, y: &Tensor| m.forward_t(&softmax_last_dim(y)?, true);
+    let field = ModelField::new(&vars, &CPU, build, eval).unwrap();
+    let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(ones()).unwrap();
+    says!(OdeError::from(solution.last().sum_all().unwrap().backward().unwrap_err()), OdeError::NoBackward { .. });
+    // A field that does not depend on the state is no error.
+    let clock = FnField::new(|t: &Time, y| y.zeros_like()?.broadcast_add(&t.like(y)?));
+    let y0 = Var::from_tensor(&ones()).unwrap();
+    let solution = Ode::new(&clock).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap();
+    let grads = solution.last().sum_all().unwrap().backward().unwrap();
+    assert!(values(grads.get(&y0).unwrap()).iter().all(|g| *g == 1.0));
+}
+
+#[test]
+fn of_ops_without_a_backward_pass() {
+    let ceiling = over_rows(|y, _| y.ceil());
+    let upsampled = over_rows(|y, _| {
+        let square = y.reshape((1, 1, 4, 3))?;
+        square.upsample_bilinear2d(4, 3, false)?.reshape((4, 3))
+    });
+    for field in [ceiling, upsampled] {
+        let y0 = Var::from_tensor(&normal(1, &[4, 3], DType::F32)).unwrap();
+        let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap();
+        let loss = solution.last().sum_all().unwrap();
+        says!(OdeError::from(loss.backward().unwrap_err()), OdeError::NoBackward { op, .. } if !op.is_empty());
+    }
+}
+
+#[test]
+fn of_a_tableau_that_contradicts_itself() {
+    let tableau = |order, rows: &[&[f64]], b: &[f64]| Tableau::new("mine", order, rows, b).unwrap_err();
+    says!(tableau(2, &[&[0.5]], &[0.5, 0.6]), OdeError::Tableau { name, reason }
+        if name == "mine" && reason.contains("Σ b = 1.1"));
+    says!(tableau(2, &[&[0.5, 0.5]], &[0.0, 1.0]), OdeError::Tableau { reason, .. } if reason.contains("stage 1"));
+    says!(tableau(2, &[], &[0.5, 0.5]), OdeError::Tableau { reason, .. } if reason.contains("rows"));
+    says!(tableau(0, &[], &[1.0]), OdeError::Tableau { reason, .. } if reason.contains("order 0"));
+    says!(tableau(1, &[], &[]), OdeError::Tableau { reason, .. } if reason.contains("no stages"));
+    let heun = Tableau::new("mine", 2, &[&[1.0]], &[0.5, 0.5]).unwrap();
+    says!(heun.clone().with_embedded(&[1.0]).unwrap_err(), OdeError::Tableau { .. });
+    says!(heun.with_embedded(&[1.0, 0.5]).unwrap_err(), OdeError::Tableau { .. });
+}
+
+#[test]
+fn of_a_second_kind_that_candle_alone_reports() {
+    // What is not ours stays Candle's.
+    let theirs = ones().matmul(&ones()).unwrap_err();
+    let text = theirs.to_string();
+    match OdeError::from(theirs) {
+        OdeError::Candle(error) => assert_eq!(error.to_string(), text),
+        other => panic!("{other}"),
+    }
+    let wrapped: candle_core::Result<Tensor> = ones().matmul(&ones()).context("in a model");
+    assert!(matches!(OdeError::from(wrapped.unwrap_err()), OdeError::Candle(_)));
+    assert_eq!(PassKind::Backward.to_string(), "backward");
+}
