@@ -425,7 +425,7 @@ impl OdeError {
     fn no_backward(op: &str) -> Self {
         let instead = match op {
             "layer-norm" => "use candle_ode::ops::layer_norm, which takes the same arguments",
-            "rms-norm" => "use candle_ode::ops::layer_norm without a mean, or candle_nn::ops::rms_norm_slow",
+            "rms-norm" => "use candle_ode::ops::rms_norm, which takes the same arguments",
             "softmax-last-dim" => "use candle_ode::ops::softmax",
             "sigmoid" => "use candle_ode::ops::sigmoid",
             _ => "write it with ops that have one, or implement `VectorField` with your own pullback",
