@@ -7,14 +7,13 @@ use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solve::{OnOverflow, StepInfo};
+use crate::solve::{Observer, OnOverflow, StepInfo};
 use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages, check_captured};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Which of the checks on the first evaluation are wanted.
@@ -37,7 +36,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) codec: Option<Arc<dyn Codec>>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
-    pub(crate) observer: Option<&'a (dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync)>,
+    pub(crate) observer: Option<&'a Observer>,
     pub(crate) counters: Arc<Counters>,
 }
 

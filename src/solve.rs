@@ -38,7 +38,8 @@ pub struct StepInfo<'a> {
     pub y: &'a State,
 }
 
-type Observer = Arc<dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync>;
+/// Sees each step; `Break` stops the solve.
+pub(crate) type Observer = dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync;
 
 /// An initial value problem dy/dt = f(t, y; θ) with all its settings. Solve it as often as you like.
 ///
@@ -78,7 +79,7 @@ pub struct Ode {
     seed: u64,
     tracked: bool,
     check_determinism: bool,
-    observer: Option<Observer>,
+    observer: Option<Arc<Observer>>,
 }
 
 impl Ode {

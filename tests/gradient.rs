@@ -137,7 +137,8 @@ fn of_a_state_of_two_tensors_of_different_shapes() {
 #[test]
 fn of_y0_that_is_a_view() {
     with_large_stack(|| {
-        let views: [(&[usize], fn(&Tensor) -> Tensor); 4] = [
+        type View = (&'static [usize], fn(&Tensor) -> Tensor);
+        let views: [View; 4] = [
             (&[3, 4], |x| x.t().unwrap()),
             (&[8, 3], |x| x.narrow(0, 2, 4).unwrap()),
             (&[4, 6], |x| x.narrow(1, 2, 3).unwrap()),

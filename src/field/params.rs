@@ -64,7 +64,7 @@ impl Params {
             } else {
                 casts.count += usize::from(source.tensor.dtype() != dtype);
                 bytes += source.tensor.elem_count() * dtype.size_in_bytes();
-                combine::leaf(&source.tensor, dtype)?
+                combine::leaf(source.tensor, dtype)?
             };
             let leaf = if source.trainable { leaf } else { leaf.detach() };
             checks.push(combine::finite(&leaf)?);
