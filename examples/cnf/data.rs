@@ -89,11 +89,6 @@ impl Source {
         Ok(Self { name: data.to_owned(), kind })
     }
 
-    /// As given on the command line.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// The file's or density's name without folders and endings, for titles.
     pub fn title(&self) -> &str {
         let name = Path::new(&self.name).file_name().and_then(|name| name.to_str()).unwrap_or(&self.name);

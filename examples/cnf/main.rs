@@ -27,7 +27,14 @@ use std::process::ExitCode;
 static HEAP: TrackingAllocator = TrackingAllocator::system();
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(asked) => {
+            // Help goes to stdout, a mistake to stderr; if that is closed there is nobody to tell.
+            let _ = asked.print();
+            return if asked.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
     match stop::Stop::on_ctrl_c().and_then(|stop| session::run(&cli, &stop)) {
         Ok(session::End::Finished) => ExitCode::SUCCESS,
         Ok(session::End::Interrupted) => ExitCode::from(stop::INTERRUPTED),

@@ -22,7 +22,8 @@ pub struct Row {
     pub peak_bytes: u64,
     /// Bytes the forward pass kept for the backward pass.
     pub trajectory_bytes: u64,
-    /// Adjoint scale at the end of the iteration; 1 without scaling.
+    /// The largest scaled cotangent that adjoint scaling allows itself after this iteration: a power of two, 1 until an
+    /// overflow has taught it to leave headroom, and without scaling.
     pub scale: f64,
 }
 

@@ -70,7 +70,8 @@ impl Flow {
             .steps(config.steps as usize)
             .precision(precision)
             .adjoint(adjoint)
-            .scaling(scaling.clone());
+            .scaling(scaling.clone())
+            .on_overflow(OnOverflow::Retry);
         let (ode, device) = (with_solver(ode, config.solver), device.clone());
         Ok(Self { ode, device, dim, precision: config.precision, scaling })
     }

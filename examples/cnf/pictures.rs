@@ -10,9 +10,9 @@ use candle_ode::Result;
 use std::path::Path;
 
 /// Points in a scatter plot.
-const POINTS: usize = 3000;
+const POINTS: usize = 2000;
 /// Cells of the heat map in each direction.
-const CELLS: usize = 120;
+const CELLS: usize = 90;
 /// Images of either kind.
 const IMAGES: usize = 64;
 /// A batch no training iteration sees.

@@ -33,8 +33,26 @@ fn picture(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Drawn)
     drawn.map_err(|error: Box<dyn Error>| OdeError::Format { path: path.to_owned(), reason: error.to_string() })?;
     // Defaults of SVG, spelled out at each of thousands of cells; and cells must not bleed into their neighbours.
     let svg = svg.replace(" opacity=\"1\"", "").replace(" stroke=\"none\"", "").replace(" stroke-width=\"1\"/>", "/>");
+    let svg = dots_alike(&svg);
     let svg = svg.replacen(">\n", ">\n<style>rect{shape-rendering:crispEdges}</style>\n", 1);
     write_bytes_atomically(path, svg.as_bytes())
+}
+
+/// Says once what thousands of dots look like: the opacity and colour of the first, if all share them.
+fn dots_alike(svg: &str) -> String {
+    let look = |line: &str| {
+        let (_, rest) = line.trim_start().strip_prefix("<circle ")?.split_once(" opacity=\"")?;
+        let (opacity, rest) = rest.split_once("\" fill=\"")?;
+        Some((opacity.to_owned(), rest.strip_suffix("\"/>")?.to_owned()))
+    };
+    let dots = || svg.lines().filter(|line| line.starts_with("<circle "));
+    let Some((opacity, fill)) = dots().next().and_then(look) else { return svg.to_owned() };
+    let shared = format!(" opacity=\"{opacity}\" fill=\"{fill}\"/>");
+    if !dots().all(|line| line.ends_with(&shared)) {
+        return svg.to_owned();
+    }
+    let style = format!(">\n<style>circle{{opacity:{opacity};fill:{fill}}}</style>\n");
+    svg.replace(&shared, "/>").replacen(">\n", &style, 1)
 }
 
 fn label(size: u32) -> TextStyle<'static> {

@@ -6,9 +6,11 @@ use crate::stop::Stop;
 use crate::train::{JUDGES, Outcome, Run};
 use crate::{checkpoint, pictures};
 use candle_core::Device;
+use candle_ode::file::write_bytes_atomically;
 use candle_ode::memory::{MemoryProfiler, cuda_device};
 use candle_ode::{OdeError, Result};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::thread;
 
@@ -44,7 +46,6 @@ pub fn run(cli: &Cli, stop: &Stop) -> Result<End> {
     if outcome.stopped {
         return Ok(interrupted(out, &run));
     }
-    report(out, &run)?;
     pictures::losses(out, run.source(), &[(run.config().precision.to_string(), out)])?;
     println!("\n{}", Table::of(&[(run.config().clone(), outcome.clone())]));
     describe(&run, &outcome);
@@ -53,13 +54,25 @@ pub fn run(cli: &Cli, stop: &Stop) -> Result<End> {
 }
 
 fn resume(cli: &Cli, dir: &Path, device: &Device) -> Result<Run> {
-    let saved = checkpoint::state(dir)?;
-    let run = Run::resumed(dir, &saved, cli.resumed(&saved.config)?, device)?;
+    let wrong = |setting, value, hint| Err(OdeError::Setting { setting, value, hint });
+    let saved = match checkpoint::state(dir) {
+        Err(OdeError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            let hint = "there is no checkpoint in that folder; give the --out of an earlier run";
+            return wrong("--resume", dir.display().to_string(), hint);
+        }
+        saved => saved?,
+    };
+    let config = cli.resumed(&saved.config)?;
+    if config.iters < saved.iteration {
+        let hint = "the checkpoint is further on already; give more, or leave the flag out";
+        return wrong("--iters", config.iters.to_string(), hint);
+    }
+    let run = Run::resumed(dir, &saved, config, device)?;
     let (from, to) = (dir.join("metrics.csv"), cli.out().join("metrics.csv"));
-    if cli.out() != dir {
-        let io = |path: &Path, source| OdeError::Io { path: path.to_owned(), source };
-        fs::create_dir_all(cli.out()).map_err(|error| io(cli.out(), error))?;
-        fs::copy(&from, &to).map_err(|error| io(&from, error))?;
+    if from != to {
+        fs::create_dir_all(cli.out()).map_err(|source| OdeError::Io { path: cli.out().to_owned(), source })?;
+        let rows = fs::read(&from).map_err(|source| OdeError::Io { path: from, source })?;
+        write_bytes_atomically(&to, &rows)?;
     }
     println!("Going on after iteration {} of {}", run.iteration(), dir.display());
     Ok(run)
@@ -76,7 +89,6 @@ fn compare(runs: Vec<Config>, out: &Path, device: &Device, stop: &Stop) -> Resul
         if outcome.stopped {
             return Ok(interrupted(&dir, &run));
         }
-        report(&dir, &run)?;
         folders.push((name, dir));
         let curves: Vec<(String, &Path)> = folders.iter().map(|(name, dir)| (name.clone(), dir.as_path())).collect();
         pictures::losses(out, run.source(), &curves)?;
@@ -92,14 +104,12 @@ fn compare(runs: Vec<Config>, out: &Path, device: &Device, stop: &Stop) -> Resul
     Ok(End::Finished)
 }
 
-/// What every finished run leaves beside its checkpoint and metrics.
-fn report(out: &Path, run: &Run) -> Result<()> {
-    run.profile()?.save(out.join("memory.json"))?;
-    pictures::density(out, run)
-}
-
 fn describe(run: &Run, outcome: &Outcome) {
     let stats = outcome.last;
+    if outcome.iterations == 0 {
+        println!("There was nothing left to train.");
+        return;
+    }
     println!(
         "Validated in {} on {} points. A training step: {} evaluations, {} linearisations, {} pullbacks, {} casts, {} builds.",
         run.config().precision,
@@ -119,32 +129,42 @@ fn describe(run: &Run, outcome: &Outcome) {
 
 fn interrupted(out: &Path, run: &Run) -> End {
     let (dir, done) = (out.display(), run.iteration());
-    println!("\nInterrupted: {done} iterations are saved in {dir}; go on with --resume {dir}");
+    println!("\nInterrupted: the state after iteration {done} is saved in {dir}; go on with --resume {dir}");
     End::Interrupted
 }
 
-/// Trains on a thread whose stack is deep enough: Candle's backward recurses through an unrolled graph.
+/// Trains and, unless it was stopped, leaves the memory report and the picture of the density.
+fn work(run: &mut Run, out: &Path, stop: &Stop) -> Result<Outcome> {
+    let outcome = run.train(out, stop).inspect_err(|_| {
+        eprintln!("The state after iteration {} is saved in {}", run.iteration(), out.display());
+    })?;
+    if !outcome.stopped {
+        run.profile()?.save(out.join("memory.json"))?;
+        pictures::density(out, run)?;
+    }
+    Ok(outcome)
+}
+
+/// Does the work, on a thread whose stack is deep enough: Candle's backward recurses through an unrolled graph.
 fn train(mut run: Run, out: &Path, stop: &Stop) -> Result<(Run, Outcome)> {
-    let config = run.config();
-    if config.adjoint != AdjointName::Unrolled {
-        let outcome = run.train(out, stop)?;
+    let Config { adjoint, steps, .. } = *run.config();
+    if adjoint != AdjointName::Unrolled {
+        let outcome = work(&mut run, out, stop)?;
         return Ok((run, outcome));
     }
     // Seven stages at most, some sixty ops each, and up to 2 KiB of stack for each op in a debug build.
-    let stack = (config.steps as usize).saturating_mul(7 * 60 * 2048).max(8 << 20);
-    thread::scope(|scope| {
-        let spawned = thread::Builder::new().stack_size(stack).spawn_scoped(scope, || {
-            let outcome = run.train(out, stop)?;
-            Ok((run, outcome))
-        });
+    let stack = (steps as usize).saturating_mul(7 * 60 * 2048).max(8 << 20);
+    let outcome = thread::scope(|scope| {
+        let spawned = thread::Builder::new().stack_size(stack).spawn_scoped(scope, || work(&mut run, out, stop));
         match spawned.map(thread::ScopedJoinHandle::join) {
-            Ok(Ok(trained)) => trained,
+            Ok(Ok(outcome)) => outcome,
             Ok(Err(panic)) => std::panic::resume_unwind(panic),
             Err(error) => Err(OdeError::Setting {
                 setting: "--steps",
-                value: format!("a stack of {} MiB for the unrolled graph ({error})", stack >> 20),
-                hint: "take fewer steps, or --adjoint discrete",
+                value: format!("{steps} ({error} at a stack of {} MiB)", stack >> 20),
+                hint: "an unrolled graph of that length does not fit; take fewer, or --adjoint discrete",
             }),
         }
-    })
+    })?;
+    Ok((run, outcome))
 }

@@ -239,3 +239,63 @@ impl Run {
 
 /// The name under which a checkpoint keeps what adjoint scaling has learned.
 const HEADROOM: &str = "headroom";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{PrecisionName, TraceName};
+    use crate::metrics;
+    use candle_ode::memory::TrackingAllocator;
+
+    fn config(precision: PrecisionName, data: &str, trace: TraceName) -> Config {
+        let small = Config { steps: 2, batch: 16, iters: 30, drop_after: 20, ..Config::default() };
+        Config { precision, data: data.to_owned(), trace: Some(trace), ..small }
+    }
+
+    /// The rows without what a clock or a meter says.
+    fn numbers(dir: &Path) -> Result<Vec<(u64, f64, Option<f64>, u64, f64)>> {
+        let rows = metrics::read(&dir.join("metrics.csv"))?.into_iter();
+        Ok(rows.map(|row| (row.iter, row.train_nll, row.val_nll, row.trajectory_bytes, row.scale)).collect())
+    }
+
+    #[test]
+    fn resumed_run_ends_with_the_same_bits_as_a_straight_one() -> Result<()> {
+        assert!(TrackingAllocator::is_installed());
+        for config in [
+            config(PrecisionName::F32, "checkerboard", TraceName::Exact),
+            config(PrecisionName::F16, "2spirals", TraceName::Hutchinson),
+            config(PrecisionName::Bf16, "digits", TraceName::Hutchinson),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (straight, halves) = (dir.path().join("straight"), dir.path().join("halves"));
+            let whole = Run::fresh(config.clone(), &Device::Cpu)?.train(&straight, &Stop::after(u64::MAX))?;
+            assert!(!whole.stopped && whole.iterations == 30 && whole.val_nll.is_finite());
+
+            let first = Run::fresh(config, &Device::Cpu)?.train(&halves, &Stop::after(15))?;
+            assert!(first.stopped && first.iterations == 15);
+            let saved = checkpoint::state(&halves)?;
+            assert_eq!(saved.iteration, 15);
+            let mut second = Run::resumed(&halves, &saved, saved.config.clone(), &Device::Cpu)?;
+            let second = second.train(&halves, &Stop::after(u64::MAX))?;
+            assert_eq!((second.iterations, second.val_nll), (15, whole.val_nll));
+
+            for file in ["model.safetensors", "optimizer.safetensors", "state.json"] {
+                assert_eq!(fs::read(straight.join(file)).unwrap(), fs::read(halves.join(file)).unwrap(), "{file}");
+            }
+            assert_eq!(numbers(&straight)?, numbers(&halves)?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_ends_a_run_early_leaves_its_last_whole_iteration() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { lr: 1e30, ..config(PrecisionName::F32, "moons", TraceName::Exact) };
+        let error = Run::fresh(config, &Device::Cpu)?.train(dir.path(), &Stop::after(u64::MAX));
+        assert!(error.is_err());
+        let saved = checkpoint::state(dir.path())?;
+        assert_eq!(saved.iteration, metrics::read(&dir.path().join("metrics.csv"))?.len() as u64);
+        assert!(saved.iteration < 30);
+        Ok(())
+    }
+}

@@ -63,7 +63,7 @@ const TOP: u32 = 36;
 const BOTTOM: u32 = 28;
 const BAR: u32 = 74;
 /// Different colours in the heat map: neighbours of one colour are one cell of the file.
-const SHADES: f64 = 64.0;
+const SHADES: f64 = 48.0;
 
 /// Draws the three panels with shared axes.
 ///
