@@ -1,7 +1,8 @@
 //! Peaks of nested and concurrent spans equal those of a model that remembers every change of the live bytes.
 //!
 //! A random but ordered schedule over four threads: each turn one thread opens a span, closes its innermost, or
-//! allocates, and the next turn waits for it.
+//! allocates, and the next turn waits for it. Alone in its process: while another thread makes a dispatcher, `tracing`
+//! may pass over a span.
 
 #[path = "common/counted.rs"]
 mod counted;
@@ -11,7 +12,7 @@ use counted::Counted;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{Scope, spawn};
+use std::thread::Scope;
 use tracing::Dispatch;
 use tracing::dispatcher::set_default;
 use tracing_subscriber::layer::SubscriberExt;
@@ -116,28 +117,4 @@ fn peaks_of_random_schedules() {
         }
         assert_eq!(report.peak(), *model.live.iter().max().unwrap());
     }
-}
-
-#[test]
-fn a_span_sees_what_other_threads_allocate_and_its_parent_is_the_one_given() {
-    let memory = Counted::default();
-    let (layer, recording) = MemoryProfiler::new(&candle_core::Device::Cpu).meter(memory.clone()).layer().unwrap();
-    let dispatch = Dispatch::new(tracing_subscriber::registry().with(layer));
-    let _guard = set_default(&dispatch);
-    let outer = tracing::info_span!("outer").entered();
-    let other = (dispatch.clone(), memory.clone(), outer.id());
-    spawn(move || {
-        let (dispatch, memory, parent) = other;
-        let _guard = set_default(&dispatch);
-        tracing::info_span!(parent: parent, "inner").in_scope(|| memory.add(700));
-        memory.add(-700);
-    })
-    .join()
-    .unwrap();
-    drop(outer);
-    let report = recording.finish().unwrap();
-    let [outer, inner] = &report.spans[..] else { panic!("{:?}", report.spans) };
-    assert_eq!((outer.peak, outer.live_after, inner.peak, inner.live_after), (700, 0, 700, 700));
-    assert_eq!(inner.parent, Some(outer.id));
-    assert_ne!(inner.thread, outer.thread);
 }
