@@ -180,10 +180,12 @@ fn a_backward_pass_that_overflows_is_redone() {
 #[test]
 fn a_cotangent_that_is_not_finite_is_an_error_with_its_place() {
     let field = FnField::new(|_, y: &Tensor| y.neg());
-    for precision in [Precision::F32, Precision::F16, Precision::BF16, Precision::F64] {
+    let precisions = [Precision::F32, Precision::F16, Precision::BF16, Precision::F64];
+    let scalings = [AdjointScaling::per_step, AdjointScaling::dynamic, AdjointScaling::none];
+    for (precision, scaling) in precisions.iter().flat_map(|p| scalings.iter().map(move |s| (*p, s()))) {
         let y0 = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
-        let solution = Ode::new(&field).solver(Heun).span(0.0, 1.0).steps(4).precision(precision);
-        let solution = solution.solve(y0.as_tensor()).unwrap();
+        let ode = Ode::new(&field).solver(Heun).span(0.0, 1.0).steps(4).precision(precision).scaling(scaling);
+        let solution = ode.solve(y0.as_tensor()).unwrap();
         let loss = (solution.last().sum_all().unwrap() * f64::NAN).unwrap();
         match OdeError::from(loss.backward().unwrap_err()) {
             OdeError::Overflow { pass, place, .. } => {

@@ -182,8 +182,9 @@ impl Pass<'_, '_> {
     ) -> Result<State> {
         let solve = self.solve;
         let size = largest(lambda)?;
-        if size == 0.0 && dynamic.is_none() {
-            // No output that the loss uses has been reached yet: a scale found here would fit nothing.
+        if !size.is_finite() || size == 0.0 && dynamic.is_none() {
+            // No scale helps a cotangent that is not finite. A zero means that no output that the loss uses has been
+            // reached yet: a scale found here would fit nothing.
             return self.pull(at, y, lambda, gradients, StageScale::Fixed(1.0));
         }
         let batch = y.tensors().first().and_then(|y| y.dims().first().copied()).unwrap_or(1);
