@@ -6,7 +6,7 @@ mod counted;
 use candle_core::Device;
 use candle_ode::account::{Category, Owned};
 use candle_ode::memory::{MemoryProfiler, Recording};
-use counted::Counted;
+use counted::{Counted, alone};
 use tracing::Dispatch;
 use tracing::dispatcher::with_default;
 use tracing_subscriber::layer::SubscriberExt;
@@ -20,6 +20,7 @@ fn recording() -> (Dispatch, Recording) {
 
 #[test]
 fn bytes_are_live_while_their_owner_lives() {
+    let _turn = alone();
     let (dispatch, recording) = recording();
     let ledger = recording.ledger();
     with_default(&dispatch, || {
@@ -44,6 +45,7 @@ fn bytes_are_live_while_their_owner_lives() {
 
 #[test]
 fn four_threads_add_up() {
+    let _turn = alone();
     let (dispatch, recording) = recording();
     std::thread::scope(|scope| {
         for thread in 0..4 {
@@ -67,6 +69,7 @@ fn four_threads_add_up() {
 
 #[test]
 fn an_event_that_names_no_category_is_found() {
+    let _turn = alone();
     let (dispatch, recording) = recording();
     with_default(&dispatch, || {
         tracing::event!(name: "bytes", target: "candle_ode", tracing::Level::TRACE, category = "hats", delta = 4i64);

@@ -7,7 +7,7 @@ use candle_core::Device;
 use candle_ode::OdeError;
 use candle_ode::account::{Category, Owned};
 use candle_ode::memory::{MemoryProfiler, MemoryReport, SCHEMA};
-use counted::Counted;
+use counted::{Counted, alone};
 use std::path::Path;
 
 /// Two passes of three steps, each of which needs 100 bytes more than the one before.
@@ -43,6 +43,7 @@ fn complaint(path: &Path) -> String {
 
 #[test]
 fn saved_and_loaded_is_the_same() {
+    let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("memory.json");
     let report = report(100);
@@ -56,6 +57,7 @@ fn saved_and_loaded_is_the_same() {
 
 #[test]
 fn steps_of_each_pass_have_their_peaks() {
+    let _turn = alone();
     let report = report(100);
     let passes: Vec<_> = report.passes.iter().map(|pass| (pass.pass.as_str(), pass.complete, pass.peak)).collect();
     assert_eq!(passes, [("forward", true, 300), ("backward", true, 300)]);
@@ -70,6 +72,7 @@ fn steps_of_each_pass_have_their_peaks() {
 
 #[test]
 fn only_the_latest_spans_are_kept() {
+    let _turn = alone();
     let report = report(8);
     assert_eq!((report.totals.spans, report.totals.spans_dropped, report.spans.len()), (14, 6, 8));
     let passes: Vec<_> = report.passes.iter().map(|pass| (pass.pass.as_str(), pass.complete)).collect();
@@ -80,6 +83,7 @@ fn only_the_latest_spans_are_kept() {
 
 #[test]
 fn a_bad_file_says_what_is_wrong_with_it() {
+    let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("memory.json");
     report(100).save(&path).unwrap();

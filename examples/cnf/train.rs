@@ -252,8 +252,10 @@ mod tests {
         Config { precision, data: data.to_owned(), trace: Some(trace), ..small }
     }
 
-    /// The rows without what a clock or a meter says.
-    fn numbers(dir: &Path) -> Result<Vec<(u64, f64, Option<f64>, u64, f64)>> {
+    /// A row without what a clock or a meter says.
+    type Numbers = (u64, f64, Option<f64>, u64, f64);
+
+    fn numbers(dir: &Path) -> Result<Vec<Numbers>> {
         let rows = metrics::read(&dir.join("metrics.csv"))?.into_iter();
         Ok(rows.map(|row| (row.iter, row.train_nll, row.val_nll, row.trajectory_bytes, row.scale)).collect())
     }
