@@ -86,7 +86,7 @@ impl Recording {
         Ok(())
     }
 
-    /// Writes a setting into the report, as [`MemoryProfiler::set`] does.
+    /// Writes a setting into the report, as [`MemoryProfiler::set`](super::MemoryProfiler::set) does.
     pub fn set(&mut self, name: &str, value: impl Into<Value>) {
         self.environment.settings.insert(name.to_owned(), value.into());
     }
