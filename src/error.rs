@@ -279,6 +279,16 @@ pub enum OdeError {
         /// Dtype of y0.
         dtype: DType,
     },
+    /// The gradient of a parameter or input does not fit its dtype.
+    #[error(
+        "the gradient of a parameter or input of shape {shape:?} does not fit its dtype {dtype:?}; keep masters in F32, or scale the loss"
+    )]
+    SumOverflow {
+        /// Shape of the parameter or input.
+        shape: Shape,
+        /// Its dtype.
+        dtype: DType,
+    },
     /// Dynamic scaling gave up.
     #[error(
         "dynamic adjoint scaling: step {step} (t = {time}) still overflows at S = {scale:e} after {redone} attempts; use AdjointScaling::per_step(), or a wider compute dtype"
@@ -318,14 +328,6 @@ pub enum OdeError {
         what: String,
         /// What to do instead.
         instead: &'static str,
-    },
-    /// The solve was stopped by its observer.
-    #[error("the solve was stopped by its observer after step {step} (t = {time})")]
-    Stopped {
-        /// The last finished step.
-        step: usize,
-        /// Model time reached.
-        time: f64,
     },
     /// A memory counter is not there.
     #[error("{counter} cannot be read: {reason}; {hint}")]
@@ -433,11 +435,12 @@ impl OdeError {
         Self::NoBackward { op: op.to_owned(), instead }
     }
 
-    /// f depends on a tensor of the state that Candle's graph of f does not reach.
-    pub(crate) fn graph_cut(tensor: usize) -> Self {
-        let op = format!("whatever leads from tensor {tensor} of the state to f(t, y), which cuts the graph");
+    /// f depends on something that Candle's graph of f does not reach.
+    pub(crate) fn graph_cut(from: &str) -> Self {
+        let op = format!("whatever leads from {from} to f(t, y), which cuts the graph");
         let instead = "candle-nn's softmax_last_dim, layer_norm, rms_norm and rotary embeddings do so without a word: \
-                       use candle_ode::ops::softmax and candle_ode::ops::layer_norm, or ops made of others";
+                       use candle_ode::ops::softmax and candle_ode::ops::layer_norm, or ops made of others; \
+                       where it is meant, freeze the parameter, or keep .detach() out of a state's only way";
         Self::NoBackward { op, instead }
     }
 }

@@ -4,17 +4,43 @@ use crate::State;
 use crate::adjoint::Recorded;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
-use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening};
+use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solve::{Observer, OnOverflow, StepInfo};
-use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages, check_captured};
+use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex};
+
+/// What to do when the forward pass overflows in half precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOverflow {
+    /// An error that names the first step, time and stage.
+    #[default]
+    Error,
+    /// The step is done again with f in F32, and its state kept in F32.
+    Retry,
+}
+
+/// What an observer sees after each step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInfo<'a> {
+    /// The step, from 0.
+    pub index: usize,
+    /// Model time at its end.
+    pub t: f64,
+    /// Its length.
+    pub h: f64,
+    /// The state at its end, in the accumulate dtype.
+    pub y: &'a State,
+}
+
+/// Sees each step; `Break` stops the solve.
+pub(crate) type Observer = dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync;
 
 /// Which of the checks on the first evaluation are wanted.
 #[derive(Clone, Copy, Debug)]
@@ -66,9 +92,21 @@ impl Walked {
             return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
         };
         let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
-        let dtypes = self.dtypes;
-        let recorded =
-            Recorded { field, casts, seed, solver, clock, trajectory, dtypes, precision, memory, scaling, counters };
+        let (dtypes, redo) = (self.dtypes, Mutex::new(None));
+        let recorded = Recorded {
+            field,
+            casts,
+            seed,
+            solver,
+            clock,
+            trajectory,
+            dtypes,
+            precision,
+            memory,
+            scaling,
+            counters,
+            redo,
+        };
         Ok((self.outputs, recorded))
     }
 }
@@ -93,15 +131,9 @@ impl<'a> Forward<'a> {
         let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.grid.steps()).entered();
         let mut wide = Wide::default();
         let walked = {
+            let probed = if self.field.needs_probe() { Some(self.probe(start)?) } else { None };
             let mut opened = Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters);
-            if self.opening == Opening::Track && self.field.needs_probe() {
-                // The masters themselves are open: let the field show on copies first whether it writes to them.
-                let field = self.field.as_ref();
-                let mut probe = Opened::new(&self.casts, field, Opening::Probe, self.seed, &self.counters);
-                self.check_first(&mut probe, Opening::Probe, start)?;
-            } else {
-                self.check_first(&mut opened, self.opening, start)?;
-            }
+            self.check_first(&mut opened, start, probed)?;
             loop {
                 let mut suspects = vec![];
                 let walked = self.walk(&mut opened, start, outputs, &mut wide, &mut suspects)?;
@@ -171,16 +203,15 @@ impl<'a> Forward<'a> {
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
             let slopes = match self.opening {
                 Opening::Track => Slopes::Keep,
-                Opening::Evaluate => Slopes::Refuse,
-                Opening::Probe | Opening::Linearize => Slopes::Cut,
+                Opening::Evaluate | Opening::Probe | Opening::Linearize => Slopes::Refuse,
             };
             let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes);
             let step = self.solver.step(&stages, &at, y)?;
             let mut finite = step.finite;
             let end = step.y.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
-            if let Some(last) = finite.last_mut() {
-                *last = end.into_iter().fold(std::mem::take(last), Finite::and);
-            }
+            // Whatever the solver says of its stages, the end of the step counts with the last of them.
+            let last = finite.pop().unwrap_or_default();
+            finite.push(end.into_iter().fold(last, Finite::and));
             if let Some(stage) = finite.iter().position(Finite::known_bad) {
                 self.widen(Suspect::Slope { step: n, stage }, wide)?;
                 continue;
@@ -248,31 +279,39 @@ impl<'a> Forward<'a> {
         if wide.steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
     }
 
-    /// The first evaluation, twice: same bits, nothing captured, no parameter written to.
-    fn check_first(&self, opened: &mut Opened<'_>, opening: Opening, start: &State) -> Result<()> {
-        if !self.checked.determinism && opening != Opening::Probe {
+    /// Once in the life of a field: opens it over copies of its parameters, evaluates it, and looks whether it wrote to
+    /// them. Gives the first slope, to be compared with that of the field as it is built for the pass.
+    fn probe(&self, start: &State) -> Result<State> {
+        count(&self.counters.probes);
+        let field = self.field.open(&self.casts.casts, Opening::Probe, self.seed)?;
+        let slope = self.first_slope(field.as_ref(), start)?;
+        check_unchanged(field.leaves(), &self.casts.casts)?;
+        self.field.probed();
+        Ok(slope)
+    }
+
+    /// The first evaluation, twice: same bits, nothing captured.
+    fn check_first(&self, opened: &mut Opened<'_>, start: &State, probed: Option<State>) -> Result<()> {
+        if !self.checked.determinism {
             return Ok(());
         }
+        count(&self.counters.determinism_checks);
+        let field = opened.get(self.precision.compute_dtype())?;
+        let first = self.first_slope(field, start)?;
+        let second = match probed {
+            Some(slope) => slope,
+            None => self.first_slope(field, start)?,
+        };
+        check_same_bits(self.grid.times()[0], &first, &second)
+    }
+
+    fn first_slope(&self, field: &dyn VectorField, start: &State) -> Result<State> {
         let compute = self.precision.compute_dtype();
-        let field = opened.get(compute)?;
         let at = self.clock.step(0, compute);
         let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
-        let stages = Stages::new(field, self.precision.accumulate_dtype(), &self.counters, Slopes::Keep);
-        let first = stages.slope(&at, 0, &y)?;
         // The unrolled graph reaches captured tensors by itself.
-        if self.opening != Opening::Track {
-            check_captured(field, &first)?;
-        }
-        if opening == Opening::Probe {
-            check_unchanged(field.leaves(), &self.casts.casts)?;
-            self.field.probed();
-        }
-        if self.checked.determinism {
-            count(&self.counters.determinism_checks);
-            let second = stages.slope(&at, 0, &y)?;
-            check_same_bits(at.t, &first, &second)?;
-        }
-        Ok(())
+        let slopes = if self.opening == Opening::Track { Slopes::Cut } else { Slopes::Refuse };
+        Stages::new(field, self.precision.accumulate_dtype(), &self.counters, slopes).slope(&at, 0, &y)
     }
 }
 
@@ -297,7 +336,7 @@ fn check_same_bits(time: f64, first: &State, second: &State) -> Result<()> {
 
 /// The first element that differs in its bits, as (flat index, value, value).
 fn first_difference(a: &Tensor, b: &Tensor) -> Result<Option<(usize, f64, f64)>> {
-    let values = |x: &Tensor| x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let values = |x: &Tensor| on_host(x)?.to_vec1::<f64>();
     let (a, b) = (values(a)?, values(b)?);
     let found = a.iter().zip(&b).position(|(a, b)| a.to_bits() != b.to_bits());
     Ok(found.map(|index| (index, a[index], b[index])))

@@ -123,12 +123,16 @@ struct SolveNode {
 }
 
 impl SolveNode {
-    fn value<S: BackendStorage>(&self, own: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
+    /// A copy of the packed states, made by `copy` from the storage of the device and the layout in it.
+    fn value<S>(
+        &self,
+        copy: impl Fn(&Storage, &Layout) -> Option<candle_core::Result<S>>,
+    ) -> candle_core::Result<(S, Shape)> {
         let taken = self.value.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(value) = taken else { candle_core::bail!("a solve node is evaluated once") };
         let (storage, layout) = value.storage_and_layout();
-        match own(&storage) {
-            Some(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
+        match copy(&storage, layout) {
+            Some(copy) => Ok((copy?, value.shape().clone())),
             None => candle_core::bail!("a solve's states left the device of y0"),
         }
     }
@@ -152,7 +156,10 @@ impl CustomOp2 for SolveNode {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.value(|storage| if let Storage::Cpu(own) = storage { Some(own) } else { None })
+        self.value(|storage, layout| match storage {
+            Storage::Cpu(own) => Some(own.to_dtype(layout, own.dtype())),
+            _ => None,
+        })
     }
 
     fn cuda_fwd(
@@ -162,7 +169,10 @@ impl CustomOp2 for SolveNode {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        self.value(|storage| if let Storage::Cuda(own) = storage { Some(own) } else { None })
+        self.value(|storage, layout| match storage {
+            Storage::Cuda(own) => Some(own.to_dtype(layout, own.dtype())),
+            _ => None,
+        })
     }
 
     fn metal_fwd(
@@ -172,7 +182,10 @@ impl CustomOp2 for SolveNode {
         _: &MetalStorage,
         _: &Layout,
     ) -> candle_core::Result<(MetalStorage, Shape)> {
-        self.value(|storage| if let Storage::Metal(own) = storage { Some(own) } else { None })
+        self.value(|storage, layout| match storage {
+            Storage::Metal(own) => Some(combine::copy_on_metal(own, layout, own.dtype())),
+            _ => None,
+        })
     }
 
     fn bwd(
@@ -233,7 +246,14 @@ impl Token {
         match self.args[n] {
             Arg::Token => Ok(Some(of.zeros_like()?)),
             Arg::Slot(slot) => match self.cells.take(slot) {
-                Some(sum) => Ok(Some(sum.to_dtype(of.dtype())?)),
+                Some(sum) if sum.dtype() == of.dtype() => Ok(Some(sum)),
+                Some(sum) => {
+                    let narrow = sum.to_dtype(of.dtype())?;
+                    if Finite::read(&[combine::finite(&narrow)?])? != [true] {
+                        return Err(OdeError::SumOverflow { shape: of.shape().clone(), dtype: of.dtype() }.into());
+                    }
+                    Ok(Some(narrow))
+                }
                 // Candle wants a gradient for every tracked node that is not a variable.
                 None if !of.is_variable() => Ok(Some(of.zeros_like()?)),
                 None => Ok(None),

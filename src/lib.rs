@@ -70,9 +70,10 @@ mod trajectory;
 pub use adjoint::{Adjoint, Discrete, Unrolled};
 pub use error::{OdeError, PassKind, Place, Result};
 pub use field::{Casts, Field, FnField, Gradients, Linearization, ModelField, Params, Tangent, VectorField};
+pub use forward::{OnOverflow, StepInfo};
 pub use precision::{Precision, largest_finite, unit_roundoff};
 pub use scaling::{AdjointScaling, Scale};
-pub use solve::{Ode, OnOverflow, Solution, StepInfo, odeint};
+pub use solve::{Ode, Solution, odeint};
 pub use solver::{
     Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau,
     ThreeEighths, Tsit5,

@@ -89,8 +89,14 @@ impl AdjointScaling {
         self.headroom.store(notches, Ordering::Relaxed);
     }
 
-    pub(crate) fn widen_headroom(&self) {
-        self.headroom.fetch_add(1, Ordering::Relaxed);
+    /// Headroom beyond which small cotangents would be lost to F16's range instead.
+    pub(crate) const MOST_HEADROOM: i32 = 10;
+
+    /// A pass has succeeded with this headroom, and not with less.
+    pub(crate) fn learn(&self, headroom: i32) {
+        if self.rule == Rule::PerStep {
+            self.headroom.fetch_max(headroom, Ordering::Relaxed);
+        }
     }
 
     fn of(rule: Rule) -> Self {

@@ -4,7 +4,7 @@ use crate::State;
 use crate::adjoint::{Adjoint, Discrete};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
-use crate::forward::{Checked, Forward};
+use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -14,32 +14,6 @@ use crate::trajectory::{States, Trajectory};
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-
-/// What to do when the forward pass overflows in half precision.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnOverflow {
-    /// An error that names the first step, time and stage.
-    #[default]
-    Error,
-    /// The step is done again with f in F32, and its state kept in F32.
-    Retry,
-}
-
-/// What an observer sees after each step.
-#[derive(Clone, Copy, Debug)]
-pub struct StepInfo<'a> {
-    /// The step, from 0.
-    pub index: usize,
-    /// Model time at its end.
-    pub t: f64,
-    /// Its length.
-    pub h: f64,
-    /// The state at its end, in the accumulate dtype.
-    pub y: &'a State,
-}
-
-/// Sees each step; `Break` stops the solve.
-pub(crate) type Observer = dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync;
 
 /// An initial value problem dy/dt = f(t, y; θ) with all its settings. Solve it as often as you like.
 ///
@@ -235,7 +209,7 @@ impl Ode {
             precision,
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
-            opening: self.opening(unrolled),
+            opening: if unrolled { Opening::Track } else { Opening::Evaluate },
             codec: (tracked && !unrolled).then_some(codec),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
@@ -270,14 +244,6 @@ impl Ode {
                 value: "unset".into(),
                 hint: "call .span(t0, t1).steps(n), or .grid(&times)",
             }),
-        }
-    }
-
-    fn opening(&self, unrolled: bool) -> Opening {
-        match (unrolled, self.field.needs_probe()) {
-            (true, _) => Opening::Track,
-            (false, true) => Opening::Probe,
-            (false, false) => Opening::Evaluate,
         }
     }
 }

@@ -48,6 +48,8 @@ counters! {
     casts,
     /// Times the model was built.
     builds,
+    /// Builds of the model over copies of its parameters, to see whether it writes to them: once in a field's life.
+    probes,
     /// Evaluations made twice to see whether the field is a pure function.
     determinism_checks,
 }

@@ -167,7 +167,13 @@ impl TimeGrid {
             return Err(OdeError::NoSteps);
         }
         let point = |n: usize| if n == steps { t1 } else { t0 + (t1 - t0) * (n as f64 / steps as f64) };
-        Self::new((0..=steps).map(point).collect())
+        let mut times = Vec::new();
+        if times.try_reserve_exact(steps.saturating_add(1)).is_err() {
+            let hint = "so many times do not fit into memory";
+            return Err(OdeError::Setting { setting: "steps", value: steps.to_string(), hint });
+        }
+        times.extend((0..=steps).map(point));
+        Self::new(times)
     }
 
     /// Steps between given times.

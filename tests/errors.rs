@@ -208,6 +208,15 @@ fn of_a_random_field() {
 }
 
 #[test]
+fn of_a_model_built_at_random() {
+    let vars = VarMap::new();
+    let build = |vb: candle_nn::VarBuilder<'static>| Ok((vb.get(3, "p")?, Tensor::randn(0f32, 1.0, 3, &CPU)?));
+    let eval = |(p, noise): &(Tensor, Tensor), _: &Time, y: &Tensor| y.broadcast_mul(&(p + noise)?);
+    let field = ModelField::new(&vars, &CPU, build, eval).unwrap();
+    says!(fails(&field, ones()), OdeError::NotDeterministic { .. });
+}
+
+#[test]
 fn of_a_captured_tensor() {
     let w = Var::new(&[1f32, 2.0, 3.0], &CPU).unwrap();
     for captured in [w.as_tensor().clone(), w.sqr().unwrap()] {
@@ -226,6 +235,11 @@ fn of_a_captured_tensor() {
         let field = FnField::new(move |_, y: &Tensor| y.broadcast_mul(&constant));
         assert!(Ode::new(&field).span(0.0, 1.0).steps(4).solve(ones()).is_ok());
     }
+    // Late in the first solve of a model, too.
+    let vars = VarMap::new();
+    let eval = move |p: &Tensor, t: &Time, y: &Tensor| y.broadcast_mul(if t.value() < 0.6 { p } else { w.as_tensor() });
+    let field = ModelField::new(&vars, &CPU, |vb| vb.get(3, "p"), eval).unwrap();
+    says!(fails(&field, ones()), OdeError::Captured { .. });
     // A model that captures one of its own masters behind the VarBuilder's back.
     let vars = VarMap::new();
     let master = vars.get(3, "p", Init::Const(0.5), DType::F32, &CPU).unwrap();
@@ -287,6 +301,16 @@ fn of_ops_that_cut_the_graph_without_a_word() {
         cut(OdeError::from(loss.backward().unwrap_err()));
         // `.context` on a result, as applications write it.
         cut(OdeError::from(loss.backward().context("training step 7").unwrap_err()));
+    }
+    // A way around the cut hides nothing of the parameters behind it.
+    let vars = VarMap::new();
+    let build = |vb: candle_nn::VarBuilder<'static>| candle_nn::linear(3, 3, vb);
+    let eval = |m: &candle_nn::Linear, _: &Time, y: &Tensor| y + softmax_last_dim(&m.forward_t(y, true)?)?;
+    let field = ModelField::new(&vars, &CPU, build, eval).unwrap();
+    for _ in 0..2 {
+        let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(ones()).unwrap();
+        let error = OdeError::from(solution.last().sum_all().unwrap().backward().unwrap_err());
+        says!(error, OdeError::NoBackward { op, .. } if op.contains("`bias` or `weight`"));
     }
     // A parameter of a later layer is tracked all the same: it hides nothing.
     let vars = VarMap::new();

@@ -165,3 +165,17 @@ fn frozen_parameters_are_not_tracked() {
     let grads = solve().last().sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&sorted(&vars)["a"]).is_some() && grads.get(&sorted(&vars)["b"]).is_none());
 }
+
+#[test]
+fn integer_buffers_stay_what_they_are() {
+    let permutation = Tensor::new(&[2u32, 0, 1], &Device::Cpu).unwrap();
+    let tensors = std::collections::HashMap::from([("permutation".to_owned(), permutation)]);
+    let vb = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let build =
+        |vb: candle_nn::VarBuilder<'static>| vb.get_with_hints_dtype(3, "permutation", Default::default(), DType::U32);
+    let field =
+        ModelField::from_var_builder(vb, build, |p, _, y, _| Ok(State::from(y[0].index_select(p, 1)?))).unwrap();
+    let y0 = Tensor::new(&[[1f32, 2.0, 3.0]], &Device::Cpu).unwrap();
+    let solution = Ode::new(&field).solver(Euler).span(0.0, 1.0).steps(1).precision(Precision::F16).solve(&y0).unwrap();
+    assert_eq!(solution.last().to_vec2::<f32>().unwrap(), [[4.0, 3.0, 5.0]]);
+}

@@ -42,8 +42,8 @@ impl Training {
 
 #[test]
 fn live_bytes_do_not_grow() {
-    let (recording, _guard) =
-        MemoryProfiler::new(&Device::Cpu).filter(|metadata| metadata.is_event()).install_scoped().unwrap();
+    let profiler = MemoryProfiler::new(&Device::Cpu).filter(|metadata| metadata.is_event());
+    let recording = profiler.install().unwrap();
     let owned = || Category::ALL.map(|category| recording.ledger().live(category));
     let mut training = Training::new(1);
     training.steps(10);
@@ -71,10 +71,11 @@ fn live_bytes_do_not_grow() {
         })
         .collect();
     barrier.wait();
-    let live = TrackingAllocator::live();
+    let (live, ours) = (TrackingAllocator::live(), owned());
     barrier.wait();
     barrier.wait();
     let grown = TrackingAllocator::live() as i64 - live as i64;
+    assert_eq!(owned(), ours);
     barrier.wait();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     assert!(grown <= 4096, "four threads: {grown} bytes more after 1000 steps than after 10");

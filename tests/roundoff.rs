@@ -98,7 +98,8 @@ fn errors_of_euler_do_not_grow() {
 
 #[test]
 fn errors_of_rk4_do_not_grow() {
-    errors_are_flat(Rk4, &[64, 1024]);
+    // Unoptimised, the longest solve takes minutes; the optimised run is the one that counts.
+    errors_are_flat(Rk4, if cfg!(debug_assertions) { &[64, 256] } else { &[64, 1024] });
 }
 
 #[test]

@@ -164,6 +164,13 @@ fn a_backward_pass_that_overflows_is_redone() {
     assert_eq!(scaling.headroom(), stats.redone_passes as i32);
     // The F32 master serves the steps that are redone as it is.
     assert_eq!((stats.casts, stats.builds), (1, 3));
+    // Another backward of the same solve does the same at once, to the same bits.
+    let solution =
+        ode.clone().precision(Precision::F16).scaling(AdjointScaling::per_step()).solve(y0.as_tensor()).unwrap();
+    let loss = solution.last().mean_all().unwrap();
+    let of_w = || bits(loss.backward().unwrap().get(&sorted(&vars)["w"]).unwrap());
+    let (once, redone) = (of_w(), solution.stats().redone_passes);
+    assert_eq!((of_w(), solution.stats().redone_passes), (once, redone));
     // What was learnt stays: in the end no pass is redone any more.
     let (mut last, mut stats) = run(Precision::F16);
     for _ in 0..10 {

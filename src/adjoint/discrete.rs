@@ -14,7 +14,7 @@ use crate::trajectory::Trajectory;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Everything the backward pass needs of a finished forward pass.
 pub(crate) struct Recorded {
@@ -30,6 +30,15 @@ pub(crate) struct Recorded {
     pub(crate) memory: StageMemory,
     pub(crate) scaling: AdjointScaling,
     pub(crate) counters: Arc<Counters>,
+    /// What the first finished pass had to do; later ones do the same, to the same bits.
+    pub(crate) redo: Mutex<Option<Redo>>,
+}
+
+/// How a pass differs from the plain one because of earlier overflows.
+#[derive(Clone, Debug)]
+pub(crate) struct Redo {
+    headroom: i32,
+    widened: BTreeSet<usize>,
 }
 
 /// What a backward pass gives.
@@ -48,16 +57,27 @@ impl Recorded {
     pub(crate) fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
         let _span = tracing::debug_span!(target: "candle_ode", "backward", steps = self.dtypes.len()).entered();
         let mut opened = Opened::new(&self.casts, self.field.as_ref(), Opening::Linearize, self.seed, &self.counters);
-        let mut widened = BTreeSet::new();
+        let known = self.redo.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let fresh = || Redo { headroom: self.scaling.headroom(), widened: BTreeSet::new() };
+        let Redo { mut headroom, mut widened } = known.unwrap_or_else(fresh);
         for _ in 0..PASSES {
-            let powers = Rc::new(PowerOfTwo::new(self.scaling.headroom()));
+            let powers = Rc::new(PowerOfTwo::new(headroom));
             let mut pass = Pass { solve: self, opened: &mut opened, widened: &widened, powers, flags: vec![] };
             let reversed = pass.run(cotangents)?;
             let (places, flags): (Vec<_>, Vec<_>) = std::mem::take(&mut pass.flags).into_iter().unzip();
             let read = Finite::read(&flags)?;
             let bad: Vec<(usize, usize)> =
                 places.into_iter().zip(read).filter(|(_, ok)| !ok).map(|(at, _)| at).collect();
-            let Some(&(first, stage)) = bad.first() else { return Ok(reversed) };
+            let first = match (bad.first(), reversed) {
+                (Some(first), _) => Some(*first),
+                (None, Some(reversed)) => {
+                    self.scaling.learn(headroom);
+                    *self.redo.lock().unwrap_or_else(PoisonError::into_inner) = Some(Redo { headroom, widened });
+                    return Ok(reversed);
+                }
+                (None, None) => None,
+            };
+            let Some((first, stage)) = first else { break };
             let redoable = |step: usize| self.dtypes[step].size_in_bytes() < 4 && !widened.contains(&step);
             // Once a value is not finite everything before it (in time) is poisoned too: only the first is at fault.
             if !redoable(first) {
@@ -68,7 +88,7 @@ impl Recorded {
             widened.insert(first);
             count(&self.counters.redone_passes);
             count(&self.counters.redone_steps);
-            self.scaling.widen_headroom();
+            headroom = (headroom + 1).min(AdjointScaling::MOST_HEADROOM);
         }
         let first = widened.first().copied().unwrap_or(0);
         let place = self.clock.step(first, self.dtype(first, &widened)).place(0);
@@ -92,7 +112,8 @@ struct Pass<'a, 'b> {
 }
 
 impl Pass<'_, '_> {
-    fn run(&mut self, cotangents: &[(usize, State)]) -> Result<Reversed> {
+    /// `None` if a value is already known not to be finite: the rest of the walk would be wasted.
+    fn run(&mut self, cotangents: &[(usize, State)]) -> Result<Option<Reversed>> {
         let solve = self.solve;
         let accumulate = solve.precision.accumulate_dtype();
         let steps = solve.dtypes.len();
@@ -110,12 +131,15 @@ impl Pass<'_, '_> {
             // Nothing has reached this time yet: the steps after the last output used by the loss cost nothing.
             let Some(state) = lambda.state.take() else { continue };
             lambda.set(self.step(n - 1, state, &mut gradients, &mut dynamic)?);
+            if self.flags.last().is_some_and(|(_, finite)| finite.known_bad()) {
+                return Ok(None);
+            }
         }
         let y0 = match lambda.state.take() {
             Some(state) => state,
             None => crate::solver::zeros_like(&solve.trajectory.state(0, accumulate)?, accumulate)?,
         };
-        Ok(Reversed { y0, sums: gradients.into_sums() })
+        Ok(Some(Reversed { y0, sums: gradients.into_sums() }))
     }
 
     fn step(
@@ -132,7 +156,7 @@ impl Pass<'_, '_> {
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         let y = solve.trajectory.state(index, solve.precision.accumulate_dtype())?;
         match solve.scaling.rule {
-            Rule::Dynamic if dtype == DType::F16 => self.step_dynamically(&at, y, &lambda, gradients, dynamic),
+            Rule::Dynamic if dtype.size_in_bytes() < 4 => self.step_dynamically(&at, y, &lambda, gradients, dynamic),
             Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
                 self.pull(&at, y, &lambda, gradients, StageScale::FromCotangent(self.powers.clone()))
             }

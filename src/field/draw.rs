@@ -75,8 +75,15 @@ impl Stream {
 
 /// Builds something whose random layers draw from `seed`, numbered from 0.
 pub(crate) fn seeded<T>(seed: u64, build: impl FnOnce() -> T) -> T {
-    let outer = SCOPE.replace((seed, 0));
-    let built = build();
-    SCOPE.set(outer);
-    built
+    let _outer = Outer(SCOPE.replace((seed, 0)));
+    build()
+}
+
+/// The scope before, put back however `build` ends.
+struct Outer((u64, u64));
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        SCOPE.set(self.0);
+    }
 }

@@ -7,7 +7,7 @@ mod model;
 mod opened;
 pub mod ops;
 mod params;
-pub(crate) use params::first_non_finite;
+pub(crate) use params::{first_non_finite, on_host};
 pub mod sink;
 mod vjp;
 

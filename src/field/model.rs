@@ -1,6 +1,6 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
-use super::params::{Casts, Gradients, Param, Params};
+use super::params::{Casts, Gradients, Params};
 use super::{Field, Linearization, Opening, Pulled, VectorField, draw, sink, vjp};
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
@@ -9,7 +9,6 @@ use crate::{State, Time};
 use candle_core::{DType, Device, Tensor, TensorId};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{VarBuilder, VarMap};
-use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,6 +43,7 @@ pub struct ModelField {
     model: Arc<dyn Constructor>,
     params: Params,
     probed: Arc<AtomicBool>,
+    connected: Arc<AtomicBool>,
 }
 
 impl ModelField {
@@ -118,10 +118,9 @@ impl ModelField {
         let recording = VarBuilder::from_backend(Box::new(recorder), dtype, device);
         draw::seeded(0, || build(recording)).map_err(|source| OdeError::Build { dtype, source })?;
         let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
-        let param = |(name, master)| Param { name, master, frozen: false, keep_f32: false };
-        let params = Params(seen.into_iter().map(param).collect());
+        let params = Params::new(seen);
         let model = Arc::new(Closures { build, eval: Arc::new(eval) });
-        Ok(Self { model, params, probed: Arc::default() })
+        Ok(Self { model, params, probed: Arc::default(), connected: Arc::default() })
     }
 
     /// A closure as a field: nothing to build.
@@ -129,7 +128,8 @@ impl ModelField {
         eval: impl Fn(&(), &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
     ) -> Self {
         let model = Arc::new(Closures { build: |_: VarBuilder<'static>| Ok(()), eval: Arc::new(eval) });
-        Self { model, params: Params::default(), probed: Arc::new(AtomicBool::new(true)) }
+        let probed = Arc::new(AtomicBool::new(true));
+        Self { model, params: Params::default(), probed, connected: Arc::default() }
     }
 
     /// The same field, with the parameters whose name satisfies `frozen` fixed: no gradient, no cost.
@@ -165,7 +165,8 @@ impl Field for ModelField {
         let vb = casts.var_builder();
         let model = draw::seeded(seed, || self.model.build(vb))
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
-        Ok(Box::new(OpenModel { model, casts, connected: Cell::new(false) }))
+        let source = Source { constructor: self.model.clone(), seed, connected: self.connected.clone() };
+        Ok(Box::new(OpenModel { model, casts, source }))
     }
 
     fn needs_probe(&self) -> bool {
@@ -217,29 +218,74 @@ impl<M, E: Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State>> Model
 struct OpenModel {
     model: Box<dyn Model>,
     casts: Casts,
-    /// Whether a linearisation of this pass has been seen to reach the state.
-    connected: Cell<bool>,
+    source: Source,
+}
+
+/// Where an open model came from.
+struct Source {
+    constructor: Arc<dyn Constructor>,
+    seed: u64,
+    /// Whether a linearisation of the field has been seen to reach all that f depends on.
+    connected: Arc<AtomicBool>,
 }
 
 impl OpenModel {
-    /// Some fused ops of candle-nn cut the graph without a word: f then depends on y, and Candle sees no way back.
-    /// Costs one evaluation per tensor of the state that the graph does not reach.
+    /// Some fused ops of candle-nn cut the graph without a word: f then depends on the state or on a parameter, and
+    /// Candle sees no way back to it. Looked at once in the life of a field, at one evaluation for the tensors of the
+    /// state that the graph does not reach, and one of a model of its own for the parameters.
     fn check_connected(&self, t: &Time, y: &State, output: &State) -> candle_core::Result<()> {
+        if self.source.connected.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let tracked = output.tensors().iter().filter(|x| x.track_op());
         let reached: HashSet<TensorId> = tracked.flat_map(|x| x.sorted_nodes()).map(Tensor::id).collect();
-        for (n, leaf) in y.tensors().iter().enumerate().filter(|(_, leaf)| !reached.contains(&leaf.id())) {
-            let mut moved = y.detach().into_tensors();
-            moved[n] = ((leaf.detach() * 1.5)? + 0.25)?;
+        let cut = |x: &Tensor| x.is_variable() && !reached.contains(&x.id());
+        for (n, _) in y.tensors().iter().enumerate().filter(|(_, leaf)| cut(leaf)) {
+            let mut elsewhere = y.detach().into_tensors();
+            elsewhere[n] = moved(&elsewhere[n])?;
             // A field that is not defined there says nothing about its graph.
-            let Ok(elsewhere) = self.model.eval(t, &State::from(moved), self.casts.inputs()) else { continue };
-            for (here, there) in output.tensors().iter().zip(elsewhere.tensors()) {
-                if here.detach().ne(&there.detach())?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? > 0.0 {
-                    return Err(OdeError::graph_cut(n).into());
-                }
+            let Ok(there) = self.model.eval(t, &State::from(elsewhere), self.casts.inputs()) else { continue };
+            if differ(output, &there)? {
+                return Err(OdeError::graph_cut(&format!("tensor {n} of the state")).into());
             }
         }
+        // A BatchNorm in evaluation mode detaches its running statistics, and means it.
+        let meant = |name: &str| name.ends_with("running_mean") || name.ends_with("running_var");
+        let names: Vec<&str> = self
+            .casts
+            .names()
+            .iter()
+            .zip(self.casts.leaves())
+            .filter(|(name, x)| cut(x) && !meant(name))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        if !names.is_empty() {
+            let casts =
+                self.casts.detached().map(|name, x| if names.contains(&name) { moved(x) } else { Ok(x.clone()) })?;
+            let model = draw::seeded(self.source.seed, || self.source.constructor.build(casts.var_builder()))?;
+            if let Ok(there) = model.eval(t, &y.detach(), casts.inputs())
+                && differ(output, &there)?
+            {
+                return Err(OdeError::graph_cut(&format!("parameter `{}`", names.join("` or `"))).into());
+            }
+        }
+        self.source.connected.store(true, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Other values of the same size.
+fn moved(x: &Tensor) -> candle_core::Result<Tensor> {
+    (x.detach() * 1.5)? + 0.25
+}
+
+fn differ(here: &State, there: &State) -> candle_core::Result<bool> {
+    for (here, there) in here.tensors().iter().zip(there.tensors()) {
+        if here.detach().ne(&there.detach())?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? > 0.0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl VectorField for OpenModel {
@@ -251,9 +297,7 @@ impl VectorField for OpenModel {
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
         let output = self.model.eval(t, &y, self.casts.inputs())?;
-        if !self.connected.replace(true) {
-            self.check_connected(t, &y, &output)?;
-        }
+        self.check_connected(t, &y, &output)?;
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();

@@ -25,7 +25,13 @@ pub(crate) struct Param {
 pub struct Params(pub(crate) Vec<Param>);
 
 impl Params {
-    /// Names, sorted.
+    /// Parameters of a field of one's own: names and masters. The order is that of the slots.
+    pub fn new(named: impl IntoIterator<Item = (String, Tensor)>) -> Self {
+        let param = |(name, master)| Param { name, master, frozen: false, keep_f32: false };
+        Self(named.into_iter().map(param).collect())
+    }
+
+    /// Names, in the order of the slots (sorted for a [`ModelField`](crate::ModelField)).
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|param| param.name.as_str())
     }
@@ -67,7 +73,7 @@ impl Params {
                 combine::leaf(source.tensor, dtype)?
             };
             let leaf = if source.trainable { leaf } else { leaf.detach() };
-            checks.push(combine::finite(&leaf)?);
+            checks.push(if dtype.is_float() { combine::finite(&leaf)? } else { Finite::default() });
             casts.push(source, leaf);
         }
         for (n, finite) in Finite::read(&checks)?.into_iter().enumerate() {
@@ -97,7 +103,7 @@ impl Params {
         let params = self.0.iter().map(|param| Source {
             name: param.name.clone(),
             tensor: &param.master,
-            trainable: !param.frozen && param.master.track_op(),
+            trainable: !param.frozen && param.master.track_op() && param.master.dtype().is_float(),
             keep_f32: param.keep_f32,
             is_input: false,
         });
@@ -150,9 +156,14 @@ impl Source<'_> {
     }
 }
 
+/// All elements in F64, on the host: not every device has F64.
+pub(crate) fn on_host(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()
+}
+
 /// The first NaN or infinity of a tensor, as (flat index, value).
 pub(crate) fn first_non_finite(x: &Tensor) -> Result<(usize, f64)> {
-    let values = x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let values = on_host(x)?.to_vec1::<f64>()?;
     let found = values.iter().position(|v| !v.is_finite());
     Ok(found.map_or((0, 0.0), |index| (index, values[index])))
 }
@@ -221,10 +232,15 @@ impl Casts {
         Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }
     }
 
+    /// Other values, made from names and values.
+    pub(crate) fn map(&self, f: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+        let pairs = self.names.iter().zip(&self.leaves);
+        Ok(Self { leaves: pairs.map(|(name, x)| f(name, x)).collect::<candle_core::Result<_>>()?, ..self.clone() })
+    }
+
     /// The same values in storages of their own, as variables: writing to them harms nobody.
     pub(crate) fn copied(&self) -> Result<Self> {
-        let copy = |leaf: &Tensor| combine::leaf(leaf, leaf.dtype());
-        Ok(Self { leaves: self.leaves.iter().map(copy).collect::<candle_core::Result<_>>()?, ..self.clone() })
+        Ok(self.map(|_, leaf| combine::leaf(leaf, leaf.dtype()))?)
     }
 
     /// A `VarBuilder` that hands out the parameters.

@@ -26,8 +26,18 @@ pub fn add(weight: &Tensor, contribution: &Tensor) -> Result<bool> {
 
 /// Runs `pull` with the sums open on this thread, and hands them back.
 pub(crate) fn open<T>(gradients: Gradients, pull: impl FnOnce() -> T) -> (T, Gradients) {
-    let outer = OPEN.replace(Some(gradients));
+    let outer = Outer(OPEN.replace(Some(gradients)));
     let pulled = pull();
-    let gradients = OPEN.replace(outer).unwrap_or_default();
+    let gradients = OPEN.take().unwrap_or_default();
+    drop(outer);
     (pulled, gradients)
+}
+
+/// What was open before, put back however `pull` ends.
+struct Outer(Option<Gradients>);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        OPEN.set(self.0.take());
+    }
 }

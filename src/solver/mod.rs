@@ -8,7 +8,7 @@ mod tableau;
 pub use explicit::{ExplicitRungeKutta, StageMemory};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
-pub(crate) use stages::{Slopes, StageScale, check_captured, largest, zeros_like};
+pub(crate) use stages::{Slopes, StageScale, largest, zeros_like};
 pub use tableau::Tableau;
 
 use crate::State;

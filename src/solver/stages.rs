@@ -121,7 +121,7 @@ impl<'a> Stages<'a> {
 }
 
 /// A tracked result whose leaves are not all ours was reached through a captured tensor.
-pub(crate) fn check_captured(field: &dyn VectorField, slope: &State) -> Result<()> {
+fn check_captured(field: &dyn VectorField, slope: &State) -> Result<()> {
     for tensor in slope.tensors().iter().filter(|x| x.track_op()) {
         for node in tensor.sorted_nodes() {
             if node.is_variable() && !field.leaves().iter().any(|leaf| leaf.id() == node.id()) {

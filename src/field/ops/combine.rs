@@ -5,7 +5,7 @@
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
 /// Whether values are finite: known on the host, or a 0-d F32 tensor on the device that is 0 (finite) or NaN.
@@ -219,9 +219,14 @@ pub fn leaf(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let own = match &*storage {
         Storage::Cpu(s) => Storage::Cpu(s.to_dtype(layout, dtype)?),
         Storage::Cuda(s) => Storage::Cuda(s.to_dtype(layout, dtype)?),
-        Storage::Metal(s) => Storage::Metal(s.to_dtype(layout, dtype)?),
+        Storage::Metal(s) => Storage::Metal(copy_on_metal(s, layout, dtype)?),
     };
     Ok(Tensor::from_storage(own, x.shape(), BackpropOp::none(), true))
+}
+
+/// Metal does not cast a dtype to itself.
+pub(crate) fn copy_on_metal(storage: &MetalStorage, layout: &Layout, dtype: DType) -> Result<MetalStorage> {
+    if storage.dtype() == dtype { storage.affine(layout, 1.0, 0.0) } else { storage.to_dtype(layout, dtype) }
 }
 
 /// `sum += c·x`, in place on the CPU. Says whether every c·x is finite.
@@ -287,7 +292,7 @@ impl InplaceOp1 for AddScaled {
 /// When the device fails.
 pub fn finite(x: &Tensor) -> Result<Finite> {
     if !x.device().is_cpu() {
-        return Ok(Finite::Device(vec![(x.detach().to_dtype(DType::F32)? * 0.0)?.sum_all()?]));
+        return Ok(Finite::Device(vec![(x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?]));
     }
     fold_cpu(x, 0.0_f64, |zero, chunk| chunk.iter().fold(zero, |zero, x| zero + x * 0.0))
         .map(|zero| Finite::Host(zero == 0.0))
