@@ -56,13 +56,13 @@ pub struct LogDensity<M> {
     model: M,
     trace: Trace,
     stream: Stream,
-    epsilon: Mutex<Option<Tensor>>,
+    directions: Mutex<Option<Vec<Tensor>>>,
 }
 
 impl<M: Tangent> LogDensity<M> {
     /// `model` with its log-density.
     pub fn new(model: M, trace: Trace) -> Self {
-        Self { model, trace, stream: Stream::next(), epsilon: Mutex::new(None) }
+        Self { model, trace, stream: Stream::next(), directions: Mutex::new(None) }
     }
 
     /// (f(t, z), −tr ∂f/∂z) at a state (z, log p).
@@ -86,43 +86,48 @@ impl<M: Tangent> LogDensity<M> {
     /// # Errors
     /// Whatever the model reports.
     pub fn divergence(&self, t: &Time, z: &Tensor) -> Result<(Tensor, Tensor)> {
-        if self.trace != Trace::Exact {
-            let epsilon = self.epsilon(z)?;
-            let (f, along) = self.model.tangent(t, z, &epsilon)?;
-            return Ok((f, row_sum(&(along * epsilon)?)?));
-        }
-        if let Some(known) = self.model.trace(t, z)? {
+        if self.trace == Trace::Exact
+            && let Some(known) = self.model.trace(t, z)?
+        {
             return Ok(known);
         }
-        let (batch, dim) = z.dims2()?;
         let mut value = None;
-        let mut columns = Vec::with_capacity(dim);
-        for n in 0..dim {
-            let unit: Vec<f32> = (0..dim).map(|m| if m == n { 1.0 } else { 0.0 }).collect();
-            let unit = Tensor::new(unit, z.device())?.to_dtype(z.dtype())?.broadcast_as((batch, dim))?.contiguous()?;
-            let (f, along) = self.model.tangent(t, z, &unit)?;
-            columns.push(along.narrow(D::Minus1, n, 1)?);
+        let mut parts = vec![];
+        for (n, v) in self.directions(z)?.iter().enumerate() {
+            let (f, along) = self.model.tangent(t, z, v)?;
             value.get_or_insert(f);
+            parts.push(match self.trace {
+                Trace::Exact => along.narrow(D::Minus1, n, 1)?,
+                _ => (along * v)?,
+            });
         }
         match value {
-            Some(f) => Ok((f, row_sum(&Tensor::cat(&columns, D::Minus1)?)?)),
+            Some(f) => Ok((f, row_sum(&Tensor::cat(&parts, D::Minus1)?)?)),
             None => candle_core::bail!("a log-density needs at least one dimension, z has shape {:?}", z.dims()),
         }
     }
 
-    fn epsilon(&self, z: &Tensor) -> Result<Tensor> {
-        let mut kept = self.epsilon.lock().unwrap_or_else(PoisonError::into_inner);
-        match kept.as_ref() {
-            Some(epsilon) if epsilon.dims() == z.dims() => Ok(epsilon.clone()),
-            _ => {
-                let (shape, dtype, device) = (z.shape(), z.dtype(), z.device());
-                let drawn = match self.trace {
-                    Trace::Gaussian => self.stream.normal(shape, dtype, device)?,
-                    _ => self.stream.rademacher(shape, dtype, device)?,
-                };
-                Ok(kept.insert(drawn).clone())
-            }
+    /// What to take tangents along: ε, or the unit vectors. Made once per shape, dtype and device.
+    fn directions(&self, z: &Tensor) -> Result<Vec<Tensor>> {
+        let mut kept = self.directions.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |v: &Tensor| v.dims() == z.dims() && v.dtype() == z.dtype() && v.device().same_device(z.device());
+        if let Some(known) = kept.as_ref().filter(|known| known.first().is_some_and(fits)) {
+            return Ok(known.clone());
         }
+        let (shape, dtype, device) = (z.shape(), z.dtype(), z.device());
+        let made = match self.trace {
+            Trace::Gaussian => vec![self.stream.normal(shape, dtype, device)?],
+            Trace::Rademacher => vec![self.stream.rademacher(shape, dtype, device)?],
+            Trace::Exact => {
+                let (batch, dim) = z.dims2()?;
+                let unit = |n: usize| {
+                    let unit: Vec<f32> = (0..dim).map(|m| if m == n { 1.0 } else { 0.0 }).collect();
+                    Tensor::new(unit, device)?.to_dtype(dtype)?.broadcast_as((batch, dim))?.contiguous()
+                };
+                (0..dim).map(unit).collect::<Result<_>>()?
+            }
+        };
+        Ok(kept.insert(made).clone())
     }
 }
 

@@ -122,9 +122,12 @@ fn compose(base: Option<&Tensor>, terms: &[(f64, &Tensor)], sum_dtype: DType, dt
 }
 
 /// The number a sum is made in.
-trait Wide: Copy + Default + std::ops::AddAssign + std::ops::Mul<Output = Self> + std::ops::Add<Output = Self> {
+trait Wide:
+    Copy + Default + PartialOrd + std::ops::AddAssign + std::ops::Mul<Output = Self> + std::ops::Add<Output = Self>
+{
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
+    fn magnitude(self) -> Self;
     fn load(storage: &CpuStorage, from: usize, into: &mut [Self]) -> Result<()>;
     fn store(sums: &[Self], into: &mut CpuStorage);
 }
@@ -138,6 +141,10 @@ macro_rules! wide {
 
             fn to_f64(self) -> f64 {
                 f64::from(self)
+            }
+
+            fn magnitude(self) -> Self {
+                self.abs()
             }
 
             fn load(storage: &CpuStorage, from: usize, into: &mut [Self]) -> Result<()> {
@@ -261,10 +268,8 @@ impl AddScaled {
         for (n, sums) in sums.chunks_mut(CHUNK).enumerate() {
             let loaded = &mut loaded[..sums.len()];
             load(&self.x, n * CHUNK, loaded)?;
-            for (sum, x) in sums.iter_mut().zip(&*loaded) {
-                *sum += c * *x;
-                zero += *x * A::default();
-            }
+            sums.iter_mut().zip(&*loaded).for_each(|(sum, x)| *sum += c * *x);
+            zero += poison(loaded);
         }
         self.finite.set(zero.to_f64() == 0.0);
         Ok(())
@@ -294,11 +299,15 @@ pub fn finite(x: &Tensor) -> Result<Finite> {
     if !x.device().is_cpu() {
         return Ok(Finite::Device(vec![(x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?]));
     }
-    fold_cpu(x, 0.0_f64, |zero, chunk| chunk.iter().fold(zero, |zero, x| zero + x * 0.0))
-        .map(|zero| Finite::Host(zero == 0.0))
+    let mut zero = 0.0;
+    match x.dtype() {
+        DType::F64 => each_chunk(x, |chunk: &[f64]| zero += poison(chunk))?,
+        _ => each_chunk(x, |chunk: &[f32]| zero += f64::from(poison(chunk)))?,
+    }
+    Ok(Finite::Host(zero == 0.0))
 }
 
-/// max |x| on the host. NaN if any element is NaN.
+/// max |x| on the host. NaN if any element is not finite.
 ///
 /// # Errors
 /// When the device fails.
@@ -306,8 +315,16 @@ pub fn max_abs(x: &Tensor) -> Result<f64> {
     if !x.device().is_cpu() {
         return max_abs_on_device(x)?.to_dtype(DType::F64)?.to_scalar();
     }
-    let larger = |m: f64, x: &f64| if x.abs() > m || x.is_nan() { x.abs() } else { m };
-    fold_cpu(x, 0.0, |m, chunk| chunk.iter().fold(m, larger))
+    let (mut most, mut zero) = (0.0_f64, 0.0);
+    let mut see = |largest: f64, poison: f64| {
+        most = most.max(largest);
+        zero += poison;
+    };
+    match x.dtype() {
+        DType::F64 => each_chunk(x, |chunk: &[f64]| see(largest(chunk), poison(chunk)))?,
+        _ => each_chunk(x, |chunk: &[f32]| see(f64::from(largest(chunk)), f64::from(poison(chunk))))?,
+    }
+    Ok(if zero == 0.0 { most } else { f64::NAN })
 }
 
 /// max |x| as a 0-d F32 tensor, without a read from the device.
@@ -318,16 +335,40 @@ pub fn max_abs_on_device(x: &Tensor) -> Result<Tensor> {
     x.detach().to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)
 }
 
-fn fold_cpu<T>(x: &Tensor, start: T, mut fold: impl FnMut(T, &[f64]) -> T) -> Result<T> {
+/// Shows a CPU tensor to `see`, chunk by chunk, widened.
+fn each_chunk<A: Wide>(x: &Tensor, mut see: impl FnMut(&[A])) -> Result<()> {
     let x = x.contiguous()?;
-    let mut loaded = [0.0; CHUNK];
-    let mut value = start;
+    let mut loaded = [A::default(); CHUNK];
     for from in (0..x.elem_count()).step_by(CHUNK) {
         let loaded = &mut loaded[..CHUNK.min(x.elem_count() - from)];
         load(&x, from, loaded)?;
-        value = fold(value, loaded);
+        see(loaded);
     }
-    Ok(value)
+    Ok(())
+}
+
+/// Independent sums or maxima that a loop keeps, so that it can be vectorised.
+const LANES: usize = 16;
+
+/// 0 if all values are finite, else NaN.
+fn poison<A: Wide>(values: &[A]) -> A {
+    let mut lanes = [A::default(); LANES];
+    for values in values.chunks(LANES) {
+        lanes.iter_mut().zip(values).for_each(|(lane, x)| *lane += *x * A::default());
+    }
+    lanes.into_iter().fold(A::default(), |sum, lane| sum + lane)
+}
+
+/// max |x| of finite values.
+fn largest<A: Wide>(values: &[A]) -> A {
+    let mut lanes = [A::default(); LANES];
+    for values in values.chunks(LANES) {
+        for (lane, x) in lanes.iter_mut().zip(values) {
+            let size = x.magnitude();
+            *lane = if size > *lane { size } else { *lane };
+        }
+    }
+    lanes.into_iter().fold(A::default(), |most, lane| if lane > most { lane } else { most })
 }
 
 /// A 0-d zero in F32, on whatever device `storage` is: what token and seed ops return.
@@ -337,4 +378,31 @@ where
 {
     let shape = Shape::from(());
     Ok((storage.device().zeros_impl(&shape, DType::F32)?, shape))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn one_bad_value_is_found_wherever_it_is() -> Result<()> {
+        for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                for at in [0, 15, 16, 1023, 1024, 1029] {
+                    let mut values: Vec<f64> = (0..1030).map(|n| f64::from(n) - 700.0).collect();
+                    let good = Tensor::new(values.as_slice(), &Device::Cpu)?.to_dtype(dtype)?;
+                    assert!(!finite(&good)?.known_bad());
+                    assert_eq!(max_abs(&good)?, 700.0);
+                    values[at] = bad;
+                    let spoilt = Tensor::new(values.as_slice(), &Device::Cpu)?.to_dtype(dtype)?;
+                    assert!(finite(&spoilt)?.known_bad() && max_abs(&spoilt)?.is_nan(), "{dtype:?} {bad} at {at}");
+                    let mut sum = Tensor::zeros(1030, DType::F64, &Device::Cpu)?;
+                    assert!(!accumulate(&mut sum, 2.0, &good)?.known_bad());
+                    assert!(accumulate(&mut sum, 2.0, &spoilt)?.known_bad());
+                }
+            }
+        }
+        Ok(())
+    }
 }
