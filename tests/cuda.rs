@@ -69,3 +69,16 @@ fn the_pool_meter_sees_the_trajectory() {
     drop(solution);
     assert!(meter.live().unwrap() <= before, "a dropped solution gives its bytes back");
 }
+
+#[test]
+fn tensors_on_two_devices_are_refused() {
+    let Some(gpu) = gpu() else { return };
+    let vars = VarMap::new();
+    let field = mlp_field(&vars, DType::F32, 3, 4);
+    let ode = Ode::new(&field).span(0.0, 1.0).steps(2);
+    let there = Tensor::zeros((2, 3), DType::F32, &gpu).unwrap();
+    let here = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    assert!(matches!(ode.solve(&there).unwrap_err(), OdeError::DeviceMismatch { .. }), "parameters elsewhere");
+    let state = State::from([here, there]);
+    assert!(matches!(ode.solve(state).unwrap_err(), OdeError::DeviceMismatch { .. }), "half a state elsewhere");
+}
