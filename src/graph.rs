@@ -6,7 +6,7 @@
 //! out. Backward passes on different threads have cells of their own.
 
 use crate::State;
-use crate::adjoint::{Recorded, Reversed};
+use crate::adjoint::{Reverse, Reversed};
 use crate::error::{OdeError, Result};
 use crate::field::Finite;
 use crate::field::ops::combine::{self, zero_beside};
@@ -35,7 +35,7 @@ pub(crate) fn attach(
     outputs: Vec<(usize, State)>,
     y0: &State,
     trainable: Vec<Option<Tensor>>,
-    recorded: Recorded,
+    recorded: impl Reverse + 'static,
 ) -> Result<Vec<State>> {
     let device = y0.device().clone();
     let shapes: Vec<Shape> = y0.tensors().iter().map(|x| x.shape().clone()).collect();
@@ -49,7 +49,8 @@ pub(crate) fn attach(
     let value = pack(states.iter().flat_map(State::tensors))?;
     drop(states);
     let layout = Packing { outputs: at.len(), shapes };
-    let node = SolveNode { value: Mutex::new(Some(value)), at, layout: layout.clone(), recorded, cells };
+    let node =
+        SolveNode { value: Mutex::new(Some(value)), at, layout: layout.clone(), recorded: Box::new(recorded), cells };
     let packed = pack(y0.tensors())?.apply_op2(&token, node)?;
     layout.unpack(&packed)
 }
@@ -118,7 +119,7 @@ struct SolveNode {
     value: Mutex<Option<Tensor>>,
     at: Vec<usize>,
     layout: Packing,
-    recorded: Recorded,
+    recorded: Box<dyn Reverse>,
     cells: Arc<Cells>,
 }
 

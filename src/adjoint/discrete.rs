@@ -1,5 +1,6 @@
 //! The discrete adjoint: walks the kept steps backwards.
 
+use super::{Reverse, Reversed};
 use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, PassKind, Result};
@@ -11,7 +12,7 @@ use crate::solver::{Clock, Pullbacks, Solver, StageMemory, Stages, StepAt};
 use crate::solver::{Slopes, StageScale, largest};
 use crate::stats::{Counters, count};
 use crate::trajectory::Trajectory;
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,20 +42,11 @@ pub(crate) struct Redo {
     widened: BTreeSet<usize>,
 }
 
-/// What a backward pass gives.
-pub(crate) struct Reversed {
-    /// dL/dy0, accumulate dtype.
-    pub(crate) y0: State,
-    /// Per slot, the sum of the gradient.
-    pub(crate) sums: Vec<Option<Tensor>>,
-}
-
 /// How often a pass is done again before it is an error.
 const PASSES: usize = 24;
 
-impl Recorded {
-    /// The whole reverse pass. `cotangents` are dL/dy at grid points (index, state), in the order of the grid.
-    pub(crate) fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
+impl Reverse for Recorded {
+    fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
         let _span = tracing::debug_span!(target: "candle_ode", "backward", steps = self.dtypes.len()).entered();
         let mut opened = Opened::new(&self.casts, self.field.as_ref(), Opening::Linearize, self.seed, &self.counters);
         let known = self.redo.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -95,7 +87,9 @@ impl Recorded {
         let hint = "use a wider compute dtype, or scale the loss down";
         Err(OdeError::Overflow { pass: PassKind::Backward, place, hint })
     }
+}
 
+impl Recorded {
     fn dtype(&self, step: usize, widened: &BTreeSet<usize>) -> DType {
         if widened.contains(&step) { DType::F32 } else { self.dtypes[step] }
     }

@@ -2,11 +2,31 @@
 
 mod discrete;
 
-pub(crate) use discrete::{Recorded, Reversed};
+pub(crate) use discrete::Recorded;
 
+use crate::State;
+use crate::error::Result;
 use crate::solver::StageMemory;
 use crate::trajectory::Codec;
+use candle_core::Tensor;
 use std::sync::Arc;
+
+/// A finished forward pass that can be gone through backwards, as often as Candle asks.
+pub(crate) trait Reverse: Send + Sync {
+    /// The whole reverse pass. `cotangents` are dL/dy at grid points (index, state), in the order of the grid.
+    ///
+    /// # Errors
+    /// Whatever the field reports, with its place; an overflow that no scaling helps.
+    fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed>;
+}
+
+/// What a backward pass gives.
+pub(crate) struct Reversed {
+    /// dL/dy0, accumulate dtype.
+    pub(crate) y0: State,
+    /// Per slot, the sum of the gradient.
+    pub(crate) sums: Vec<Option<Tensor>>,
+}
 
 /// The gradient of the steps that were taken (discretise-then-optimise): each step is linearised again at its kept
 /// state and pulled back, last step first.
