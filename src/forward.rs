@@ -10,7 +10,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
-use crate::trajectory::{Codec, Trajectory};
+use crate::trajectory::{Keeping, Trajectory};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -59,7 +59,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) casts: Fallback,
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
-    pub(crate) codec: Option<Arc<dyn Codec>>,
+    pub(crate) keeping: Option<Keeping>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
@@ -94,8 +94,7 @@ impl Walked {
         let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
         let (dtypes, redo) = (self.dtypes, Mutex::new(None));
         let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
-        let recorded = Recorded { passes, solver, trajectory, memory };
-        Ok((self.outputs, recorded))
+        Ok((self.outputs, Recorded::new(passes, solver, trajectory, memory)))
     }
 }
 
@@ -148,29 +147,39 @@ impl<'a> Forward<'a> {
         let mut y = if tracking { start.clone() } else { start.detach() };
         let mut walked = Walked {
             outputs: outputs.contains(&0).then(|| (0, y.clone())).into_iter().collect(),
-            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, start.clone())),
+            trajectory: None,
             dtypes: vec![],
         };
         let steps = self.grid.steps();
+        let accumulate = self.precision.accumulate_dtype();
+        walked.trajectory =
+            self.keeping.clone().map(|keeping| Trajectory::new(keeping, start, Some(steps), accumulate));
         for n in 0..steps {
-            y = self.step(opened, n, &y, wide, suspects)?;
+            let after = self.step(opened, n, &y, wide, suspects)?;
             walked.dtypes.push(self.dtype(n, wide));
             count(&self.counters.accepted_steps);
             let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
+            let whole = |after: &State| match &walked.trajectory {
+                Some(trajectory) => trajectory.whole(after),
+                None => Ok(after.clone()),
+            };
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h, y: &y }).is_break(),
+                Some(observer) => observer(StepInfo { index: n, t, h, y: &whole(&after)? }).is_break(),
                 None => false,
             };
             let is_last = stop || n + 1 == steps;
             if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, y.clone()));
+                walked.outputs.push((n + 1, whole(&after)?));
             }
-            if is_last {
-                break;
-            }
-            if let Some(trajectory) = &mut walked.trajectory {
-                self.keep(trajectory, n, &y, wide, suspects)?;
-            }
+            y = match &mut walked.trajectory {
+                Some(trajectory) if is_last => {
+                    self.finish(trajectory, n, &y, wide, suspects)?;
+                    break;
+                }
+                Some(trajectory) => self.keep(trajectory, n, &y, after, wide, suspects)?,
+                None if is_last => break,
+                None => after,
+            };
         }
         Ok(walked)
     }
@@ -210,25 +219,45 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// Keeps the state after step `n`; in F32 if it is known not to fit and that is wanted.
+    /// Goes on from the state `after` step `n`, which started at `before`, and keeps it if the schedule says so.
     fn keep(
         &self,
         trajectory: &mut Trajectory,
         n: usize,
-        y: &State,
+        before: &State,
+        after: State,
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<State> {
+        let dtype = trajectory.dtype();
+        let (y, finite) = trajectory.reach(n + 1, before, after, |finite| self.exactly(n, dtype, finite, wide))?;
+        suspects.push((Suspect::Entry { step: n }, finite));
+        Ok(y)
+    }
+
+    /// Keeps the state from which step `n`, the last, has started.
+    fn finish(
+        &self,
+        trajectory: &mut Trajectory,
+        n: usize,
+        before: &State,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<()> {
-        let finite = trajectory.push(y)?;
+        let Some(step) = n.checked_sub(1) else { return Ok(()) };
+        let dtype = trajectory.dtype();
+        let finite = trajectory.finish(n, before, |finite| self.exactly(step, dtype, finite, wide))?;
+        suspects.push((Suspect::Entry { step }, finite));
+        Ok(())
+    }
+
+    /// Whether what step `n` left behind is kept in the accumulate dtype: it does not fit the codec, or the step itself
+    /// needed more than the compute dtype.
+    fn exactly(&self, n: usize, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
         if finite.known_bad() && !wide.entries.contains(&n) {
             self.widen(Suspect::Entry { step: n }, wide)?;
         }
-        if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
-            trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else {
-            suspects.push((Suspect::Entry { step: n }, finite));
-        }
-        Ok(())
+        Ok(wide.entries.contains(&n) || wide.steps.contains(&n) && kept.size_in_bytes() < 4)
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
@@ -256,7 +285,9 @@ impl<'a> Forward<'a> {
                 Ok(())
             }
             Suspect::Entry { step } => {
-                let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
+                // Integers have scales in F32.
+                let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
+                let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
                 let time = self.grid.times()[step + 1];
                 Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
             }

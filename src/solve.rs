@@ -10,7 +10,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::{States, Trajectory};
+use crate::trajectory::Trajectory;
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -200,7 +200,7 @@ impl Ode {
             Adjoint::Discrete(discrete) => discrete.clone(),
             Adjoint::Unrolled(_) => Discrete::default(),
         };
-        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let keeping = discrete.keeping(precision);
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),
@@ -210,7 +210,7 @@ impl Ode {
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
-            codec: (tracked && !unrolled).then_some(codec),
+            keeping: (tracked && !unrolled).then_some(keeping),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
             observer: self.observer.as_deref(),
