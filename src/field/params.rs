@@ -365,8 +365,8 @@ impl Gradients {
         Ok(())
     }
 
-    /// Whether all that was added since the last call is finite.
-    pub(crate) fn take_finite(&mut self) -> Finite {
+    /// Whether all that was added since the last call is finite: part of [`Pulled::finite`](crate::field::Pulled).
+    pub fn take_finite(&mut self) -> Finite {
         std::mem::take(&mut self.finite)
     }
 
