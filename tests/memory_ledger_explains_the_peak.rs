@@ -6,7 +6,6 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
-use candle_ode::account::Category;
 use candle_ode::memory::{Composition, MemoryProfiler, MemoryReport, Part, TrackingAllocator};
 use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;
