@@ -1,7 +1,7 @@
 //! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
 
 use crate::State;
-use crate::adjoint::Recorded;
+use crate::adjoint::{Passes, Recorded};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -93,20 +93,8 @@ impl Walked {
         };
         let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
         let (dtypes, redo) = (self.dtypes, Mutex::new(None));
-        let recorded = Recorded {
-            field,
-            casts,
-            seed,
-            solver,
-            clock,
-            trajectory,
-            dtypes,
-            precision,
-            memory,
-            scaling,
-            counters,
-            redo,
-        };
+        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
+        let recorded = Recorded { passes, solver, trajectory, memory };
         Ok((self.outputs, recorded))
     }
 }
