@@ -50,5 +50,6 @@ pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport, StepReport, Totals,
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport,
+    StepReport, Totals,
 };

@@ -167,7 +167,9 @@ impl MemoryProfiler {
         let others = other_meters(&self.device, meter.name())?;
         let environment = Environment::of(&self.device, self.settings);
         shared.choose(self.filter);
-        shared.begin(|ledger| Recorder::start(meter, self.span_limit, |category| ledger.live(category)))?.ok_or_else(under_way)?;
+        shared
+            .begin(|ledger| Recorder::start(meter, self.span_limit, |category| ledger.live(category)))?
+            .ok_or_else(under_way)?;
         Ok(Recording { shared, others, run: self.run, environment, _claim: claim })
     }
 }

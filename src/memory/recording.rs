@@ -73,9 +73,9 @@ impl Recording {
     ///
     /// [`OdeError::Meter`] if the meter cannot be read, or could not be at some span since the last snapshot.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let (baseline, reading, bytes) = self.shared.read(|recorder, thread| {
-            Ok((recorder.baseline(), recorder.read(thread)?, recorder.composition()))
-        })?;
+        let (baseline, reading, bytes) = self
+            .shared
+            .read(|recorder, thread| Ok((recorder.baseline(), recorder.read(thread)?, recorder.composition())))?;
         let owned = CategoryBytes::all(&self.shared.ledger, Ledger::peak);
         Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned, bytes })
     }

@@ -39,7 +39,9 @@ impl ProcessMeter {
 fn field(text: &str, name: &str) -> Result<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kibibytes = line.and_then(|rest| rest.trim().strip_suffix("kB")).and_then(|number| number.trim().parse().ok());
-    kibibytes.map(|kibibytes: u64| kibibytes * 1024).ok_or_else(|| unreadable(format!("/proc/self/status has no {name}")))
+    kibibytes
+        .map(|kibibytes: u64| kibibytes * 1024)
+        .ok_or_else(|| unreadable(format!("/proc/self/status has no {name}")))
 }
 
 fn failed(error: &Error) -> OdeError {
