@@ -15,6 +15,9 @@ use std::sync::Arc;
 const STEPS: usize = 7;
 const SPAN: f64 = 0.9;
 
+/// Puts a codec into an adjoint, and gives it out.
+type With = Arc<dyn Fn(Discrete) -> (Discrete, Box<dyn Codec>)>;
+
 /// A problem with a loss over its outputs, its variables by name.
 struct Problem {
     vars: VarMap,
@@ -184,7 +187,7 @@ fn starts(ode: &Ode, y0: &Tensor, codec: &dyn Codec, schedule: &dyn Schedule) ->
 #[test]
 fn lossy_codecs_pull_back_at_the_decoded_states() {
     fn run(solver: impl Solver + Copy) {
-        let codecs: [Arc<dyn Fn(Discrete) -> (Discrete, Box<dyn Codec>)>; 6] = [
+        let codecs: [With; 6] = [
             Arc::new(|d| (d.codec(States(DType::F32)), Box::new(States(DType::F32)))),
             Arc::new(|d| (d.codec(States(DType::F16)), Box::new(States(DType::F16)))),
             Arc::new(|d| (d.codec(States(DType::BF16)), Box::new(States(DType::BF16)))),
