@@ -7,7 +7,7 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::Recorded;
+use crate::adjoint::{Passes, Recorded};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -129,20 +129,8 @@ impl Walked {
         };
         let Forward { field, solver, precision, seed, casts, counters, .. } = forward;
         let (clock, dtypes, redo) = (self.clock, self.dtypes, Mutex::new(None));
-        let recorded = Recorded {
-            field,
-            casts,
-            seed,
-            solver,
-            clock,
-            trajectory,
-            dtypes,
-            precision,
-            memory,
-            scaling,
-            counters,
-            redo,
-        };
+        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
+        let recorded = Recorded { passes, solver, trajectory, memory };
         Ok((self.outputs, recorded))
     }
 }

@@ -1,8 +1,11 @@
 //! How gradients come back.
 
 mod discrete;
+mod lambda;
+mod passes;
 
 pub(crate) use discrete::Recorded;
+pub(crate) use passes::Passes;
 
 use crate::State;
 use crate::error::Result;

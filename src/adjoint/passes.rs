@@ -1,0 +1,214 @@
+//! A walk over the steps of a solve backwards, whatever was kept of them: cotangents are scaled against underflow, and
+//! a pass that overflows is done again.
+
+use super::Reversed;
+use crate::State;
+use crate::error::{OdeError, PassKind, Result};
+use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
+use crate::precision::Precision;
+use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
+use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages, StepAt, largest};
+use crate::stats::{Counters, count};
+use candle_core::DType;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What the backward pass of every adjoint needs of a finished forward pass.
+pub(crate) struct Passes {
+    pub(crate) field: Arc<dyn Field>,
+    pub(crate) casts: Fallback,
+    pub(crate) seed: u64,
+    pub(crate) clock: Clock,
+    /// The dtype in which each step evaluates the field.
+    pub(crate) dtypes: Vec<DType>,
+    pub(crate) precision: Precision,
+    pub(crate) scaling: AdjointScaling,
+    pub(crate) counters: Arc<Counters>,
+    /// What the first finished pass had to do; later ones do the same, to the same bits.
+    pub(crate) redo: Mutex<Option<Redo>>,
+}
+
+/// How a pass differs from the plain one because of earlier overflows.
+#[derive(Clone, Debug)]
+pub(crate) struct Redo {
+    headroom: i32,
+    widened: BTreeSet<usize>,
+}
+
+/// How often a pass is done again before it is an error.
+const PASSES: usize = 24;
+
+impl Passes {
+    /// Walks, as often as it takes. `walk` gives dL/dy0, or `None` if it has stopped because the pass
+    /// [`is_lost`](Pass::is_lost).
+    pub(crate) fn run(&self, mut walk: impl FnMut(&mut Pass<'_, '_>) -> Result<Option<State>>) -> Result<Reversed> {
+        let _span = tracing::debug_span!(target: "candle_ode", "backward", steps = self.dtypes.len()).entered();
+        let mut opened = Opened::new(&self.casts, self.field.as_ref(), Opening::Linearize, self.seed, &self.counters);
+        let known = self.redo.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let fresh = || Redo { headroom: self.scaling.headroom(), widened: BTreeSet::new() };
+        let Redo { mut headroom, mut widened } = known.unwrap_or_else(fresh);
+        for _ in 0..PASSES {
+            let mut pass = Pass {
+                passes: self,
+                opened: &mut opened,
+                widened: &widened,
+                powers: Rc::new(PowerOfTwo::new(headroom)),
+                dynamic: None,
+                gradients: self.no_gradients(),
+                flags: vec![],
+            };
+            let y0 = walk(&mut pass)?;
+            let (gradients, flags) = (pass.gradients, pass.flags);
+            let (places, flags): (Vec<_>, Vec<_>) = flags.into_iter().unzip();
+            let read = Finite::read(&flags)?;
+            let bad: Vec<(usize, usize)> =
+                places.into_iter().zip(read).filter(|(_, ok)| !ok).map(|(at, _)| at).collect();
+            let first = match (bad.first(), y0) {
+                (Some(first), _) => Some(*first),
+                (None, Some(y0)) => {
+                    self.scaling.learn(headroom);
+                    *self.redo.lock().unwrap_or_else(PoisonError::into_inner) = Some(Redo { headroom, widened });
+                    return Ok(Reversed { y0, sums: gradients.into_sums() });
+                }
+                (None, None) => None,
+            };
+            let Some((first, stage)) = first else { break };
+            let redoable = |step: usize| self.dtypes[step].size_in_bytes() < 4 && !widened.contains(&step);
+            // Once a value is not finite everything before it (in time) is poisoned too: only the first is at fault.
+            if !redoable(first) {
+                let at = self.clock.step(first, self.dtype(first, &widened));
+                let hint = "check that the loss and its gradient are finite, and that the vector field is differentiable there";
+                return Err(OdeError::Overflow { pass: PassKind::Backward, place: at.place(stage), hint });
+            }
+            widened.insert(first);
+            count(&self.counters.redone_passes);
+            count(&self.counters.redone_steps);
+            headroom = (headroom + 1).min(AdjointScaling::MOST_HEADROOM);
+        }
+        let first = widened.first().copied().unwrap_or(0);
+        let place = self.clock.step(first, self.dtype(first, &widened)).place(0);
+        let hint = "use a wider compute dtype, or scale the loss down";
+        Err(OdeError::Overflow { pass: PassKind::Backward, place, hint })
+    }
+
+    fn dtype(&self, step: usize, widened: &BTreeSet<usize>) -> DType {
+        if widened.contains(&step) { DType::F32 } else { self.dtypes[step] }
+    }
+
+    fn no_gradients(&self) -> Gradients {
+        Gradients::new(self.casts.casts.leaves().len(), self.precision.accumulate_dtype())
+    }
+}
+
+/// One walk over the steps.
+pub(crate) struct Pass<'a, 'b> {
+    passes: &'a Passes,
+    opened: &'b mut Opened<'a>,
+    widened: &'b BTreeSet<usize>,
+    powers: Rc<PowerOfTwo>,
+    dynamic: Option<Dynamic>,
+    gradients: Gradients,
+    /// (step, stage) and whether what came out of it is finite, in the order of the walk.
+    flags: Vec<((usize, usize), Finite)>,
+}
+
+impl Pass<'_, '_> {
+    /// Whether a value is already known not to be finite: the rest of the walk would be wasted.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.flags.last().is_some_and(|(_, finite)| finite.known_bad())
+    }
+
+    /// Pulls `lambda` back through a step: `pull` is given the stages, the step and a place to take its cotangents to,
+    /// and may be asked again with another scale.
+    pub(crate) fn step<T>(
+        &mut self,
+        index: usize,
+        lambda: &State,
+        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let passes = self.passes;
+        let dtype = passes.dtype(index, self.widened);
+        let at = passes.clock.step(index, dtype);
+        let _span =
+            tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
+        let scale = match passes.scaling.rule {
+            Rule::Dynamic if dtype.size_in_bytes() < 4 => return self.dynamically(&at, lambda, &mut pull),
+            Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
+                StageScale::FromCotangent(self.powers.clone())
+            }
+            Rule::Static(s) => StageScale::Fixed(s),
+            _ => StageScale::Fixed(1.0),
+        };
+        self.flagged(&at, scale, &mut pull)
+    }
+
+    /// The reference rule: one S a step, halved and the step redone as long as it overflows.
+    fn dynamically<T>(
+        &mut self,
+        at: &StepAt<'_>,
+        lambda: &State,
+        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let passes = self.passes;
+        let size = largest(lambda)?;
+        if !size.is_finite() || size == 0.0 && self.dynamic.is_none() {
+            // No scale helps a cotangent that is not finite. A zero means that no output that the loss uses has been
+            // reached yet: a scale found here would fit nothing.
+            return self.flagged(at, StageScale::Fixed(1.0), pull);
+        }
+        let batch = lambda.tensors().first().and_then(|x| x.dims().first().copied()).unwrap_or(1);
+        let mut rule = match self.dynamic.take() {
+            Some(rule) => rule,
+            None => Dynamic::new(at.dtype, lambda.numel(), batch, size),
+        };
+        for _ in 0..Dynamic::ATTEMPTS {
+            let mut of_step = passes.no_gradients();
+            let (pulled, finite) = self.pulled(at, StageScale::Fixed(rule.scale), &mut of_step, pull)?;
+            let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
+            if Finite::read(&flags)?.into_iter().all(|ok| ok) {
+                self.gradients.absorb(of_step)?;
+                if rule.finished_step(size) {
+                    count(&passes.counters.scale_changes);
+                }
+                self.dynamic = Some(rule);
+                return Ok(pulled);
+            }
+            rule.overflowed();
+            count(&passes.counters.scale_changes);
+            count(&passes.counters.redone_steps);
+        }
+        Err(OdeError::ScalingExhausted { step: at.index, time: at.t, scale: rule.scale, redone: Dynamic::ATTEMPTS })
+    }
+
+    /// One attempt that counts, its flags noted.
+    fn flagged<T>(
+        &mut self,
+        at: &StepAt<'_>,
+        scale: StageScale,
+        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let mut gradients = std::mem::take(&mut self.gradients);
+        let pulled = self.pulled(at, scale, &mut gradients, pull);
+        self.gradients = gradients;
+        let (pulled, finite) = pulled?;
+        self.flags.extend(finite.into_iter().map(|(stage, finite)| ((at.index, stage), finite)));
+        Ok(pulled)
+    }
+
+    fn pulled<T>(
+        &mut self,
+        at: &StepAt<'_>,
+        scale: StageScale,
+        gradients: &mut Gradients,
+        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+    ) -> Result<(T, Vec<(usize, Finite)>)> {
+        let passes = self.passes;
+        let field = self.opened.get(at.dtype)?;
+        gradients.bind(field.leaves());
+        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
+        let mut pullbacks = Pullbacks::new(gradients, scale, &passes.counters);
+        let pulled = pull(&stages, at, &mut pullbacks)?;
+        Ok((pulled, pullbacks.into_finite()))
+    }
+}
