@@ -62,7 +62,7 @@ pub(crate) enum Course {
     /// They are given.
     Grid(Clock),
     /// A controller decides.
-    Adaptive(Adaptive),
+    Adaptive(Box<Adaptive>),
 }
 
 impl Course {

@@ -281,7 +281,7 @@ impl Ode {
     /// Where the steps come from, and the output times as they are met.
     fn course(&self, y0: &State, accumulate: DType) -> Result<(Course, Vec<f64>)> {
         if self.tolerances.is_some() || self.controller.is_some() {
-            return Ok((Course::Adaptive(self.adaptive(y0, accumulate)?), self.save_at.clone()));
+            return Ok((Course::Adaptive(Box::new(self.adaptive(y0, accumulate)?)), self.save_at.clone()));
         }
         let grid = self.time_grid()?;
         let on_grid = |times: &[f64]| -> Result<Vec<f64>> {

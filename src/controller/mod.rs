@@ -61,7 +61,8 @@ pub enum AtFloor {
     /// [`OdeError::ErrorFloor`], with the tolerance that could be reached.
     #[default]
     Error,
-    /// The step is accepted, and counted in [`Stats::floored_steps`](crate::Stats::floored_steps).
+    /// The step is accepted, and counted in [`Stats::floored_steps`](crate::Stats::floored_steps); steps become as long as
+    /// that allows. A second number is read from the device each step.
     Accept,
 }
 

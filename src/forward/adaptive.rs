@@ -67,7 +67,7 @@ const STRETCH: f64 = 1.01;
 /// How many errors an interrupted solve tells.
 const TOLD: usize = 8;
 
-/// An estimate of which the rounding of f explains this part cannot be brought down by shorter steps.
+/// An estimate of which the rounding of f explains this part is not brought down by shorter steps.
 const EXPLAINED: f64 = 0.25;
 
 impl<'a> Stepper<'a> {
@@ -129,24 +129,26 @@ impl<'a> Stepper<'a> {
             let h = (end - self.t()).abs();
             let trial = self.trial(forward, opened, end, y)?;
             self.tell(trial.error);
-            let mut accept = trial.error <= 1.0;
-            if !accept && let Some(explained) = self.explained(forward, &trial, h, y)? {
+            let floor = match controller.floor {
+                AtFloor::Error if trial.error <= 1.0 => 0.0,
+                AtFloor::Error | AtFloor::Accept => self.floor(forward, &trial, h, y)?,
+            };
+            let bound = (floor / EXPLAINED).max(1.0);
+            if trial.error > 1.0 && trial.error <= bound {
                 if controller.floor == AtFloor::Error {
-                    let floor = trial.error * explained;
                     let reached = self.interrupted(&trial, y, self.t(), outputs)?;
                     return Err(OdeError::ErrorFloor { h, error: trial.error, floor, dtype: trial.dtype, reached });
                 }
                 count(&forward.counters.floored_steps);
-                accept = true;
             }
+            let error = trial.error / bound;
+            let accept = error <= 1.0;
             if self.tried == controller.max_steps && !(accept && end == course.end) {
                 let time = if accept { end } else { self.t() };
                 let reached = self.interrupted(&trial, y, time, outputs)?;
                 return Err(OdeError::StepLimit { steps: self.tried, reached });
             }
             if accept {
-                // At the floor the step is as good as one at the tolerance.
-                let error = trial.error.min(1.0);
                 let most = if was_rejected { 1.0 } else { f64::INFINITY };
                 let next = h * self.memory.accepted(controller, self.k, error).min(most);
                 // A step cut short by a stop says little about the next: the longer proposal stands.
@@ -169,7 +171,7 @@ impl<'a> Stepper<'a> {
                 let reached = self.interrupted(&trial, y, self.t(), outputs)?;
                 return Err(OdeError::StepTooSmall { h: h.min(least), reached });
             }
-            self.h = (h * Memory::rejected(controller, self.k, trial.error)).max(least);
+            self.h = (h * Memory::rejected(controller, self.k, error)).max(least);
             self.first = trial.step.slopes.into_iter().next().flatten();
         }
     }
@@ -217,7 +219,7 @@ impl<'a> Stepper<'a> {
         y: &State,
     ) -> Result<Trial> {
         let index = self.times.len() - 1;
-        let clock = self.clock(forward, end)?.from_index(index);
+        let clock = self.clock(forward, end)?.starting_at(index);
         let at = clock.step(index, dtype);
         let _span =
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
@@ -239,12 +241,9 @@ impl<'a> Stepper<'a> {
         Ok(Clock::with_breaks(&grid, forward.solver.nodes(), &self.course.breaks, &self.device))
     }
 
-    /// The part of a rejected step's error that the rounding of f explains, if it is enough to give up: the estimate
-    /// h Σ dᵢ kᵢ carries noise of up to h·u·Σ |dᵢ||kᵢ|, which shrinks no faster than the step.
-    fn explained(&self, forward: &Forward<'_>, trial: &Trial, h: f64, y: &State) -> Result<Option<f64>> {
-        if trial.error.is_nan() {
-            return Ok(None);
-        }
+    /// The norm of what the rounding of f may add to an estimate: h Σ dᵢ kᵢ carries noise of up to h·u·Σ |dᵢ||kᵢ|, which
+    /// shrinks no faster than the step.
+    fn floor(&self, forward: &Forward<'_>, trial: &Trial, h: f64, y: &State) -> Result<f64> {
         let (DetailedStep { step, slopes, .. }, weights) = (&trial.step, &trial.estimate.weights);
         let accumulate = forward.precision.accumulate_dtype();
         let u = unit_roundoff(trial.dtype);
@@ -259,9 +258,10 @@ impl<'a> Stepper<'a> {
             }
             noise = Some(State::from(sizes));
         }
-        let Some(noise) = noise else { return Ok(None) };
-        let explained = self.course.tolerances.measure(&noise, y, &step.y, Finite::default())? / trial.error;
-        Ok((explained >= EXPLAINED).then_some(explained))
+        match noise {
+            Some(noise) => self.course.tolerances.measure(&noise, y, &step.y, Finite::default()),
+            None => Ok(0.0),
+        }
     }
 
     /// The first length by Hairer's algorithm; keeps f(t₀, y₀), which costs nothing since the first step needs it.

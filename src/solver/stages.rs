@@ -34,7 +34,7 @@ impl Clock {
     }
 
     /// The same steps, the first of which has `index`: one step that is tried, say.
-    pub(crate) fn from_index(self, index: usize) -> Self {
+    pub(crate) fn starting_at(self, index: usize) -> Self {
         Self { first: index, ..self }
     }
 
