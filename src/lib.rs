@@ -40,6 +40,7 @@
 //! |---|---|
 //! | to integrate a model, a closure, a state of several tensors | [`ModelField`], [`FnField`], [`State`] |
 //! | another method, or your own | [`solver`], [`Tableau`] |
+//! | steps of adaptive length | [`Ode::tolerances`], [`Controller`] |
 //! | half precision, and what keeps it right | [`Precision`], [`AdjointScaling`], [`OnOverflow`] |
 //! | layers whose gradients are right in half precision | [`ops`] |
 //! | a continuous normalizing flow | [`field::divergence`] |
@@ -50,6 +51,7 @@
 
 pub mod account;
 mod adjoint;
+pub mod controller;
 mod error;
 pub mod field;
 pub use field::ops;
@@ -68,7 +70,8 @@ mod time;
 mod trajectory;
 
 pub use adjoint::{Adjoint, Discrete, Unrolled};
-pub use error::{OdeError, PassKind, Place, Result};
+pub use controller::{AtFloor, Controller, Norm, Tolerance};
+pub use error::{Interrupted, OdeError, PassKind, Place, Result, Worst};
 pub use field::{Casts, Field, FnField, Gradients, Linearization, ModelField, Params, Tangent, VectorField};
 pub use forward::{OnOverflow, StepInfo};
 pub use precision::{Precision, largest_finite, unit_roundoff};
@@ -90,7 +93,7 @@ pub mod prelude {
         Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau, ThreeEighths, Tsit5,
     };
     pub use crate::{
-        Adjoint, AdjointScaling, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow, Precision, Solution,
-        State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
+        Adjoint, AdjointScaling, Controller, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow,
+        Precision, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
     };
 }

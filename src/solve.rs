@@ -2,9 +2,10 @@
 
 use crate::State;
 use crate::adjoint::{Adjoint, Discrete};
+use crate::controller::{Controller, Tolerance, Tolerances};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
-use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
+use crate::forward::{Adaptive, Checked, Course, Forward, Observer, OnOverflow, StepInfo};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -20,7 +21,7 @@ use std::sync::Arc;
 /// | setting | default |
 /// |---|---|
 /// | solver | [`Rk4`] |
-/// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps), or [`grid`](Self::grid) |
+/// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps) or [`tolerances`](Self::tolerances), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
 /// | adjoint | [`Discrete`] |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
@@ -44,7 +45,10 @@ pub struct Ode {
     span: Option<(f64, f64)>,
     steps: usize,
     grid: Option<Vec<f64>>,
+    tolerances: Option<(Tolerance, Tolerance)>,
+    controller: Option<Controller>,
     save_at: Vec<f64>,
+    discontinuities: Vec<f64>,
     precision: Option<Precision>,
     adjoint: Adjoint,
     scaling: Option<AdjointScaling>,
@@ -65,7 +69,10 @@ impl Ode {
             span: None,
             steps: 0,
             grid: None,
+            tolerances: None,
+            controller: None,
             save_at: vec![],
+            discontinuities: vec![],
             precision: None,
             adjoint: Adjoint::default(),
             scaling: None,
@@ -102,7 +109,43 @@ impl Ode {
         self
     }
 
-    /// Grid points whose states [`Solution::states`] hands out; by default the last alone.
+    /// Steps as long as the tolerances allow, instead of [`steps`](Self::steps): the estimated error of each is at most
+    /// atol + rtol·|y|, in the norm of the [`Controller`]. Needs a solver with an error estimate (Heun, Ralston, Bosh3,
+    /// Dopri5, Tsit5, a tableau with embedded weights). Each is a number, or given by component: see [`Tolerance`].
+    ///
+    /// The gradient is that of the steps that were accepted, at constant times. A step reads one number from the device.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.neg());
+    /// let y0 = Tensor::ones((4, 2), DType::F32, &Device::Cpu)?;
+    /// let solution = Ode::new(&field).solver(Dopri5).span(0.0, 2.0).tolerances(1e-4, 1e-6).save_at(&[0.3, 2.0]).solve(&y0)?;
+    /// assert_eq!(solution.times(), [0.3, 2.0]);
+    /// println!("{} steps, {} rejected", solution.stats().accepted_steps, solution.stats().rejected_steps);
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    pub fn tolerances(mut self, rtol: impl Into<Tolerance>, atol: impl Into<Tolerance>) -> Self {
+        self.tolerances = Some((rtol.into(), atol.into()));
+        self
+    }
+
+    /// How the lengths of adaptive steps are chosen. Without [`tolerances`](Self::tolerances) they are 1e-3 and 1e-6.
+    pub fn controller(mut self, controller: Controller) -> Self {
+        self.controller = Some(controller);
+        self
+    }
+
+    /// Times at which f jumps as a function of t. Adaptive steps end there, fixed ones must; the stages of the steps on
+    /// both sides see [`Time::value`](crate::Time::value) strictly on their own side.
+    pub fn discontinuities(mut self, times: &[f64]) -> Self {
+        self.discontinuities = times.to_vec();
+        self
+    }
+
+    /// Times whose states [`Solution::states`] hands out; by default the end alone. Adaptive steps end there; with fixed
+    /// steps they must be grid points.
     pub fn save_at(mut self, times: &[f64]) -> Self {
         self.save_at = times.to_vec();
         self
@@ -174,15 +217,14 @@ impl Ode {
     /// Any [`OdeError`] that names what is wrong with the settings, y0, the parameters or the field.
     pub fn solve(&self, y0: impl Into<State>) -> Result<Solution> {
         let y0: State = y0.into();
-        let grid = self.time_grid()?;
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check(y0.device())?;
         check_start(&y0)?;
         if let Some((index, &value)) = self.save_at.iter().enumerate().find(|(_, t)| !t.is_finite()) {
             return Err(OdeError::NonFiniteTime { index, value });
         }
-        let outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
-        let _span = tracing::debug_span!(target: "candle_ode", "solve", steps = grid.steps()).entered();
+        let (course, outputs) = self.course(&y0, precision.accumulate_dtype())?;
+        let _span = tracing::debug_span!(target: "candle_ode", "solve", steps = course.steps()).entered();
         let counters = Arc::new(Counters::default());
         let device = y0.device().clone();
         let trainable = self.field.params().trainable(&self.inputs);
@@ -204,8 +246,7 @@ impl Ode {
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),
-            clock: Clock::new(&grid, self.solver.nodes(), &device),
-            grid: &grid,
+            course,
             precision,
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
@@ -217,7 +258,7 @@ impl Ode {
             counters: counters.clone(),
         };
         let (walked, forward) = forward.run(&start, &outputs)?;
-        let steps = walked.steps();
+        let times = walked.times().to_vec();
         let trajectory_bytes = walked.trajectory.as_ref().map_or(0, Trajectory::bytes);
         let reached: Vec<(usize, State)> = if tracked && !unrolled {
             let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
@@ -227,12 +268,61 @@ impl Ode {
         } else {
             walked.outputs
         };
-        let Some((_, last)) = reached.last().cloned() else { return Err(OdeError::NoSteps) };
+        let Some((end, last)) = reached.last().map(|(n, y)| (times[*n], y.clone())) else {
+            return Err(OdeError::NoSteps);
+        };
         // In the order they were asked for, as far as they were reached.
-        let wanted = if outputs.is_empty() { vec![steps] } else { outputs };
-        let find = |n: &usize| reached.iter().find(|(at, _)| at == n).map(|(_, y)| (grid.times()[*n], y.clone()));
-        let (times, states) = wanted.iter().filter_map(find).unzip();
-        Ok(Solution { states, times, last, end: grid.times()[steps], counters, trajectory_bytes })
+        let wanted = if outputs.is_empty() { vec![end] } else { outputs };
+        let find = |t: &f64| reached.iter().find(|(n, _)| times[*n] == *t).map(|(_, y)| (*t, y.clone()));
+        let (at, states) = wanted.iter().filter_map(find).unzip();
+        Ok(Solution { states, times: at, last, end, counters, trajectory_bytes })
+    }
+
+    /// Where the steps come from, and the output times as they are met.
+    fn course(&self, y0: &State, accumulate: DType) -> Result<(Course, Vec<f64>)> {
+        if self.tolerances.is_some() || self.controller.is_some() {
+            return Ok((Course::Adaptive(Box::new(self.adaptive(y0, accumulate)?)), self.save_at.clone()));
+        }
+        let grid = self.time_grid()?;
+        let on_grid = |times: &[f64]| -> Result<Vec<f64>> {
+            times.iter().map(|&t| grid.index_of(t).map(|n| grid.times()[n])).collect()
+        };
+        let (outputs, breaks) = (on_grid(&self.save_at)?, on_grid(&self.discontinuities)?);
+        Ok((Course::Grid(Clock::with_breaks(&grid, self.solver.nodes(), &breaks, y0.device())), outputs))
+    }
+
+    fn adaptive(&self, y0: &State, accumulate: DType) -> Result<Adaptive> {
+        let wrong = |setting, value: String, hint| Err(OdeError::Setting { setting, value, hint });
+        if self.grid.is_some() || self.steps != 0 {
+            let value = if self.grid.is_some() { "given".into() } else { self.steps.to_string() };
+            let hint = "steps are either given (.steps(n), .grid(..)) or chosen (.tolerances(..), .controller(..)): leave one out";
+            return wrong(if self.grid.is_some() { "grid" } else { "steps" }, value, hint);
+        }
+        let Some((start, end)) = self.span else {
+            return wrong("span", "unset".into(), "call .span(t0, t1)");
+        };
+        TimeGrid::new(vec![start, end])?;
+        let inside = |t: f64| (start.min(end)..=start.max(end)).contains(&t);
+        for (index, &value) in self.discontinuities.iter().enumerate() {
+            if !value.is_finite() {
+                return Err(OdeError::NonFiniteTime { index, value });
+            }
+        }
+        if let Some(t) = self.save_at.iter().find(|t| !inside(**t)) {
+            let hint = "output times lie in the span";
+            return wrong("save_at", t.to_string(), hint);
+        }
+        let breaks: Vec<f64> = self.discontinuities.iter().copied().filter(|t| inside(*t)).collect();
+        let mut stops: Vec<f64> =
+            self.save_at.iter().chain(&breaks).copied().filter(|t| *t != start).chain([end]).collect();
+        stops.sort_by(|a, b| if end > start { a.total_cmp(b) } else { b.total_cmp(a) });
+        stops.dedup();
+        let controller = self.controller.clone().unwrap_or_default();
+        controller.check()?;
+        let default = (Tolerance::Scalar(1e-3), Tolerance::Scalar(1e-6));
+        let (rtol, atol) = self.tolerances.as_ref().unwrap_or(&default);
+        let tolerances = Tolerances::new(rtol, atol, controller.norm.clone(), y0, accumulate)?;
+        Ok(Adaptive { start, end, stops, breaks, controller, tolerances })
     }
 
     fn time_grid(&self) -> Result<TimeGrid> {

@@ -81,11 +81,8 @@ fn without_it_nothing_is_freed_and_the_second_backward_is_the_same() {
 fn a_pass_that_overflows_after_it_has_freed_steps_is_done_again() {
     // The cotangent grows by 200 a step: in F16 and without scaling it overflows on the way.
     let vars = VarMap::new();
-    let field = field64(
-        &vars,
-        |vb| vb.get(1, "gain"),
-        |gain, _, y, _| Ok(State::from(y.single()?.broadcast_mul(gain)?)),
-    );
+    let field =
+        field64(&vars, |vb| vb.get(1, "gain"), |gain, _, y, _| Ok(State::from(y.single()?.broadcast_mul(gain)?)));
     sorted(&vars)["gain"].set(&Tensor::new(&[-199f64], &Device::Cpu).unwrap()).unwrap();
     let y0 = variable(1, &[2, 3], DType::F32);
     let gradients = |adjoint: Discrete| {

@@ -6,10 +6,10 @@
 
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
-use super::{Solver, Step};
+use super::{Detail, DetailedStep, Estimate, Slope, Solver, Step};
 use crate::State;
-use crate::account::{Category, Owned};
-use crate::error::Result;
+use crate::account::Category;
+use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
 use crate::field::{Finite, Linearization};
 use candle_core::DType;
@@ -61,15 +61,51 @@ impl<M: ExplicitRungeKutta> Solver for M {
 
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
         let tableau = self.tableau();
-        let mut finite = vec![Finite::default(); tableau.stages()];
-        let slopes = slopes(tableau, stages, at, y, tableau.stages(), |i, point, k| {
-            // A stage state that overflows in F16 may come out of f as finite nonsense: tanh(∞) = 1.
-            let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
-            finite[i] = before.and(all_finite(k)?);
-            Ok(())
-        })?;
-        let terms = weighted(at.h, tableau.weights().iter().copied(), slopes.iter().map(|k| k.as_ref().map(|k| &k.0)));
-        Ok(Step { y: sum(Some(y), &terms, stages.accumulate())?, finite })
+        Ok(stepped(tableau, stages, at, y, None, &used(tableau))?.0)
+    }
+
+    fn estimate_order(&self) -> Option<usize> {
+        self.tableau().embedded_order().map(|order| order.min(self.tableau().order()))
+    }
+
+    fn detailed_step(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+        wanted: Detail,
+    ) -> Result<DetailedStep> {
+        let tableau = self.tableau();
+        let weights = match (wanted.error, tableau.embedded()) {
+            (false, _) => vec![],
+            (true, None) => return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() }),
+            (true, Some(embedded)) => {
+                tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect()
+            }
+        };
+        let mut matter = used(tableau);
+        matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
+        if wanted.dense && tableau.is_fsal() {
+            matter.fill(true);
+        }
+        let (mut step, mut slopes) = stepped(tableau, stages, at, y, first, &matter)?;
+        if wanted.dense && !tableau.is_fsal() {
+            let end = sum(Some(&step.y), &[], at.dtype)?;
+            let slope = stages.slope(at, tableau.stages(), &end)?;
+            step.finite.push(all_finite(&slope)?);
+            slopes.push(Some(Slope::new(slope, Category::Stages)));
+        }
+        let ends = tableau.is_fsal() || slopes.len() > tableau.stages();
+        let first_same_as_last = ends && slopes.last().is_some_and(Option::is_some);
+        let error = match wanted.error {
+            false => None,
+            true => {
+                let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
+                Some(Estimate { error: sum(None, &terms, stages.accumulate())?.detach(), weights })
+            }
+        };
+        Ok(DetailedStep { step, error, slopes, first_same_as_last })
     }
 
     fn pullback(
@@ -86,7 +122,7 @@ impl<M: ExplicitRungeKutta> Solver for M {
             StageMemory::All => Points::All(linearizations(tableau, stages, at, &y)?),
             StageMemory::One => {
                 let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
-                let slopes = slopes(tableau, stages, at, &y, last, |_, _, _| Ok(()))?;
+                let slopes = slopes(tableau, stages, at, &y, None, &used(tableau)[..last], |_, _, _| Ok(()))?;
                 Points::One { y: y.clone(), slopes }
             }
         };
@@ -96,49 +132,71 @@ impl<M: ExplicitRungeKutta> Solver for M {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
             let of_lambda = std::iter::once((tableau.weights()[i], Some(lambda)));
-            let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
+            let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(Slope::state)));
             let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
             let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
-            let kappa = Slope::owned(kappa, Category::Cotangents);
-            let mu = pullbacks.pull(linearization.as_ref(), at, i, &kappa.0)?;
-            mus[i] = Some(Slope::owned(mu, Category::Cotangents));
+            let kappa = Slope::new(kappa, Category::Cotangents);
+            let mu = pullbacks.pull(linearization.as_ref(), at, i, kappa.state())?;
+            mus[i] = Some(Slope::new(mu, Category::Cotangents));
         }
-        let terms = weighted(1.0, vec![1.0; mus.len()], mus.iter().map(|mu| mu.as_ref().map(|mu| &mu.0)));
+        let terms = weighted(1.0, vec![1.0; mus.len()], mus.iter().map(|mu| mu.as_ref().map(Slope::state)));
         sum(Some(lambda), &terms, stages.accumulate())
     }
 }
 
-/// A state of ours with its bytes announced.
-#[derive(Debug)]
-struct Slope(State, #[expect(dead_code, reason = "held for its drop")] Owned);
-
-impl Slope {
-    fn owned(state: State, category: Category) -> Self {
-        let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-        Self(state, Owned::new(category, bytes))
-    }
+/// A step by the stages that `matter`, with their slopes.
+fn stepped(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+    first: Option<&Slope>,
+    matter: &[bool],
+) -> Result<(Step, Vec<Option<Slope>>)> {
+    let mut finite = vec![Finite::default(); tableau.stages()];
+    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, k| {
+        // A stage state that overflows in F16 may come out of f as finite nonsense: tanh(∞) = 1.
+        let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
+        finite[i] = before.and(all_finite(k)?);
+        Ok(())
+    })?;
+    let terms = weighted(at.h, tableau.weights().iter().copied(), states(&slopes));
+    let y = sum(Some(y), &terms, stages.accumulate())?;
+    Ok((Step { y, finite }, slopes))
 }
 
-/// k₁ … of the stages below `end` that matter; `see` is shown each stage state and its slope.
+fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
+    slopes.iter().map(|k| k.as_ref().map(Slope::state))
+}
+
+/// By stage, whether it matters for y⁺.
+fn used(tableau: &Tableau) -> Vec<bool> {
+    (0..tableau.stages()).map(|i| tableau.is_used(i)).collect()
+}
+
+/// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
+/// state and its slope.
 fn slopes(
     tableau: &Tableau,
     stages: &Stages<'_>,
     at: &StepAt<'_>,
     y: &State,
-    end: usize,
+    first: Option<&Slope>,
+    matter: &[bool],
     mut see: impl FnMut(usize, &State, &State) -> Result<()>,
 ) -> Result<Vec<Option<Slope>>> {
-    let mut slopes: Vec<Option<Slope>> = Vec::with_capacity(end);
-    for i in 0..end {
-        if !tableau.is_used(i) {
-            slopes.push(None);
+    let mut slopes: Vec<Option<Slope>> = Vec::with_capacity(matter.len());
+    for (i, matters) in matter.iter().enumerate() {
+        let known = first.filter(|_| i == 0);
+        if !matters || known.is_some() {
+            slopes.push(known.cloned());
             continue;
         }
         let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-        let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+        let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(Slope::state))?;
         let k = stages.slope(at, i, &point)?;
         see(i, &point, &k)?;
-        slopes.push(Some(Slope::owned(k, Category::Stages)));
+        slopes.push(Some(Slope::new(k, Category::Stages)));
     }
     Ok(slopes)
 }
@@ -182,7 +240,7 @@ impl Points {
             Self::All(all) => Ok(all[i].take()),
             Self::One { y, slopes } => {
                 slopes.truncate(i);
-                let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+                let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(Slope::state))?;
                 stages.linearize(at, i, &point).map(Some)
             }
         }

@@ -2,17 +2,19 @@
 
 mod explicit;
 mod methods;
+mod slope;
 mod stages;
 mod tableau;
 
 pub use explicit::{ExplicitRungeKutta, StageMemory};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
+pub use slope::Slope;
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
 pub(crate) use stages::{Slopes, StageScale, largest, zeros_like};
 pub use tableau::Tableau;
 
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::field::Finite;
 use std::fmt::Debug;
 
@@ -23,6 +25,37 @@ pub struct Step {
     pub y: State,
     /// Per stage, whether its slope is finite.
     pub finite: Vec<Finite>,
+}
+
+/// What is wanted of a step besides its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detail {
+    /// An estimate of its error: what a controller needs.
+    pub error: bool,
+    /// The slopes that dense output needs, f(t + h, y⁺) among them.
+    pub dense: bool,
+}
+
+/// A step with what else was wanted of it.
+#[derive(Debug)]
+pub struct DetailedStep {
+    /// The step.
+    pub step: Step,
+    /// The estimate of its error, if it was wanted.
+    pub error: Option<Estimate>,
+    /// f at the stages that were evaluated, by stage, in the dtype of the step. The first is f(t, y).
+    pub slopes: Vec<Option<Slope>>,
+    /// Whether the last of the slopes is f(t + h, y⁺), to the bit: it is then the first of the next step.
+    pub first_same_as_last: bool,
+}
+
+/// The estimated error of a step.
+#[derive(Debug)]
+pub struct Estimate {
+    /// y⁺ − ŷ⁺ = h Σ dᵢ kᵢ, in the accumulate dtype, out of Candle's graph.
+    pub error: State,
+    /// dᵢ = bᵢ − b̂ᵢ by stage: how rounding of the slopes enters the estimate.
+    pub weights: Vec<f64>,
 }
 
 /// Makes one step, and pulls a cotangent back through it.
@@ -43,6 +76,36 @@ pub trait Solver: Debug + Send + Sync + 'static {
     /// # Errors
     /// Whatever the vector field reports, with its place.
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step>;
+
+    /// The order of the weaker of the two solutions whose difference estimates the error of a step; `None` for a method
+    /// without an estimate, which cannot choose its steps.
+    fn estimate_order(&self) -> Option<usize> {
+        None
+    }
+
+    /// One step with the details that are wanted. `first` is f(t, y) where it is known already: it is not evaluated again.
+    ///
+    /// # Errors
+    /// [`OdeError::NoErrorEstimate`] or [`OdeError::Unsupported`] from a method that lacks a detail; whatever the vector
+    /// field reports, with its place.
+    fn detailed_step(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+        wanted: Detail,
+    ) -> Result<DetailedStep> {
+        let _ = (stages, at, y, first);
+        if wanted.error {
+            return Err(OdeError::NoErrorEstimate { solver: self.name().to_owned() });
+        }
+        let what = format!("dense output of {}", self.name());
+        Err(OdeError::Unsupported {
+            what,
+            instead: "take the output times as grid points, or an explicit Runge–Kutta method",
+        })
+    }
 
     /// dL/dy at the start of the step from `lambda` = dL/dy at its end; contributions to dL/dθ go through `pullbacks`.
     /// `y`, the state at the start, is given away so that it can be dropped once all stages are linearised.

@@ -10,27 +10,62 @@ use candle_core::{DType, Device, Tensor};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// The times of all stages of all steps, uploaded once.
+/// The times of all stages of consecutive steps, and of the end of each, uploaded once.
 #[derive(Clone, Debug)]
 pub struct Clock {
     grid: TimeGrid,
+    first: usize,
     stages: usize,
     table: Arc<TimeTable>,
 }
 
 impl Clock {
-    /// Every t_n + c_i·h_n of a grid.
+    /// Every t_n + c_i·h_n of a grid; c = 1 is the end of the step to the bit.
     pub fn new(grid: &TimeGrid, nodes: &[f64], device: &Device) -> Self {
+        Self::with_breaks(grid, nodes, &[], device)
+    }
+
+    /// As [`new`](Self::new), where f jumps at `breaks`: the steps on both sides see times strictly on their own side.
+    pub(crate) fn with_breaks(grid: &TimeGrid, nodes: &[f64], breaks: &[f64], device: &Device) -> Self {
         let steps = grid.times().windows(2);
-        let times = steps.flat_map(|pair| nodes.iter().map(|c| pair[0] + c * (pair[1] - pair[0]))).collect();
-        Self { grid: grid.clone(), stages: nodes.len(), table: Arc::new(TimeTable::new(times, device)) }
+        let times = steps.flat_map(|pair| stage_times(pair[0], pair[1], nodes, breaks)).collect();
+        let table = Arc::new(TimeTable::new(times, device));
+        Self { grid: grid.clone(), first: 0, stages: nodes.len() + 1, table }
+    }
+
+    /// The same steps, the first of which has `index`: one step that is tried, say.
+    pub(crate) fn starting_at(self, index: usize) -> Self {
+        Self { first: index, ..self }
     }
 
     /// Step `index`, with `dtype` for its evaluations.
     pub fn step(&self, index: usize, dtype: DType) -> StepAt<'_> {
-        let (t, end) = (self.grid.times()[index], self.grid.times()[index + 1]);
+        let row = index - self.first;
+        let (t, end) = (self.grid.times()[row], self.grid.times()[row + 1]);
         StepAt { index, t, h: end - t, dtype, clock: self }
     }
+
+    /// The ends of the steps, the start included.
+    pub(crate) fn times(&self) -> &[f64] {
+        self.grid.times()
+    }
+}
+
+/// t + c·h for each node and for the end, kept off an end at which f jumps.
+fn stage_times<'a>(t: f64, end: f64, nodes: &'a [f64], breaks: &[f64]) -> impl Iterator<Item = f64> + use<'a> {
+    let inward = |time: f64, up: bool| match (breaks.contains(&time), up) {
+        (false, _) => None,
+        (true, true) => Some(time.next_up()),
+        (true, false) => Some(time.next_down()),
+    };
+    let forwards = end > t;
+    let (from, to) = (inward(t, forwards), inward(end, !forwards));
+    let (least, most) = if forwards { (from, to) } else { (to, from) };
+    nodes.iter().copied().chain([1.0]).map(move |c| {
+        let time = if c == 1.0 { end } else { t + c * (end - t) };
+        let time = least.map_or(time, |least| time.max(least));
+        most.map_or(time, |most| time.min(most))
+    })
 }
 
 /// One step of a grid.
@@ -48,9 +83,9 @@ pub struct StepAt<'a> {
 }
 
 impl StepAt<'_> {
-    /// The time of stage `stage`.
+    /// The time of stage `stage`; the one after the last stage is the end of the step.
     pub fn time(&self, stage: usize) -> Time {
-        self.clock.table.time(self.index * self.clock.stages + stage)
+        self.clock.table.time((self.index - self.clock.first) * self.clock.stages + stage)
     }
 
     /// Where in the solve stage `stage` of this step is.
