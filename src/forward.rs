@@ -233,7 +233,7 @@ impl<'a> Forward<'a> {
                 self.widen(Suspect::Slope { step: n, stage }, wide)?;
                 continue;
             }
-            let found = finite.into_iter().enumerate();
+            let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok(step.y);
         }
@@ -254,7 +254,7 @@ impl<'a> Forward<'a> {
         }
         if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
             trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else {
+        } else if !finite.known_good() {
             suspects.push((Suspect::Entry { step: n }, finite));
         }
         Ok(())

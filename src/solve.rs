@@ -203,7 +203,7 @@ impl Ode {
             }
             _ => None,
         };
-        let anchors = self.adjoint.anchors(self.solver.as_ref(), precision)?;
+        let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),

@@ -131,7 +131,8 @@ impl Backsolved {
             lambda.set(pulled);
             if all_finite(&y)?.known_bad() {
                 let hint = "y cannot be solved backwards here: use Discrete::default(), which keeps it";
-                let time = self.passes.clock.step(done, self.passes.dtypes[done]).t;
+                let at = self.passes.clock.step(done, self.passes.dtypes[done]);
+                let time = at.t + at.h;
                 let step = (back - done - 1) / substeps;
                 return Err(OdeError::Reconstruction { step, time, hint });
             }

@@ -16,7 +16,6 @@ pub(crate) use reconstruct::{Anchors, Reconstructed};
 
 use crate::State;
 use crate::error::Result;
-use crate::precision::Precision;
 use crate::solver::{Solver, StageMemory};
 use crate::trajectory::Codec;
 use candle_core::Tensor;
@@ -87,9 +86,9 @@ pub enum Adjoint {
 
 impl Adjoint {
     /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.
-    pub(crate) fn anchors(&self, solver: &dyn Solver, precision: Precision) -> Result<Option<usize>> {
+    pub(crate) fn anchors(&self, solver: &dyn Solver) -> Result<Option<usize>> {
         match self {
-            Self::Reconstruct(adjoint) => adjoint.spacing(solver, precision).map(Some),
+            Self::Reconstruct(adjoint) => adjoint.spacing(solver).map(Some),
             Self::Backsolve(adjoint) => adjoint.tableau(solver).map(|_| Some(usize::MAX)),
             Self::Discrete(_) | Self::Unrolled(_) => Ok(None),
         }
