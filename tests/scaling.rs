@@ -206,6 +206,38 @@ fn a_cotangent_that_is_not_finite_is_an_error_with_its_place() {
     }
 }
 
+/// One Euler step of y′ = 20000 y over h = 0.01, whose pullback is 201: S·h·20000 is at first beyond F16.
+#[test]
+fn dynamic_scaling_halves_until_a_step_fits() {
+    let field = FnField::new(|_, y: &Tensor| y * 20000.0);
+    let y0 = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+    let ode = Ode::new(&field).solver(Euler).span(0.0, 0.01).steps(1).precision(Precision::F16);
+    let solution = ode.scaling(AdjointScaling::dynamic()).solve(y0.as_tensor()).unwrap();
+    let grads = solution.last().sum_all().unwrap().backward().unwrap();
+    for gradient in values(grads.get(&y0).unwrap()) {
+        assert!((gradient / 201.0 - 1.0).abs() < 1e-3, "{gradient}");
+    }
+    let stats = solution.stats();
+    assert!(stats.redone_steps >= 1 && stats.scale_changes >= stats.redone_steps, "{stats:?}");
+    assert_eq!(stats.redone_passes, 0);
+}
+
+/// √y has an infinite derivative at 0: no scale brings it into range.
+#[test]
+fn dynamic_scaling_gives_up_with_its_place() {
+    let field = FnField::new(|_, y: &Tensor| y.sqrt());
+    let y0 = Var::new(&[0f32, 1.0], &Device::Cpu).unwrap();
+    let ode = Ode::new(&field).solver(Euler).span(0.0, 1.0).steps(2).precision(Precision::F16);
+    let solution = ode.scaling(AdjointScaling::dynamic()).solve(y0.as_tensor()).unwrap();
+    match OdeError::from(solution.last().sum_all().unwrap().backward().unwrap_err()) {
+        OdeError::ScalingExhausted { step, time, scale, redone } => {
+            assert_eq!((step, time, redone), (1, 0.5, 50));
+            assert!(scale > 0.0 && scale < 1.0, "{scale:e}");
+        }
+        other => panic!("{other}"),
+    }
+}
+
 #[test]
 fn a_scale_is_a_power_of_two() {
     assert!(AdjointScaling::fixed(1024.0).is_ok() && AdjointScaling::fixed(0.125).is_ok());

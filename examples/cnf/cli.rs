@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 #[command(name = "cnf")]
 pub struct Cli {
     /// checkerboard, 8gaussians, 2spirals, pinwheel, moons, circles, swissroll, rings, digits, or a path to rows of
-    /// numbers (.csv, .npy, .npz) [default: checkerboard]
+    /// numbers (.csv, .npy, .npz); with --compare as many as there are [default: checkerboard]
     #[arg(long)]
-    pub data: Option<String>,
+    pub data: Vec<String>,
     /// One step of the integration [default: rk4]
     #[arg(long)]
     pub solver: Option<SolverName>,
@@ -49,7 +49,7 @@ pub struct Cli {
     /// Divergence of the field [default: exact for two columns, hutchinson for others]
     #[arg(long)]
     pub trace: Option<TraceName>,
-    /// Trains once in each of these precisions and prints a table
+    /// Trains once in each of these precisions, on each --data, and prints a table
     #[arg(long, value_delimiter = ',', value_name = "PRECISIONS")]
     pub compare: Option<Vec<PrecisionName>>,
     /// With --compare: trains with that many seeds, from --seed on, and prints mean and spread [default: 1]
@@ -192,12 +192,24 @@ impl Config {
 }
 
 impl Cli {
+    /// Flags that parse, but not together.
+    ///
+    /// # Errors
+    /// [`OdeError::Setting`].
+    pub fn check(&self) -> Result<()> {
+        if self.data.len() > 1 && self.compare.is_none() {
+            let hint = "several data sets are for --compare; give one";
+            return Err(OdeError::Setting { setting: "--data", value: self.data.join(" and "), hint });
+        }
+        Ok(())
+    }
+
     /// The settings of a fresh run.
     pub fn config(&self) -> Config {
         let base = Config::default();
         let iters = self.iters.unwrap_or(base.iters);
         Config {
-            data: self.data.clone().unwrap_or(base.data),
+            data: self.data.first().cloned().unwrap_or(base.data),
             solver: self.solver.unwrap_or(base.solver),
             steps: self.steps.unwrap_or(base.steps),
             precision: self.precision.unwrap_or(base.precision),
@@ -229,7 +241,7 @@ impl Cli {
                 _ => Ok(()),
             }
         }
-        keep("--data", self.data.as_ref(), Some(&saved.data), hint)?;
+        keep("--data", self.data.first(), Some(&saved.data), hint)?;
         keep("--solver", self.solver.as_ref(), Some(&saved.solver), hint)?;
         keep("--steps", self.steps.as_ref(), Some(&saved.steps), hint)?;
         keep("--precision", self.precision.as_ref(), Some(&saved.precision), hint)?;
@@ -246,15 +258,19 @@ impl Cli {
         self.out.as_deref().or(self.resume.as_deref()).unwrap_or(Path::new("out/cnf"))
     }
 
-    /// The runs to compare, each precision with each seed; none without `--compare`.
+    /// The runs to compare, each data set in each precision with each seed; none without `--compare`.
     pub fn compared(&self) -> Vec<Config> {
         let base = self.config();
+        let all = if self.data.is_empty() { std::slice::from_ref(&base.data) } else { &self.data };
         let mut runs: Vec<Config> = Vec::new();
-        for &precision in self.compare.iter().flatten() {
-            for offset in 0..u64::from(self.seeds.unwrap_or(1)) {
-                let run = Config { precision, seed: base.seed.wrapping_add(offset), ..base.clone() };
-                if !runs.contains(&run) {
-                    runs.push(run);
+        for data in all {
+            for &precision in self.compare.iter().flatten() {
+                for offset in 0..u64::from(self.seeds.unwrap_or(1)) {
+                    let seed = base.seed.wrapping_add(offset);
+                    let run = Config { data: data.clone(), precision, seed, ..base.clone() };
+                    if !runs.contains(&run) {
+                        runs.push(run);
+                    }
                 }
             }
         }
@@ -300,6 +316,13 @@ mod tests {
         let (f32, f16) = (PrecisionName::F32, PrecisionName::F16);
         assert_eq!(runs, [(f32, 5), (f32, 6), (f16, 5), (f16, 6)]);
         assert!(parse("").unwrap().compared().is_empty());
+        let several = parse("--data rings --data moons --compare f32,f16").unwrap();
+        several.check().unwrap();
+        let runs: Vec<_> = several.compared().into_iter().map(|run| (run.data, run.precision)).collect();
+        let named = |data: &str, precision| (data.to_owned(), precision);
+        assert_eq!(runs, [named("rings", f32), named("rings", f16), named("moons", f32), named("moons", f16)]);
+        let error = parse("--data rings --data moons").unwrap().check().unwrap_err().to_string();
+        assert!(error.contains("rings and moons") && error.contains("--compare"), "{error}");
     }
 
     #[test]

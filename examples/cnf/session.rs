@@ -28,6 +28,7 @@ pub enum End {
 /// # Errors
 /// Every mistake in the flags or the data, and every failure, says what to do.
 pub fn run(cli: &Cli, stop: &Stop) -> Result<End> {
+    cli.check()?;
     let device = if cli.cpu || !cfg!(feature = "cuda") { Device::Cpu } else { cuda_device(0)? };
     // Ends at once; from here on the account of owned bytes is kept, which a report at the end will show.
     drop(MemoryProfiler::new(&device).install()?);
@@ -79,10 +80,12 @@ fn resume(cli: &Cli, dir: &Path, device: &Device) -> Result<Run> {
 }
 
 fn compare(runs: Vec<Config>, out: &Path, device: &Device, stop: &Stop) -> Result<End> {
+    let several = runs.iter().any(|run| run.data != runs[0].data);
     let mut finished = Vec::new();
     let mut folders = Vec::new();
     for config in runs {
-        let name = format!("{}-{}", config.precision, config.seed);
+        let data = if several { format!("{}-", stem(&config.data)) } else { String::new() };
+        let name = format!("{data}{}-{}", config.precision, config.seed);
         let dir = out.join(&name);
         println!("{}: {}, seed {}", config.data, config.precision, config.seed);
         let (run, outcome) = train(Run::fresh(config, device)?, &dir, stop)?;
@@ -102,6 +105,11 @@ fn compare(runs: Vec<Config>, out: &Path, device: &Device, stop: &Stop) -> Resul
         out.join("compare.csv").display()
     );
     Ok(End::Finished)
+}
+
+/// The name of a density, or of a file without its folder.
+fn stem(data: &str) -> &str {
+    Path::new(data).file_stem().and_then(|stem| stem.to_str()).unwrap_or(data)
 }
 
 fn describe(run: &Run, outcome: &Outcome) {

@@ -25,11 +25,13 @@ fn written_by_hand() -> String {
         )
     };
     format!(
-        r#"{{"schema":"{SCHEMA}","environment":{{"crate_version":"0.1.0","candle_version":"0.11.1","device":"CPU (test)",
+        r#"{{"schema":"{SCHEMA}","run":"memory","environment":{{"crate_version":"0.1.0","candle_version":"0.11.1","device":"CPU (test)",
         "settings":{{"solver":"rk4","steps":2}}}},
         "counters":[{{"name":"heap","baseline":1024,"live":2048,"peak":1049600,"synchronises":false}}],
         "totals":{{"duration_ns":2500000,"owned_live":0,"owned_peak":4096,"spans":9,"spans_dropped":3}},
         "owned":[{{"category":"trajectory","live":0,"peak":4096}}],
+        "at_peak":{{"time_ns":7000,"bytes":{{"trajectory":4096,"field":1045504}}}},
+        "timeline":{{"time_ns":[0,7000],"bytes":{{"trajectory":[0,4096],"field":[0,1045504]}}}},
         "names":[{{"target":"candle_ode","name":"step","count":2,"time_ns":3000,"peak":1049600}},
                  {{"target":"my_model","name":"epoch","count":1,"time_ns":4000,"peak":3072}}],
         "passes":[{{"pass":"forward","span":0,"complete":true,"peak":1049600,"steps":[{},{}]}}],

@@ -40,6 +40,12 @@ impl FnField {
     ) -> Self {
         Self(ModelField::without_parameters(move |(): &(), t, y, inputs| f(t, y, inputs)))
     }
+
+    /// The same field, which stops gradients on purpose: see
+    /// [`ModelField::stops_gradients`](crate::ModelField::stops_gradients).
+    pub fn stops_gradients(self) -> Self {
+        Self(self.0.stops_gradients())
+    }
 }
 
 impl Field for FnField {

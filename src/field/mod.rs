@@ -1,5 +1,6 @@
 //! What is integrated: vector fields, their linearisations and tangents.
 
+mod connected;
 pub mod divergence;
 pub mod draw;
 mod function;

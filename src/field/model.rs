@@ -1,15 +1,15 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
 use super::params::{Casts, Gradients, Params};
-use super::{Field, Linearization, Opening, Pulled, VectorField, draw, sink, vjp};
+use super::{Field, Linearization, Opening, Pulled, VectorField, connected, draw, sink, vjp};
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
 use crate::scaling::Scale;
 use crate::{State, Time};
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{VarBuilder, VarMap};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -145,6 +145,14 @@ impl ModelField {
         self
     }
 
+    /// The same field, which stops gradients on purpose (a `detach`, a straight-through estimator): its pullback is
+    /// taken as it is. Otherwise the first linearisation of a field is compared with a difference quotient of f, since
+    /// some ops cut Candle's graph without a word.
+    pub fn stops_gradients(mut self) -> Self {
+        self.connected = Arc::new(AtomicBool::new(true));
+        self
+    }
+
     /// The parameters the model asked for.
     pub fn params(&self) -> &Params {
         &self.params
@@ -179,7 +187,7 @@ impl Field for ModelField {
 }
 
 /// Builds the model of a field, with its type forgotten.
-trait Constructor: Send + Sync {
+pub(super) trait Constructor: Send + Sync {
     fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>>;
 }
 
@@ -200,7 +208,7 @@ where
 }
 
 /// A built model, with its type forgotten. Lives on one thread.
-trait Model {
+pub(super) trait Model {
     fn eval(&self, t: &Time, y: &State, inputs: &[Tensor]) -> candle_core::Result<State>;
 }
 
@@ -225,67 +233,20 @@ struct OpenModel {
 struct Source {
     constructor: Arc<dyn Constructor>,
     seed: u64,
-    /// Whether a linearisation of the field has been seen to reach all that f depends on.
+    /// Whether the pullback of the field has been seen to be that of f.
     connected: Arc<AtomicBool>,
 }
 
 impl OpenModel {
-    /// Some fused ops of candle-nn cut the graph without a word: f then depends on the state or on a parameter, and
-    /// Candle sees no way back to it. Looked at once in the life of a field, at one evaluation for the tensors of the
-    /// state that the graph does not reach, and one of a model of its own for the parameters.
-    fn check_connected(&self, t: &Time, y: &State, output: &State) -> candle_core::Result<()> {
-        if self.source.connected.load(Ordering::Relaxed) {
-            return Ok(());
+    /// Once in the life of a field: see [`connected`].
+    fn check_connected(&self, t: &Time, y: &State) -> candle_core::Result<()> {
+        let Source { constructor, seed, connected } = &self.source;
+        if !connected.load(Ordering::Relaxed) {
+            connected::check(constructor.as_ref(), &self.casts, *seed, t, y)?;
+            connected.store(true, Ordering::Relaxed);
         }
-        let tracked = output.tensors().iter().filter(|x| x.track_op());
-        let reached: HashSet<TensorId> = tracked.flat_map(|x| x.sorted_nodes()).map(Tensor::id).collect();
-        let cut = |x: &Tensor| x.is_variable() && !reached.contains(&x.id());
-        for (n, _) in y.tensors().iter().enumerate().filter(|(_, leaf)| cut(leaf)) {
-            let mut elsewhere = y.detach().into_tensors();
-            elsewhere[n] = moved(&elsewhere[n])?;
-            // A field that is not defined there says nothing about its graph.
-            let Ok(there) = self.model.eval(t, &State::from(elsewhere), self.casts.inputs()) else { continue };
-            if differ(output, &there)? {
-                return Err(OdeError::graph_cut(&format!("tensor {n} of the state")).into());
-            }
-        }
-        // A BatchNorm in evaluation mode detaches its running statistics, and means it.
-        let meant = |name: &str| name.ends_with("running_mean") || name.ends_with("running_var");
-        let names: Vec<&str> = self
-            .casts
-            .names()
-            .iter()
-            .zip(self.casts.leaves())
-            .filter(|(name, x)| cut(x) && !meant(name))
-            .map(|(name, _)| name.as_str())
-            .collect();
-        if !names.is_empty() {
-            let casts =
-                self.casts.detached().map(|name, x| if names.contains(&name) { moved(x) } else { Ok(x.clone()) })?;
-            let model = draw::seeded(self.source.seed, || self.source.constructor.build(casts.var_builder()))?;
-            if let Ok(there) = model.eval(t, &y.detach(), casts.inputs())
-                && differ(output, &there)?
-            {
-                return Err(OdeError::graph_cut(&format!("parameter `{}`", names.join("` or `"))).into());
-            }
-        }
-        self.source.connected.store(true, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// Other values of the same size.
-fn moved(x: &Tensor) -> candle_core::Result<Tensor> {
-    (x.detach() * 1.5)? + 0.25
-}
-
-fn differ(here: &State, there: &State) -> candle_core::Result<bool> {
-    for (here, there) in here.tensors().iter().zip(there.tensors()) {
-        if here.detach().ne(&there.detach())?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? > 0.0 {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 impl VectorField for OpenModel {
@@ -296,8 +257,8 @@ impl VectorField for OpenModel {
     fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>> {
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
+        self.check_connected(t, &y)?;
         let output = self.model.eval(t, &y, self.casts.inputs())?;
-        self.check_connected(t, &y, &output)?;
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();

@@ -232,15 +232,19 @@ impl Casts {
         Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }
     }
 
-    /// Other values, made from names and values.
-    pub(crate) fn map(&self, f: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
-        let pairs = self.names.iter().zip(&self.leaves);
-        Ok(Self { leaves: pairs.map(|(name, x)| f(name, x)).collect::<candle_core::Result<_>>()?, ..self.clone() })
+    /// Other values, in `dtype`.
+    pub(crate) fn in_dtype(
+        &self,
+        dtype: DType,
+        f: impl FnMut(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Self> {
+        let leaves = self.leaves.iter().map(f).collect::<candle_core::Result<_>>()?;
+        Ok(Self { dtype, leaves, ..self.clone() })
     }
 
     /// The same values in storages of their own, as variables: writing to them harms nobody.
     pub(crate) fn copied(&self) -> Result<Self> {
-        Ok(self.map(|_, leaf| combine::leaf(leaf, leaf.dtype()))?)
+        Ok(self.in_dtype(self.dtype, |leaf| combine::leaf(leaf, leaf.dtype()))?)
     }
 
     /// A `VarBuilder` that hands out the parameters.
@@ -370,8 +374,8 @@ impl Gradients {
         Ok(())
     }
 
-    /// Whether all that was added since the last call is finite.
-    pub(crate) fn take_finite(&mut self) -> Finite {
+    /// Whether all that was added since the last call is finite: part of [`Pulled::finite`](crate::field::Pulled).
+    pub fn take_finite(&mut self) -> Finite {
         std::mem::take(&mut self.finite)
     }
 

@@ -1,6 +1,6 @@
 //! The `tracing` layer: turns span boundaries into readings and `bytes` events into ledger entries.
 //!
-//! It takes one lock per boundary, holds it while the meter is read, and calls nothing under it that could come back
+//! It takes one lock per boundary and per `bytes` event, holds it while the meter is read, and calls nothing under it that could come back
 //! here. It decides nothing for other layers: give those their own filters
 //! ([`Layer::with_filter`](tracing_subscriber::Layer::with_filter)).
 
@@ -53,19 +53,20 @@ impl Shared {
     }
 
     /// Begins a recording, unless one is under way: then `None`.
-    pub(super) fn begin(&self, start: impl FnOnce() -> Result<Recorder>) -> Result<Option<()>> {
+    pub(super) fn begin(&self, start: impl FnOnce(&Ledger) -> Result<Recorder>) -> Result<Option<()>> {
         let mut recorder = self.recorder();
         if recorder.is_some() {
             return Ok(None);
         }
         self.ledger.restart();
-        *recorder = Some(start()?);
+        *recorder = Some(start(&self.ledger)?);
         Ok(Some(()))
     }
 
     /// Asks the recording under way.
-    pub(super) fn read<R>(&self, ask: impl FnOnce(&mut Recorder) -> Result<R>) -> Result<R> {
-        self.recorder().as_mut().map_or_else(|| Err(ended()), ask)
+    pub(super) fn read<R>(&self, ask: impl FnOnce(&mut Recorder, u32) -> Result<R>) -> Result<R> {
+        let thread = thread_number();
+        self.recorder().as_mut().map_or_else(|| Err(ended()), |recorder| ask(recorder, thread))
     }
 
     /// Takes the recorder out; from here on spans are ignored, and the ledger goes on counting.
@@ -76,6 +77,16 @@ impl Shared {
     /// A panic elsewhere leaves the recorder usable: every change is complete in itself.
     fn recorder(&self) -> MutexGuard<'_, Option<Recorder>> {
         self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In the ledger, which goes on counting between recordings, and in the recording under way.
+    fn announce(&self, category: Category, delta: i64) {
+        let thread = thread_number();
+        let mut recorder = self.recorder();
+        self.ledger.record(category, delta);
+        if let Some(recorder) = recorder.as_mut() {
+            recorder.announce(thread, category, delta);
+        }
     }
 
     fn with(&self, act: impl FnOnce(&mut Recorder)) {
@@ -128,7 +139,7 @@ where
         let mut bytes = Bytes::default();
         event.record(&mut bytes);
         match bytes {
-            Bytes { category: Some(category), delta: Some(delta) } => self.shared.ledger.record(category, delta),
+            Bytes { category: Some(category), delta: Some(delta) } => self.shared.announce(category, delta),
             _ => self.shared.ledger.record_unknown(),
         }
     }
@@ -139,7 +150,8 @@ where
     }
 
     fn on_exit(&self, id: &Id, _: Context<'_, S>) {
-        self.shared.with(|recorder| recorder.exit(id.into_u64()));
+        let thread = thread_number();
+        self.shared.with(|recorder| recorder.exit(id.into_u64(), thread));
     }
 
     fn on_close(&self, id: Id, _: Context<'_, S>) {
@@ -195,7 +207,7 @@ impl Visit for Bytes {
 }
 
 /// Numbers threads in the order in which they first enter a span; takes no memory.
-fn thread_number() -> u32 {
+pub(super) fn thread_number() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     thread_local! {
         static NUMBER: Cell<u32> = const { Cell::new(u32::MAX) };

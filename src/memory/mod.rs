@@ -2,8 +2,9 @@
 //!
 //! | part | says |
 //! |---|---|
-//! | [`Meter`]: [`HeapMeter`], `CudaPoolMeter` | live and peak bytes of one memory |
+//! | [`Meter`]: [`HeapMeter`], [`ProcessMeter`], `CudaPoolMeter`, `CudaDeviceMeter` | live and peak bytes of one memory |
 //! | [`Ledger`] | bytes this crate owns, by [`Category`](crate::account::Category), exact |
+//! | [`Composition`] | what live bytes are made of, at the peak and over time ([`Timeline`]) |
 //! | [`MemoryLayer`] | for every span its time, live bytes before and after, and peak |
 //! | [`MemoryProfiler`] | puts them together and hands out a [`MemoryReport`] |
 //!
@@ -28,6 +29,8 @@
 //! # }
 //! ```
 
+mod books;
+mod composition;
 mod file;
 mod layer;
 mod ledger;
@@ -38,13 +41,15 @@ mod recording;
 mod report;
 pub mod span;
 
+pub use composition::{Composition, Moment, Part, Timeline};
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
-pub use meter::CudaPoolMeter;
-pub use meter::{HeapMeter, Meter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
+pub use meter::{CudaDeviceMeter, CudaPoolMeter};
+pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, SCHEMA, SpanReport, StepReport, Totals,
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport,
+    StepReport, Totals,
 };

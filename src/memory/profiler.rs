@@ -1,10 +1,10 @@
 //! The profiler: a meter and the layer put together, and a recording begun.
 
 use super::layer::{Filter, MemoryLayer, Shared};
-use super::meter::{HeapMeter, Meter, TrackingAllocator, meter_for};
+use super::meter::{HeapMeter, Meter, ProcessMeter, TrackingAllocator, meter_for};
 use super::recorder::Recorder;
 use super::recording::{Claim, Recording, under_way};
-use super::report::Environment;
+use super::report::{Environment, RunKind};
 use crate::error::{OdeError, Result};
 use candle_core::Device;
 use serde_json::Value;
@@ -46,6 +46,7 @@ use tracing_subscriber::registry::LookupSpan;
 pub struct MemoryProfiler {
     device: Device,
     meter: Option<Box<dyn Meter>>,
+    run: RunKind,
     span_limit: usize,
     filter: Filter,
     settings: BTreeMap<String, Value>,
@@ -57,6 +58,7 @@ impl MemoryProfiler {
         Self {
             device: device.clone(),
             meter: None,
+            run: RunKind::Memory,
             span_limit: 20_000,
             filter: MemoryLayer::default_filter,
             settings: BTreeMap::new(),
@@ -66,6 +68,13 @@ impl MemoryProfiler {
     /// Reads this meter instead of the device's.
     pub fn meter(mut self, meter: impl Meter + 'static) -> Self {
         self.meter = Some(Box::new(meter));
+        self
+    }
+
+    /// Measures time: no counter that waits for the device is read at the boundaries of spans, whose bytes are then those
+    /// of the heap, or of the process where nothing counts the heap. The report says that it was such a run.
+    pub fn timing(mut self) -> Self {
+        self.run = RunKind::Timing;
         self
     }
 
@@ -145,12 +154,23 @@ impl MemoryProfiler {
             Some(_) => None,
             None => Some(Claim::take()?),
         };
-        let meter = self.meter.map_or_else(|| meter_for(&self.device), Ok)?;
+        let meter = match (self.meter, self.run) {
+            (Some(meter), _) => meter,
+            (None, RunKind::Memory) => meter_for(&self.device)?,
+            (None, RunKind::Timing) => host_meter()?,
+        };
+        if self.run == RunKind::Timing && meter.synchronises() {
+            let reason = "a reading waits for the device, which a timing run must not do".to_owned();
+            let hint = "leave out .timing() to measure memory, or .meter(..) to measure time";
+            return Err(OdeError::Meter { counter: meter.name(), reason, hint });
+        }
         let others = other_meters(&self.device, meter.name())?;
         let environment = Environment::of(&self.device, self.settings);
         shared.choose(self.filter);
-        shared.begin(|| Recorder::start(meter, self.span_limit))?.ok_or_else(under_way)?;
-        Ok(Recording { shared, others, environment, _claim: claim })
+        shared
+            .begin(|ledger| Recorder::start(meter, self.span_limit, |category| ledger.live(category)))?
+            .ok_or_else(under_way)?;
+        Ok(Recording { shared, others, run: self.run, environment, _claim: claim })
     }
 }
 
@@ -170,6 +190,14 @@ where
     MemoryLayer::new(shared.clone()).with_filter(filter_fn(move |metadata| asked.accepts(metadata)))
 }
 
+/// What can be read without waiting for a device.
+fn host_meter() -> Result<Box<dyn Meter>> {
+    if TrackingAllocator::is_installed() {
+        return Ok(Box::new(HeapMeter::new()?));
+    }
+    Ok(Box::new(ProcessMeter::new()?))
+}
+
 /// Counters beside the one that the spans are measured with, and where they stood at the start.
 fn other_meters(device: &Device, first: &str) -> Result<Vec<(Box<dyn Meter>, u64)>> {
     let mut meters: Vec<Box<dyn Meter>> = Vec::new();
@@ -177,10 +205,15 @@ fn other_meters(device: &Device, first: &str) -> Result<Vec<(Box<dyn Meter>, u64
     if matches!(device, Device::Cuda(_)) {
         meters.push(Box::new(super::CudaPoolMeter::used(device)?));
         meters.push(Box::new(super::CudaPoolMeter::reserved(device)?));
+        meters.push(Box::new(super::CudaDeviceMeter::new(device)?));
     }
     let _ = device;
     if TrackingAllocator::is_installed() {
         meters.push(Box::new(HeapMeter::new()?));
+    }
+    // Not every system tells; nobody asked for it.
+    if let Ok(process) = ProcessMeter::new() {
+        meters.push(Box::new(process));
     }
     meters.retain(|meter| meter.name() != first);
     meters.into_iter().map(|meter| meter.mark().map(|reading| (meter, reading.live))).collect()

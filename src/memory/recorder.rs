@@ -4,15 +4,21 @@
 //! is entered or left) the peak since the last boundary is read and folded into *all* open spans, and the window starts
 //! anew. A span's peak is then the process-wide maximum over the time it was open, whatever else went on.
 //!
+//! The same boundaries, and every `bytes` event, settle the [books](super::books): what the live bytes are made of.
+//!
 //! All room is taken when recording begins, before the baseline is read: what is recorded does not show in the heap,
 //! unless more spans are open at once, or have different names, than there was room for.
 
+use super::books::Books;
+use super::composition::{Composition, Moment, Part, Timeline};
 use super::meter::{Meter, Reading};
+use super::span;
+use crate::account::{Category, TARGET};
 use crate::error::{OdeError, Result};
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Spans open at once, and names, for which there is room from the start.
+/// Spans open at once, threads, and names, for which there is room from the start.
 const ROOM: usize = 64;
 
 /// What is known of one span. Bytes are the meter's readings; times are nanoseconds since recording began.
@@ -56,6 +62,8 @@ struct Open {
     /// How many times it is entered now: a span may be entered by several threads at once.
     depth: u32,
     entered: bool,
+    /// What its thread was at when it was entered.
+    outside: Part,
 }
 
 /// The state of one recording.
@@ -65,6 +73,9 @@ pub(super) struct Recorder {
     baseline: u64,
     open: Vec<Open>,
     kept: VecDeque<Record>,
+    books: Books,
+    /// What each thread is at.
+    places: Vec<Part>,
     limit: usize,
     next_id: u64,
     dropped: u64,
@@ -87,18 +98,22 @@ pub(super) struct Finished {
     /// When the last dropped span ended.
     pub(super) dropped_until: u64,
     pub(super) names: Vec<NameTotal>,
+    pub(super) at_peak: Moment,
+    pub(super) timeline: Timeline,
     pub(super) meter: Box<dyn Meter>,
 }
 
 impl Recorder {
-    /// Takes its room, then reads the baseline.
-    pub(super) fn start(meter: Box<dyn Meter>, limit: usize) -> Result<Self> {
+    /// Takes its room, then reads the baseline; `owned` bytes are announced already.
+    pub(super) fn start(meter: Box<dyn Meter>, limit: usize, owned: impl Fn(Category) -> u64) -> Result<Self> {
         let mut recorder = Self {
             meter,
             origin: Instant::now(),
             baseline: 0,
             open: Vec::with_capacity(ROOM),
             kept: VecDeque::with_capacity(limit),
+            books: Books::new(),
+            places: Vec::with_capacity(ROOM),
             limit,
             next_id: 0,
             dropped: 0,
@@ -109,6 +124,7 @@ impl Recorder {
             failure: None,
         };
         recorder.baseline = recorder.meter.mark()?.live;
+        recorder.books.open(recorder.baseline, owned);
         recorder.peak = recorder.baseline;
         recorder.peak_since_mark = recorder.baseline;
         Ok(recorder)
@@ -139,7 +155,7 @@ impl Recorder {
             live_after: 0,
             peak: 0,
         };
-        self.open.push(Open { key, record, depth: 0, entered: false });
+        self.open.push(Open { key, record, depth: 0, entered: false, outside: Part::Outside });
     }
 
     /// A span's fields were filled in later.
@@ -152,10 +168,13 @@ impl Recorder {
     /// A span was entered by `thread`.
     pub(super) fn enter(&mut self, key: u64, thread: u32) {
         let Some(at) = self.find(key) else { return };
-        let reading = self.boundary();
+        let reading = self.boundary(thread, None);
         let now = self.now();
+        let outside = self.place(thread);
         let open = &mut self.open[at];
         open.depth += 1;
+        open.outside = outside;
+        let inside = place_of(&open.record).unwrap_or(outside);
         open.record.peak = open.record.peak.max(reading.live);
         if !open.entered {
             open.entered = true;
@@ -163,17 +182,25 @@ impl Recorder {
             open.record.start = now;
             open.record.live_before = reading.live;
         }
+        self.move_to(thread, inside);
     }
 
-    /// A span was left.
-    pub(super) fn exit(&mut self, key: u64) {
+    /// A span was left by `thread`.
+    pub(super) fn exit(&mut self, key: u64, thread: u32) {
         let now = self.now();
         let Some(at) = self.find(key) else { return };
-        let reading = self.boundary();
+        let reading = self.boundary(thread, None);
         let open = &mut self.open[at];
         open.depth = open.depth.saturating_sub(1);
         open.record.end = now;
         open.record.live_after = reading.live;
+        let outside = open.outside;
+        self.move_to(thread, outside);
+    }
+
+    /// Bytes of ours were born, or died if negative, on `thread`.
+    pub(super) fn announce(&mut self, thread: u32, category: Category, delta: i64) {
+        self.boundary(thread, Some((category, delta)));
     }
 
     /// A span is gone and will not be entered again.
@@ -195,8 +222,8 @@ impl Recorder {
     }
 
     /// Live bytes now and the peak since the last [`reset_peak`](Self::reset_peak), or since the start.
-    pub(super) fn read(&mut self) -> Result<Reading> {
-        let live = self.boundary().live;
+    pub(super) fn read(&mut self, thread: u32) -> Result<Reading> {
+        let live = self.boundary(thread, None).live;
         match self.failure.take() {
             Some(failure) => Err(failure),
             None => Ok(Reading { live, peak: self.peak_since_mark }),
@@ -204,8 +231,8 @@ impl Recorder {
     }
 
     /// Starts the peak of [`read`](Self::read) anew; the spans' peaks are not touched.
-    pub(super) fn reset_peak(&mut self) -> Result<()> {
-        let live = self.read()?.live;
+    pub(super) fn reset_peak(&mut self, thread: u32) -> Result<()> {
+        let live = self.read(thread)?.live;
         self.peak_since_mark = live;
         Ok(())
     }
@@ -215,34 +242,44 @@ impl Recorder {
         self.baseline
     }
 
+    /// What is live, as of the last boundary.
+    pub(super) fn composition(&self) -> Composition {
+        self.books.now()
+    }
+
     /// Ends the recording; spans still open end now.
-    pub(super) fn finish(mut self) -> Result<Finished> {
+    pub(super) fn finish(mut self, thread: u32) -> Result<Finished> {
         let duration = self.now();
-        let live = self.read()?.live;
+        let live = self.read(thread)?.live;
         let open = self.open.iter().filter(|open| open.entered).map(|open| match open.depth {
             0 => open.record,
             _ => Record { end: duration, live_after: live, ..open.record },
         });
+        let open = open.collect();
+        let (at_peak, timeline) = self.books.close();
         Ok(Finished {
             baseline: self.baseline,
             live,
             peak: self.peak,
             duration,
-            open: open.collect(),
+            open,
             closed: self.kept,
             dropped: self.dropped,
             dropped_until: self.dropped_until,
             names: self.names,
+            at_peak,
+            timeline,
             meter: self.meter,
         })
     }
 
-    /// Reads the meter, folds the peak into everything open, and starts a new window.
-    fn boundary(&mut self) -> Reading {
+    /// Reads the meter, settles the books, folds the peak into everything open, and starts a new window.
+    fn boundary(&mut self, thread: u32, announced: Option<(Category, i64)>) -> Reading {
         let reading = self.meter.mark().unwrap_or_else(|failure| {
             self.failure.get_or_insert(failure);
             Reading::default()
         });
+        self.books.settle(self.now(), reading, self.place(thread), announced);
         for open in self.open.iter_mut().filter(|open| open.depth > 0) {
             open.record.peak = open.record.peak.max(reading.peak);
         }
@@ -267,6 +304,19 @@ impl Recorder {
         }
     }
 
+    /// What a thread is at.
+    fn place(&self, thread: u32) -> Part {
+        self.places.get(thread as usize).copied().unwrap_or(Part::Outside)
+    }
+
+    fn move_to(&mut self, thread: u32, place: Part) {
+        let thread = thread as usize;
+        if self.places.len() <= thread {
+            self.places.resize(thread + 1, Part::Outside);
+        }
+        self.places[thread] = place;
+    }
+
     /// The latest are looked at first: spans mostly close in the reverse order of opening.
     fn find(&self, key: u64) -> Option<usize> {
         self.open.iter().rposition(|open| open.key == key)
@@ -275,5 +325,15 @@ impl Recorder {
     fn now(&self) -> u64 {
         // 64 bits of nanoseconds last for 584 years.
         self.origin.elapsed().as_nanos() as u64
+    }
+}
+
+/// Where bytes that appear inside a span are put; `None` for spans of others, which change nothing.
+fn place_of(record: &Record) -> Option<Part> {
+    match record.name {
+        _ if record.target != TARGET => None,
+        span::FIELD | span::LINEARISE => Some(Part::Field),
+        span::PULLBACK => Some(Part::Pullback),
+        _ => Some(Part::Other),
     }
 }

@@ -1,10 +1,11 @@
 //! A recording under way: what it says while it runs, and the report at its end.
 
-use super::layer::Shared;
+use super::composition::Composition;
+use super::layer::{Shared, thread_number};
 use super::ledger::Ledger;
 use super::meter::Meter;
 use super::recorder::Recorder;
-use super::report::{CategoryBytes, Counter, Environment, MemoryReport};
+use super::report::{CategoryBytes, Counter, Environment, MemoryReport, RunKind};
 use crate::error::{OdeError, Result};
 use serde_json::Value;
 use std::fmt;
@@ -45,6 +46,8 @@ pub struct Snapshot {
     pub peak: u64,
     /// Owned bytes by category, live and peak (since the same reset).
     pub owned: Vec<CategoryBytes>,
+    /// What the live bytes are made of.
+    pub bytes: Composition,
 }
 
 /// A recording under way; dropping it ends it without a report.
@@ -53,6 +56,7 @@ pub struct Recording {
     pub(super) shared: Arc<Shared>,
     /// Counters beside the first, and where they stood at the start.
     pub(super) others: Vec<(Box<dyn Meter>, u64)>,
+    pub(super) run: RunKind,
     pub(super) environment: Environment,
     pub(super) _claim: Option<Claim>,
 }
@@ -69,9 +73,11 @@ impl Recording {
     ///
     /// [`OdeError::Meter`] if the meter cannot be read, or could not be at some span since the last snapshot.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let (baseline, reading) = self.shared.read(|recorder| Ok((recorder.baseline(), recorder.read()?)))?;
+        let (baseline, reading, bytes) = self
+            .shared
+            .read(|recorder, thread| Ok((recorder.baseline(), recorder.read(thread)?, recorder.composition())))?;
         let owned = CategoryBytes::all(&self.shared.ledger, Ledger::peak);
-        Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned })
+        Ok(Snapshot { baseline, live: reading.live, peak: reading.peak, owned, bytes })
     }
 
     /// Starts the peaks of [`snapshot`](Self::snapshot) and of the [`ledger`](Self::ledger) anew, as at the start of an
@@ -97,7 +103,7 @@ impl Recording {
     ///
     /// [`OdeError::Meter`] if the meter could not be read, now or at some span.
     pub fn finish(self) -> Result<MemoryReport> {
-        let finished = self.shared.end()?.finish()?;
+        let finished = self.shared.end()?.finish(thread_number())?;
         let mut counters = vec![Counter {
             name: finished.meter.name().to_owned(),
             baseline: finished.baseline,
@@ -110,7 +116,7 @@ impl Recording {
             let synchronises = meter.synchronises();
             counters.push(Counter { name: meter.name().to_owned(), baseline: *baseline, live, peak, synchronises });
         }
-        Ok(MemoryReport::new(self.environment.clone(), counters, &self.shared.ledger, finished))
+        Ok(MemoryReport::new(self.run, self.environment.clone(), counters, &self.shared.ledger, finished))
     }
 }
 

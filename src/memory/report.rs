@@ -3,6 +3,7 @@
 //! Bytes are the meter's own readings; subtract the baseline for what the recording added. Times are nanoseconds since
 //! recording began. Owned bytes come from the ledger and are exact.
 
+use super::composition::{Moment, Timeline};
 use super::ledger::Ledger;
 use super::recorder::{Finished, NameTotal, Record};
 use super::span;
@@ -13,7 +14,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 
 /// Name and version of the file format. A file of another version is not read.
-pub const SCHEMA: &str = "candle-ode/memory-report/1";
+pub const SCHEMA: &str = "candle-ode/memory-report/2";
 
 /// Version of Candle this crate is built on.
 const CANDLE_VERSION: &str = "0.11.1";
@@ -27,18 +28,35 @@ pub struct MemoryReport {
     pub schema: String,
     /// What ran, and where.
     pub environment: Environment,
+    /// Whether memory or time was to be measured.
+    pub run: RunKind,
     /// The counters that were read. The spans' bytes are those of the first.
     pub counters: Vec<Counter>,
     /// The recording as a whole.
     pub totals: Totals,
     /// Owned bytes by category: live at the end, and peak over the recording.
     pub owned: Vec<CategoryBytes>,
+    /// The first counter's live bytes when they were highest, and what they were made of.
+    pub at_peak: Moment,
+    /// The first counter's live bytes over time, and what they were made of.
+    pub timeline: Timeline,
     /// All closed spans summed by target and name, dropped ones included.
     pub names: Vec<NameSummary>,
     /// The passes of the kept spans with their steps, in order of time.
     pub passes: Vec<PassReport>,
     /// The kept spans, in order of time.
     pub spans: Vec<SpanReport>,
+}
+
+/// What a recording was for. Reading the memory of a device waits for it, so that one run cannot measure both well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunKind {
+    /// Every span has the bytes of the device's own counter; if a [`Counter`] synchronises, the times say little.
+    #[default]
+    Memory,
+    /// No counter was read that waits for the device: the spans' bytes are those of the host.
+    Timing,
 }
 
 /// What ran, and where.
@@ -183,7 +201,13 @@ pub struct SpanReport {
 }
 
 impl MemoryReport {
-    pub(super) fn new(environment: Environment, counters: Vec<Counter>, ledger: &Ledger, found: Finished) -> Self {
+    pub(super) fn new(
+        run: RunKind,
+        environment: Environment,
+        counters: Vec<Counter>,
+        ledger: &Ledger,
+        found: Finished,
+    ) -> Self {
         let totals = Totals {
             duration_ns: found.duration,
             owned_live: ledger.live_total(),
@@ -198,10 +222,13 @@ impl MemoryReport {
         let complete_from = if found.dropped == 0 { 0 } else { found.dropped_until };
         Self {
             schema: SCHEMA.to_owned(),
+            run,
             environment,
             counters,
             totals,
             owned: CategoryBytes::all(ledger, Ledger::highest),
+            at_peak: found.at_peak,
+            timeline: found.timeline,
             names: found.names.iter().map(NameSummary::new).collect(),
             passes: passes(&spans, complete_from),
             spans,

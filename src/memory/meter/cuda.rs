@@ -1,4 +1,4 @@
-//! A CUDA device's memory pool, which Candle's tensors live in.
+//! A CUDA device: its memory pool, which Candle's tensors live in, and the device as a whole.
 //!
 //! Candle allocates stream-ordered from the device's pool. The pool tells what its users hold (*used*) and what it
 //! holds itself (*reserved*), now and at most. The context, loaded kernels and the libraries' workspaces lie outside.
@@ -136,5 +136,63 @@ impl Meter for CudaPoolMeter {
 
     fn synchronises(&self) -> bool {
         true
+    }
+}
+
+/// The whole of a CUDA device, as the driver sees it (`cuMemGetInfo`): total − free, so other processes, the context,
+/// loaded kernels and the workspaces of libraries count too.
+///
+/// The driver keeps no high-water mark: the peak is the highest of the readings since the last reset.
+#[derive(Debug)]
+pub struct CudaDeviceMeter {
+    stream: Arc<CudaStream>,
+    highest: AtomicU64,
+}
+
+impl CudaDeviceMeter {
+    /// The meter of a device; its peak begins now.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Meter`] if `device` is not CUDA, or the driver does not tell.
+    pub fn new(device: &Device) -> Result<Self> {
+        let Device::Cuda(cuda) = device else {
+            let reason = format!("{:?} is not a CUDA device", device.location());
+            return Err(OdeError::Meter { counter: "cuda device", reason, hint: "use meter_for(&device)" });
+        };
+        let meter = Self { stream: cuda.cuda_stream(), highest: AtomicU64::new(0) };
+        meter.reset_peak()?;
+        Ok(meter)
+    }
+}
+
+impl Meter for CudaDeviceMeter {
+    fn name(&self) -> &'static str {
+        "cuda device"
+    }
+
+    fn live(&self) -> Result<u64> {
+        let (free, total) = self.stream.context().mem_get_info().map_err(|error| OdeError::Meter {
+            counter: self.name(),
+            reason: format!("{error}"),
+            hint: "an earlier failure on the device shows up here too; look for the first error",
+        })?;
+        let live = total.saturating_sub(free) as u64;
+        self.highest.fetch_max(live, Relaxed);
+        Ok(live)
+    }
+
+    fn peak(&self) -> Result<u64> {
+        self.live()?;
+        Ok(self.highest.load(Relaxed))
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        self.mark().map(|_| ())
+    }
+
+    fn mark(&self) -> Result<Reading> {
+        let live = self.live()?;
+        Ok(Reading { live, peak: self.highest.swap(live, Relaxed) })
     }
 }

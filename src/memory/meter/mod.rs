@@ -4,11 +4,13 @@
 mod cuda;
 mod heap;
 mod library;
+mod process;
 
 #[cfg(feature = "cuda")]
-pub use cuda::CudaPoolMeter;
+pub use cuda::{CudaDeviceMeter, CudaPoolMeter};
 pub use heap::{HeapMeter, TrackingAllocator};
 pub use library::{cuda_device, probe_cuda};
+pub use process::ProcessMeter;
 
 use crate::error::{OdeError, Result};
 use candle_core::Device;
