@@ -35,12 +35,15 @@ fn limit_by_roots(order: usize, c: f64) -> f64 {
 
 /// The |αh| between which solutions stop to decay, of many that are solved at once.
 fn limit_by_solving(solver: impl Solver, near: f64, c: f64) -> (f64, f64) {
-    let sizes: Vec<f64> = (0..=120).map(|n| near * (0.97 + 0.0005 * f64::from(n))).collect();
+    let sizes: Vec<f64> = (0..120).map(|n| near * (0.97025 + 0.0005 * f64::from(n))).collect();
     let alpha = Tensor::new(sizes.iter().map(|r| -r).collect::<Vec<_>>(), &Device::Cpu).unwrap();
-    let field = FnField::new(move |_: &Time, y: &Tensor| y * &alpha);
+    // A push at the start alone, since (1, 1) is almost the vector of the root c.
+    let push = |t: f64| if t < 0.25 { 1.0 } else { 0.0 };
+    let field = FnField::new(move |t: &Time, y: &Tensor| (y * &alpha)? + push(t.value()));
     let y0 = Tensor::ones(sizes.len(), candle_core::DType::F64, &Device::Cpu).unwrap();
-    // Steps of length 1, until the root that is about c has died out, and as many again.
-    let steps = (12.0 / (1.0 - c)).ceil() as usize;
+    // Steps of length 1, until the root that is about c has died out, and as many again. y has little of the other root
+    // near the limit (its vector is (0, 1) there), so that takes long.
+    let steps = (40.0 / (1.0 - c)).ceil() as usize;
     let (half, end) = (steps as f64, 2.0 * steps as f64);
     let ode = Ode::new(&field).solver(solver).span(0.0, end).steps(2 * steps).save_at(&[half, end]);
     let solution = ode.solve(&y0).unwrap();
