@@ -7,13 +7,13 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Passes, Recorded};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
+use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Encodes, Keeping, Trajectory};
@@ -94,6 +94,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
     pub(crate) keeping: Option<Keeping>,
+    /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
+    pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
@@ -105,6 +107,7 @@ pub(crate) struct Walked {
     /// (grid index, state), in the order of the grid; the last one always.
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
+    pub(crate) anchors: Option<Anchors>,
     /// The steps that were taken.
     pub(crate) clock: Clock,
     dtypes: Vec<DType>,
@@ -115,22 +118,45 @@ impl Walked {
     pub(crate) fn times(&self) -> &[f64] {
         &self.clock.times()[..=self.dtypes.len()]
     }
+}
 
-    /// Hands the outputs and what the backward pass needs over.
-    pub(crate) fn record(
+impl Forward<'_> {
+    /// What `adjoint` needs of a finished pass from `start` to go backwards.
+    pub(crate) fn reverse(
         self,
-        forward: Forward<'_>,
-        memory: StageMemory,
+        walked: Walked,
+        start: &State,
+        adjoint: &Adjoint,
         scaling: AdjointScaling,
-    ) -> Result<(Vec<(usize, State)>, Recorded)> {
-        let Some(trajectory) = self.trajectory else {
-            let what = "a backward pass without a trajectory".into();
-            return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
-        };
-        let Forward { field, solver, precision, seed, casts, counters, .. } = forward;
-        let (clock, dtypes, redo) = (self.clock, self.dtypes, Mutex::new(None));
-        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
-        Ok((self.outputs, Recorded::new(passes, solver, trajectory, memory)))
+    ) -> Result<Box<dyn Reverse>> {
+        let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
+        let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
+        Ok(match (adjoint, trajectory, anchors) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
+                let passes = self.passes(clock, dtypes, scaling);
+                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
+            }
+            (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
+                let passes = self.passes(clock, dtypes, scaling);
+                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
+            }
+            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
+                let back = adjoint.back(solver.as_ref(), &times)?;
+                let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
+                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                let passes = self.passes(clock, dtypes, scaling);
+                Box::new(Backsolved { passes, solver, back, start, end })
+            }
+            _ => {
+                let what = "a backward pass of which nothing was kept".into();
+                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+            }
+        })
+    }
+
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
+        let Self { field, precision, seed, casts, counters, .. } = self;
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
     }
 }
 
@@ -179,13 +205,15 @@ impl<'a> Forward<'a> {
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
-        let mut y = if self.is_tracking() { start.clone() } else { start.detach() };
+        let solver = self.solver.as_ref();
+        let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
         let (steps, accumulate) = (self.course.steps(), self.precision.accumulate_dtype());
         let keeping = self.keeping.clone();
-        let mut trajectory = keeping.map(|keeping| Trajectory::new(keeping, start, steps, accumulate));
+        let mut trajectory = keeping.map(|keeping| Trajectory::new(keeping, &y, steps, accumulate));
+        let mut anchors = self.anchors.map(|every| Anchors::new(every, accumulate));
         let mut reached: Vec<(usize, State)> = vec![];
         if outputs.contains(&self.course.ends().0) {
-            reached.push((0, y.clone()));
+            reached.push((0, visible(solver, &y)));
         }
         let mut dtypes = vec![];
         let mut pace = match &self.course {
@@ -208,8 +236,8 @@ impl<'a> Forward<'a> {
             count(&self.counters.accepted_steps);
             let (from, t) = pace.ends(n);
             let whole = |after: &State| match &trajectory {
-                Some(trajectory) => trajectory.whole(after),
-                None => Ok(after.clone()),
+                Some(trajectory) => Ok(visible(solver, &trajectory.whole(after)?)),
+                None => Ok::<_, OdeError>(visible(solver, after)),
             };
             let stop = match self.observer {
                 Some(observer) => observer(StepInfo { index: n, t, h: t - from, y: &whole(&after)?, error }).is_break(),
@@ -218,6 +246,9 @@ impl<'a> Forward<'a> {
             let is_last = stop || Some(t) == pace.end();
             if is_last || outputs.contains(&t) {
                 reached.push((n + 1, whole(&after)?));
+            }
+            if let Some(anchors) = &mut anchors {
+                anchors.see(n + 1, &after, is_last);
             }
             y = match &mut trajectory {
                 Some(trajectory) => {
@@ -234,7 +265,8 @@ impl<'a> Forward<'a> {
                 None => after,
             };
         }
-        Ok(Walked { outputs: reached, trajectory, clock: pace.into_clock(self, start.device())?, dtypes })
+        let clock = pace.into_clock(self, start.device())?;
+        Ok(Walked { outputs: reached, trajectory, anchors, clock, dtypes })
     }
 
     /// One step; again in F32 if it is known to overflow and that is wanted.
@@ -258,7 +290,7 @@ impl<'a> Forward<'a> {
                 self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
                 continue;
             }
-            let found = finite.into_iter().enumerate();
+            let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok(step.y);
         }
@@ -289,7 +321,9 @@ impl<'a> Forward<'a> {
         let (n, dtype) = (taken.n, trajectory.dtype());
         let exactly = |finite: &Finite| self.exactly(n, taken, dtype, finite, wide);
         let (y, finite) = trajectory.reach(n + 1, before, after, exactly)?;
-        suspects.push((Suspect::Entry { step: n }, finite));
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step: n }, finite));
+        }
         Ok(y)
     }
 
@@ -306,7 +340,9 @@ impl<'a> Forward<'a> {
         let dtype = trajectory.dtype();
         let exactly = |finite: &Finite| self.exactly(step, taken, dtype, finite, wide);
         let finite = trajectory.finish(taken.n, before, exactly)?;
-        suspects.push((Suspect::Entry { step }, finite));
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step }, finite));
+        }
         Ok(())
     }
 

@@ -75,11 +75,6 @@ impl Trajectory {
         }
     }
 
-    /// Bytes of all kept entries.
-    pub(crate) fn bytes(&self) -> usize {
-        self.slots.bytes()
-    }
-
     /// What the codec is given.
     pub(crate) fn encodes(&self) -> Encodes {
         self.keeping.codec.encodes()
