@@ -59,6 +59,10 @@ impl<M: ExplicitRungeKutta> Solver for M {
         self.tableau().nodes()
     }
 
+    fn as_explicit(&self) -> Option<&Tableau> {
+        Some(self.tableau())
+    }
+
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
         let tableau = self.tableau();
         let mut finite = vec![Finite::default(); tableau.stages()];

@@ -38,6 +38,11 @@ pub trait Solver: Debug + Send + Sync + 'static {
     /// The nodes c: the times, as fractions of a step, at which a step evaluates the field, by stage.
     fn nodes(&self) -> &[f64];
 
+    /// Its tableau, if it is an explicit Runge–Kutta method: what plans are made of.
+    fn as_explicit(&self) -> Option<&Tableau> {
+        None
+    }
+
     /// One step from `y` (accumulate dtype).
     ///
     /// # Errors
