@@ -37,11 +37,6 @@ impl Tally {
         self.note(moment);
     }
 
-    /// What is live.
-    pub(super) fn now(&self) -> Composition {
-        self.now
-    }
-
     /// What was live when most was.
     pub(super) fn highest(&self) -> Composition {
         self.highest
