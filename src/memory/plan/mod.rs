@@ -126,7 +126,7 @@ pub(crate) struct Planned<'a> {
 impl Planned<'_> {
     /// The plan of a solve from `y0`.
     pub(crate) fn plan(&self, y0: &State) -> Result<MemoryPlan> {
-        let Some(tableau) = self.solver.as_explicit() else {
+        let Some(tableau) = self.solver.tableau() else {
             return Err(OdeError::Unsupported {
                 what: format!("planning the memory of {}", self.solver.name()),
                 instead: "explicit Runge-Kutta methods can be planned; measure others with MemoryProfiler",
