@@ -1,13 +1,13 @@
 //! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
 
 use crate::State;
-use crate::adjoint::{Passes, Recorded};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
+use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Keeping, Trajectory};
@@ -60,6 +60,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
     pub(crate) keeping: Option<Keeping>,
+    /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
+    pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
@@ -71,6 +73,7 @@ pub(crate) struct Walked {
     /// (grid index, state), in the order of the grid; the last one always.
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
+    pub(crate) anchors: Option<Anchors>,
     dtypes: Vec<DType>,
 }
 
@@ -79,22 +82,44 @@ impl Walked {
     pub(crate) fn steps(&self) -> usize {
         self.dtypes.len()
     }
+}
 
-    /// Hands the outputs and what the backward pass needs over.
-    pub(crate) fn record(
+impl Forward<'_> {
+    /// What `adjoint` needs of a finished pass from `start` to go backwards.
+    pub(crate) fn reverse(
         self,
-        forward: Forward<'_>,
-        memory: StageMemory,
+        walked: Walked,
+        start: &State,
+        adjoint: &Adjoint,
         scaling: AdjointScaling,
-    ) -> Result<(Vec<(usize, State)>, Recorded)> {
-        let Some(trajectory) = self.trajectory else {
-            let what = "a backward pass without a trajectory".into();
-            return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
-        };
-        let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
-        let (dtypes, redo) = (self.dtypes, Mutex::new(None));
-        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
-        Ok((self.outputs, Recorded::new(passes, solver, trajectory, memory)))
+    ) -> Result<Box<dyn Reverse>> {
+        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.steps());
+        Ok(match (adjoint, walked) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Walked { trajectory: Some(trajectory), dtypes, .. }) => {
+                let passes = self.passes(dtypes, scaling);
+                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
+            }
+            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), dtypes, .. }) => {
+                let passes = self.passes(dtypes, scaling);
+                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
+            }
+            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), dtypes, .. }) => {
+                let back = adjoint.back(solver.as_ref(), self.grid, steps)?;
+                let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
+                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                let passes = Passes { clock, ..self.passes(dtypes, scaling) };
+                Box::new(Backsolved { passes, solver, back, start, end })
+            }
+            _ => {
+                let what = "a backward pass of which nothing was kept".into();
+                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+            }
+        })
+    }
+
+    fn passes(self, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
+        let Self { field, clock, precision, seed, casts, counters, .. } = self;
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
     }
 }
 
@@ -144,16 +169,17 @@ impl<'a> Forward<'a> {
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
         let tracking = self.opening == Opening::Track;
-        let mut y = if tracking { start.clone() } else { start.detach() };
+        let solver = self.solver.as_ref();
+        let mut y = carry(solver, &if tracking { start.clone() } else { start.detach() });
         let mut walked = Walked {
-            outputs: outputs.contains(&0).then(|| (0, y.clone())).into_iter().collect(),
+            outputs: outputs.contains(&0).then(|| (0, visible(solver, &y))).into_iter().collect(),
             trajectory: None,
+            anchors: self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype())),
             dtypes: vec![],
         };
         let steps = self.grid.steps();
         let accumulate = self.precision.accumulate_dtype();
-        walked.trajectory =
-            self.keeping.clone().map(|keeping| Trajectory::new(keeping, start, Some(steps), accumulate));
+        walked.trajectory = self.keeping.clone().map(|keeping| Trajectory::new(keeping, &y, Some(steps), accumulate));
         for n in 0..steps {
             let after = self.step(opened, n, &y, wide, suspects)?;
             walked.dtypes.push(self.dtype(n, wide));
@@ -164,12 +190,17 @@ impl<'a> Forward<'a> {
                 None => Ok(after.clone()),
             };
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h, y: &whole(&after)? }).is_break(),
+                Some(observer) => {
+                    observer(StepInfo { index: n, t, h, y: &visible(solver, &whole(&after)?) }).is_break()
+                }
                 None => false,
             };
             let is_last = stop || n + 1 == steps;
             if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, whole(&after)?));
+                walked.outputs.push((n + 1, visible(solver, &whole(&after)?)));
+            }
+            if let Some(anchors) = &mut walked.anchors {
+                anchors.see(n + 1, &after, is_last);
             }
             y = match &mut walked.trajectory {
                 Some(trajectory) if is_last => {
@@ -213,7 +244,7 @@ impl<'a> Forward<'a> {
                 self.widen(Suspect::Slope { step: n, stage }, wide)?;
                 continue;
             }
-            let found = finite.into_iter().enumerate();
+            let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok(step.y);
         }
@@ -231,7 +262,7 @@ impl<'a> Forward<'a> {
     ) -> Result<State> {
         let dtype = trajectory.dtype();
         let (y, finite) = trajectory.reach(n + 1, before, after, |finite| self.exactly(n, dtype, finite, wide))?;
-        suspects.push((Suspect::Entry { step: n }, finite));
+        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step: n }, finite)));
         Ok(y)
     }
 
@@ -247,7 +278,7 @@ impl<'a> Forward<'a> {
         let Some(step) = n.checked_sub(1) else { return Ok(()) };
         let dtype = trajectory.dtype();
         let finite = trajectory.finish(n, before, |finite| self.exactly(step, dtype, finite, wide))?;
-        suspects.push((Suspect::Entry { step }, finite));
+        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step }, finite)));
         Ok(())
     }
 

@@ -64,7 +64,7 @@ pub(crate) fn attach(
     outputs: Vec<(usize, State)>,
     y0: &State,
     trainable: Vec<Option<Tensor>>,
-    recorded: impl Reverse + 'static,
+    recorded: Box<dyn Reverse>,
 ) -> Result<Vec<State>> {
     let cells = Arc::new(Cells::default());
     let start = y0.tensors().iter().enumerate().filter(|(_, x)| x.track_op());
@@ -72,8 +72,7 @@ pub(crate) fn attach(
     let slots = trainable.into_iter().enumerate().filter_map(|(slot, tensor)| tensor.map(|x| (Arg::Slot(slot), x)));
     let (at, states): (Vec<usize>, Vec<State>) = outputs.into_iter().unzip();
     let Some(root) = token_tree(start.chain(slots).collect(), &cells)? else { return Ok(states) };
-    let solve =
-        root.apply_op1(SolveNode { at, like: y0.detach(), recorded: Box::new(recorded), cells: cells.clone() })?;
+    let solve = root.apply_op1(SolveNode { at, like: y0.detach(), recorded, cells: cells.clone() })?;
     let attached = states.into_iter().enumerate().map(|(output, state)| {
         let mut tensor = 0;
         state.try_map(|x| {

@@ -1,7 +1,7 @@
 //! The front door: [`Ode`] is set up, [`Ode::solve`] goes forward, [`Solution`] is part of Candle's graph.
 
 use crate::State;
-use crate::adjoint::{Adjoint, Discrete};
+use crate::adjoint::Adjoint;
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
@@ -10,7 +10,6 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::Trajectory;
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`] |
+/// | adjoint | [`Discrete`](crate::Discrete) |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -114,7 +113,8 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`] or [`Unrolled`](crate::Unrolled).
+    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
         self
@@ -196,11 +196,8 @@ impl Ode {
             self.field.params().cast(&self.inputs, compute, &device)?
         };
         add(&counters.casts, casts.count());
-        let discrete = match &self.adjoint {
-            Adjoint::Discrete(discrete) => discrete.clone(),
-            Adjoint::Unrolled(_) => Discrete::default(),
-        };
-        let keeping = discrete.keeping(precision);
+        let keeping = self.adjoint.keeping(precision)?;
+        let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),
@@ -210,23 +207,24 @@ impl Ode {
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
-            keeping: (tracked && !unrolled).then_some(keeping),
+            keeping: keeping.filter(|_| tracked),
+            anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
             observer: self.observer.as_deref(),
             counters: counters.clone(),
         };
-        let (walked, forward) = forward.run(&start, &outputs)?;
+        let (mut walked, forward) = forward.run(&start, &outputs)?;
         let steps = walked.steps();
-        let trajectory_bytes = walked.trajectory.as_ref().map_or(0, Trajectory::bytes);
-        let reached: Vec<(usize, State)> = if tracked && !unrolled {
+        let mut reached: Vec<(usize, State)> = std::mem::take(&mut walked.outputs);
+        let mut trajectory_bytes = 0;
+        if tracked && !unrolled {
             let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
-            let (kept, recorded) = walked.record(forward, discrete.stage_memory, scaling)?;
-            let indices: Vec<usize> = kept.iter().map(|(n, _)| *n).collect();
-            indices.into_iter().zip(crate::graph::attach(kept, &start, trainable, recorded)?).collect()
-        } else {
-            walked.outputs
-        };
+            let kept = forward.reverse(walked, &start, &self.adjoint, scaling)?;
+            trajectory_bytes = kept.bytes();
+            let indices: Vec<usize> = reached.iter().map(|(n, _)| *n).collect();
+            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, kept)?).collect();
+        }
         let Some((_, last)) = reached.last().cloned() else { return Err(OdeError::NoSteps) };
         // In the order they were asked for, as far as they were reached.
         let wanted = if outputs.is_empty() { vec![steps] } else { outputs };

@@ -5,7 +5,7 @@ use super::passes::{Pass, Passes};
 use super::{Reverse, Reversed};
 use crate::State;
 use crate::error::{OdeError, Result};
-use crate::solver::{Solver, StageMemory, zeros_like};
+use crate::solver::{Solver, StageMemory, fold, lift, zeros_like};
 use crate::trajectory::schedule::Action;
 use crate::trajectory::{AtHand, Keeping, Slots, Trajectory};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,12 +48,16 @@ impl Reverse for Recorded {
             self.walk(pass, slots, cotangents)
         })
     }
+
+    fn bytes(&self) -> usize {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Slots::bytes)
+    }
 }
 
 impl Recorded {
     /// `None` if a value is already known not to be finite: the rest of the walk would be wasted.
     fn walk(&self, pass: &mut Pass<'_, '_>, mut slots: Slots, cotangents: &[(usize, State)]) -> Result<Option<State>> {
-        let accumulate = self.passes.precision.accumulate_dtype();
+        let (solver, accumulate) = (self.solver.as_ref(), self.passes.precision.accumulate_dtype());
         let mut lambda = Lambda::default();
         let mut waiting = cotangents.iter().rev().peekable();
         // The steps after the last output used by the loss cost nothing.
@@ -73,7 +77,7 @@ impl Recorded {
                     let _span = tracing::debug_span!(target: "candle_ode", "recompute", from, to).entered();
                     let mut y = self.expect(at_hand.take(), action)?.state()?;
                     for n in from..to {
-                        let after = pass.advance(self.solver.as_ref(), n, &y)?;
+                        let after = pass.advance(solver, n, &y)?;
                         let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
                         let (next, finite) = slots.reach(n + 1, &y, after, keep, |finite| Ok(finite.known_bad()))?;
                         pass.note(n, finite);
@@ -87,12 +91,12 @@ impl Recorded {
                 Action::Drop(n) => slots.drop_state(n)?,
                 Action::Reverse(n) => {
                     while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n + 1) {
-                        lambda.add(cotangent, accumulate)?;
+                        lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
                     }
                     let y = self.expect(at_hand.take(), action)?;
                     let Some(state) = lambda.take() else { continue };
                     lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
-                        self.solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks)
+                        solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks)
                     })?);
                     if pass.is_lost() {
                         return Ok(None);
@@ -101,12 +105,13 @@ impl Recorded {
             }
         }
         for (_, cotangent) in waiting {
-            lambda.add(cotangent, accumulate)?;
+            lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
         }
-        match lambda.take() {
-            Some(state) => Ok(Some(state)),
-            None => Ok(Some(zeros_like(&self.start, accumulate)?)),
-        }
+        let lambda = match lambda.take() {
+            Some(state) => state,
+            None => zeros_like(&self.start, accumulate)?,
+        };
+        fold(solver, &lambda, accumulate).map(Some)
     }
 
     fn restore(&self, slots: &mut Slots, n: usize) -> Result<AtHand> {

@@ -1,17 +1,25 @@
 //! How gradients come back.
 
+mod backsolve;
 mod discrete;
+mod drift;
 mod lambda;
 mod passes;
+mod reconstruct;
 
+pub use backsolve::Backsolve;
+pub(crate) use backsolve::Backsolved;
 pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
+pub use reconstruct::Reconstruct;
+pub(crate) use reconstruct::{Anchors, Reconstructed};
 
 use crate::Precision;
 use crate::State;
+use crate::error::OdeError;
 use crate::error::Result;
-use crate::solver::StageMemory;
-use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule};
+use crate::solver::{Solver, StageMemory};
+use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule, Slot};
 use crate::trajectory::{Codec, Keeping, States, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
@@ -23,6 +31,9 @@ pub(crate) trait Reverse: Send + Sync {
     /// # Errors
     /// Whatever the field reports, with its place; an overflow that no scaling helps.
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed>;
+
+    /// Bytes that were kept for it.
+    fn bytes(&self) -> usize;
 }
 
 /// What a backward pass gives.
@@ -108,7 +119,7 @@ impl Discrete {
         kept_bytes(&self.keeping(precision), shapes, steps, false, precision.accumulate_dtype())
     }
 
-    pub(crate) fn keeping(&self, precision: Precision) -> Keeping {
+    fn keeping(&self, precision: Precision) -> Keeping {
         Keeping {
             codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),
             schedule: self.schedule.clone().unwrap_or_else(|| Arc::new(KeepAll)),
@@ -128,8 +139,36 @@ pub struct Unrolled;
 pub enum Adjoint {
     /// See [`Discrete`].
     Discrete(Discrete),
+    /// See [`Reconstruct`].
+    Reconstruct(Reconstruct),
+    /// See [`Backsolve`].
+    Backsolve(Backsolve),
     /// See [`Unrolled`].
     Unrolled(Unrolled),
+}
+
+impl Adjoint {
+    /// How the forward pass keeps states, for those that go back over them; checks that they can.
+    pub(crate) fn keeping(&self, precision: Precision) -> Result<Option<Keeping>> {
+        let Self::Discrete(discrete) = self else { return Ok(None) };
+        let keeping = discrete.keeping(precision);
+        match keeping.schedule.slot() {
+            Slot::State => Ok(Some(keeping)),
+            Slot::Stages => Err(OdeError::Unsupported {
+                what: "a backward pass from slots that hold stages".into(),
+                instead: "keep states alone: leave out .with_stages(), which is there to be counted and simulated",
+            }),
+        }
+    }
+
+    /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.
+    pub(crate) fn anchors(&self, solver: &dyn Solver) -> Result<Option<usize>> {
+        match self {
+            Self::Reconstruct(adjoint) => adjoint.spacing(solver).map(Some),
+            Self::Backsolve(adjoint) => adjoint.tableau(solver).map(|_| Some(usize::MAX)),
+            Self::Discrete(_) | Self::Unrolled(_) => Ok(None),
+        }
+    }
 }
 
 impl Default for Adjoint {
@@ -141,6 +180,18 @@ impl Default for Adjoint {
 impl From<Discrete> for Adjoint {
     fn from(adjoint: Discrete) -> Self {
         Self::Discrete(adjoint)
+    }
+}
+
+impl From<Reconstruct> for Adjoint {
+    fn from(adjoint: Reconstruct) -> Self {
+        Self::Reconstruct(adjoint)
+    }
+}
+
+impl From<Backsolve> for Adjoint {
+    fn from(adjoint: Backsolve) -> Self {
+        Self::Backsolve(adjoint)
     }
 }
 

@@ -74,11 +74,6 @@ impl Trajectory {
         }
     }
 
-    /// Bytes of all kept entries.
-    pub(crate) fn bytes(&self) -> usize {
-        self.slots.bytes()
-    }
-
     /// The dtype entries are kept in.
     pub(crate) fn dtype(&self) -> DType {
         self.slots.dtype()
