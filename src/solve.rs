@@ -25,7 +25,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps) or [`tolerances`](Self::tolerances), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`] |
+/// | adjoint | [`Discrete`](crate::Discrete) |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -161,7 +161,7 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
     /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
@@ -243,7 +243,7 @@ impl Ode {
             self.field.params().cast(&self.inputs, compute, &device)?
         };
         add(&counters.casts, casts.count());
-        let keeping = self.adjoint.keeping(precision);
+        let keeping = self.adjoint.keeping(precision)?;
         let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),

@@ -69,7 +69,7 @@ fn schedules() -> Vec<(&'static str, Discrete, Arc<dyn Schedule>)> {
         of("all", Arc::new(KeepAll), Discrete::default()),
         of("input", Arc::new(InputOnly), Discrete::default().schedule(InputOnly)),
     ];
-    for slots in [0, 1, 2, 3, 5, 9] {
+    for slots in [0, 1, 3, 9] {
         all.push(of("checkpoints", Arc::new(Checkpoints::new(slots)), Discrete::default().checkpoints(slots)));
     }
     all

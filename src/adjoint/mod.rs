@@ -16,9 +16,9 @@ pub(crate) use reconstruct::{Anchors, Reconstructed};
 
 use crate::Precision;
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::solver::{Solver, StageMemory};
-use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule};
+use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule, Slot};
 use crate::trajectory::{Codec, Keeping, States, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
@@ -152,11 +152,16 @@ pub enum Adjoint {
 }
 
 impl Adjoint {
-    /// How the states of a forward pass are kept, by those who walk over them.
-    pub(crate) fn keeping(&self, precision: Precision) -> Option<Keeping> {
-        match self {
-            Self::Discrete(adjoint) => Some(adjoint.keeping(precision)),
-            Self::Reconstruct(_) | Self::Backsolve(_) | Self::Unrolled(_) => None,
+    /// How the forward pass keeps states, for those that go back over them; checks that they can.
+    pub(crate) fn keeping(&self, precision: Precision) -> Result<Option<Keeping>> {
+        let Self::Discrete(discrete) = self else { return Ok(None) };
+        let keeping = discrete.keeping(precision);
+        match keeping.schedule.slot() {
+            Slot::State => Ok(Some(keeping)),
+            Slot::Stages => Err(OdeError::Unsupported {
+                what: "a backward pass from slots that hold stages".into(),
+                instead: "keep states alone: leave out .with_stages(), which is there to be counted and simulated",
+            }),
         }
     }
 

@@ -102,11 +102,16 @@ impl Slots {
         before: &State,
         after: State,
         keep: bool,
-        exactly: impl FnMut(&Finite) -> Result<bool>,
+        mut exactly: impl FnMut(&Finite) -> Result<bool>,
     ) -> Result<(State, Finite)> {
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
         if keep && follows && self.codec.encodes() == Encodes::Increments {
-            return self.reach_by_increment(n, before, after, exactly);
+            let increment = self.increment(before, &after)?;
+            let (entry, finite) = self.encode(&self.codec, &increment)?;
+            // Where no increment fits, the state is kept as it is.
+            if !exactly(&finite)? {
+                return Ok((self.follow(n, before, &increment, entry)?, finite));
+            }
         }
         let y = self.whole(&after)?;
         self.residual = None;
@@ -128,9 +133,15 @@ impl Slots {
             Encodes::States => self.codec.clone(),
             Encodes::Increments => self.exact(),
         };
-        let (codec, entry, finite) = self.encoded(codec, y, &mut exactly)?;
-        self.push(n, false, codec, entry);
-        Ok(finite)
+        let (entry, finite) = self.encode(&codec, y)?;
+        if !exactly(&finite)? {
+            self.push(n, false, codec, entry);
+            return Ok(finite);
+        }
+        let exact = self.exact();
+        let (entry, _) = self.encode(&exact, y)?;
+        self.push(n, false, exact, entry);
+        Ok(Finite::default())
     }
 
     /// State `n`, to be used as long as it is at hand.
@@ -189,48 +200,34 @@ impl Slots {
         Ok(())
     }
 
-    fn reach_by_increment(
-        &mut self,
-        n: usize,
-        before: &State,
-        after: State,
-        mut exactly: impl FnMut(&Finite) -> Result<bool>,
-    ) -> Result<(State, Finite)> {
-        // y_n − y_{n−1} + e: what is small is added up first.
-        let increment = match &self.residual {
-            None => sum(&after, &[(-1.0, before)], self.accumulate)?,
-            Some((residual, _)) => sum(residual, &[(1.0, &after), (-1.0, before)], self.accumulate)?,
-        };
-        drop(after);
-        let (codec, entry, finite) = self.encoded(self.codec.clone(), &increment, &mut exactly)?;
-        let kept = kept(n - 1, true, codec, entry);
+    /// y_n − y_{n−1} + e.
+    fn increment(&self, before: &State, after: &State) -> Result<State> {
+        match &self.residual {
+            None => sum(after, &[(-1.0, before)], self.accumulate),
+            // What is small is added last, to a difference of neighbours.
+            Some((residual, _)) => sum(residual, &[(1.0, after), (-1.0, before)], self.accumulate),
+        }
+    }
+
+    /// State n − 1, the last in a slot, is kept by its increment from now on, and state n beside it.
+    fn follow(&mut self, n: usize, before: &State, increment: &State, entry: Entry) -> Result<State> {
+        let kept = kept(n - 1, true, self.codec.clone(), entry);
         let decoded = kept.decode(self.accumulate)?;
         let y = sum(before, &[(1.0, &decoded)], self.accumulate)?;
-        let residual = sum(&increment, &[(-1.0, &decoded)], self.accumulate)?;
+        let residual = sum(increment, &[(-1.0, &decoded)], self.accumulate)?;
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));
         self.residual = Some((residual, owned));
         self.kept.pop();
         self.kept.push(Arc::new(kept));
         let exact = self.exact();
-        let (entry, _) = exact.encode(&y)?;
+        let (entry, _) = self.encode(&exact, &y)?;
         self.push(n, false, exact, entry);
-        Ok((y, finite))
+        Ok(y)
     }
 
-    fn encoded(
-        &self,
-        codec: Arc<dyn Codec>,
-        values: &State,
-        exactly: &mut impl FnMut(&Finite) -> Result<bool>,
-    ) -> Result<(Arc<dyn Codec>, Entry, Finite)> {
+    fn encode(&self, codec: &Arc<dyn Codec>, values: &State) -> Result<(Entry, Finite)> {
         let _span = tracing::trace_span!(target: "candle_ode", "encode").entered();
-        let (entry, finite) = codec.encode(values)?;
-        if !exactly(&finite)? {
-            return Ok((codec, entry, finite));
-        }
-        let codec = self.exact();
-        let (entry, _) = codec.encode(values)?;
-        Ok((codec, entry, Finite::default()))
+        codec.encode(values)
     }
 
     /// A codec that rounds nothing.
