@@ -7,7 +7,7 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Passes, Recorded};
+use crate::adjoint::{Moments, Passes, Recorded};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -88,6 +88,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
     pub(crate) solver: Arc<dyn Solver>,
     pub(crate) course: Course,
+    /// Whether the state after each step is handed out.
+    pub(crate) every: bool,
     pub(crate) precision: Precision,
     pub(crate) seed: u64,
     pub(crate) casts: Fallback,
@@ -122,6 +124,7 @@ impl Walked {
         forward: Forward<'_>,
         memory: StageMemory,
         scaling: AdjointScaling,
+        moments: Vec<Moments>,
     ) -> Result<(Vec<(usize, State)>, Recorded)> {
         let Some(trajectory) = self.trajectory else {
             let what = "a backward pass without a trajectory".into();
@@ -129,7 +132,7 @@ impl Walked {
         };
         let Forward { field, solver, precision, seed, casts, counters, .. } = forward;
         let (clock, dtypes, redo) = (self.clock, self.dtypes, Mutex::new(None));
-        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
+        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo };
         let recorded = Recorded { passes, solver, trajectory, memory };
         Ok((self.outputs, recorded))
     }
@@ -183,7 +186,7 @@ impl<'a> Forward<'a> {
         let mut y = if self.is_tracking() { start.clone() } else { start.detach() };
         let mut trajectory = self.codec.clone().map(|codec| Trajectory::new(codec, start.clone()));
         let mut reached: Vec<(usize, State)> = vec![];
-        if outputs.contains(&self.course.ends().0) {
+        if self.every || outputs.contains(&self.course.ends().0) {
             reached.push((0, y.clone()));
         }
         let mut dtypes = vec![];
@@ -212,7 +215,7 @@ impl<'a> Forward<'a> {
                 None => false,
             };
             let is_last = stop || Some(t) == pace.end();
-            if is_last || outputs.contains(&t) {
+            if is_last || self.every || outputs.contains(&t) {
                 reached.push((n + 1, y.clone()));
             }
             if is_last {

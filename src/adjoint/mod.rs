@@ -3,9 +3,11 @@
 mod discrete;
 mod lambda;
 mod passes;
+mod times;
 
 pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
+pub(crate) use times::Moments;
 
 use crate::State;
 use crate::error::Result;

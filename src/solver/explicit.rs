@@ -6,7 +6,7 @@
 
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
-use super::{Detail, DetailedStep, Estimate, Slope, Solver, Step};
+use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::account::Category;
 use crate::error::{OdeError, Result};
@@ -68,44 +68,29 @@ impl<M: ExplicitRungeKutta> Solver for M {
         self.tableau().embedded_order().map(|order| order.min(self.tableau().order()))
     }
 
-    fn detailed_step(
+    fn estimated_step(
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: &State,
         first: Option<&Slope>,
-        wanted: Detail,
-    ) -> Result<DetailedStep> {
+    ) -> Result<EstimatedStep> {
         let tableau = self.tableau();
-        let weights = match (wanted.error, tableau.embedded()) {
-            (false, _) => vec![],
-            (true, None) => return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() }),
-            (true, Some(embedded)) => {
-                tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect()
-            }
+        let Some(embedded) = tableau.embedded() else {
+            return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
         };
+        let weights: Vec<f64> = tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect();
         let mut matter = used(tableau);
         matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
-        if wanted.dense && tableau.is_fsal() {
-            matter.fill(true);
-        }
-        let (mut step, mut slopes) = stepped(tableau, stages, at, y, first, &matter)?;
-        if wanted.dense && !tableau.is_fsal() {
-            let end = sum(Some(&step.y), &[], at.dtype)?;
-            let slope = stages.slope(at, tableau.stages(), &end)?;
-            step.finite.push(all_finite(&slope)?);
-            slopes.push(Some(Slope::new(slope, Category::Stages)));
-        }
-        let ends = tableau.is_fsal() || slopes.len() > tableau.stages();
-        let first_same_as_last = ends && slopes.last().is_some_and(Option::is_some);
-        let error = match wanted.error {
-            false => None,
-            true => {
-                let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
-                Some(Estimate { error: sum(None, &terms, stages.accumulate())?.detach(), weights })
-            }
-        };
-        Ok(DetailedStep { step, error, slopes, first_same_as_last })
+        let (step, slopes) = stepped(tableau, stages, at, y, first, &matter)?;
+        let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
+        let error = sum(None, &terms, stages.accumulate())?.detach();
+        let first_same_as_last = tableau.is_fsal() && slopes.last().is_some_and(Option::is_some);
+        Ok(EstimatedStep { step, error, weights, slopes, first_same_as_last })
+    }
+
+    fn interpolated(&self, theta: f64) -> Option<Tableau> {
+        Some(self.tableau().interpolated(theta))
     }
 
     fn pullback(
