@@ -7,13 +7,13 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Moments, Passes, Recorded};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
+use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
@@ -96,6 +96,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
     pub(crate) codec: Option<Arc<dyn Codec>>,
+    /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
+    pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
@@ -109,6 +111,7 @@ pub(crate) struct Walked {
     pub(crate) trajectory: Option<Trajectory>,
     /// The steps that were taken.
     pub(crate) clock: Clock,
+    pub(crate) anchors: Option<Anchors>,
     dtypes: Vec<DType>,
 }
 
@@ -117,24 +120,49 @@ impl Walked {
     pub(crate) fn times(&self) -> &[f64] {
         &self.clock.times()[..=self.dtypes.len()]
     }
+}
 
-    /// Hands the outputs and what the backward pass needs over.
-    pub(crate) fn record(
+impl Forward<'_> {
+    /// What `adjoint` needs of a finished pass from `start` to go backwards.
+    pub(crate) fn reverse(
         self,
-        forward: Forward<'_>,
-        memory: StageMemory,
+        walked: Walked,
+        start: &State,
+        adjoint: &Adjoint,
         scaling: AdjointScaling,
         moments: Vec<Moments>,
-    ) -> Result<(Vec<(usize, State)>, Recorded)> {
-        let Some(trajectory) = self.trajectory else {
-            let what = "a backward pass without a trajectory".into();
-            return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
-        };
-        let Forward { field, solver, precision, seed, casts, counters, .. } = forward;
-        let (clock, dtypes, redo) = (self.clock, self.dtypes, Mutex::new(None));
-        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo };
-        let recorded = Recorded { passes, solver, trajectory, memory };
-        Ok((self.outputs, recorded))
+    ) -> Result<Box<dyn Reverse>> {
+        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.dtypes.len());
+        Ok(match (adjoint, walked) {
+            (
+                Adjoint::Discrete(Discrete { stage_memory, .. }),
+                Walked { trajectory: Some(trajectory), clock, dtypes, .. },
+            ) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Recorded { passes, solver, trajectory, memory: *stage_memory })
+            }
+            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), clock, dtypes, .. }) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
+            }
+            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), clock, dtypes, .. }) => {
+                let back = adjoint.back(solver.as_ref(), clock.grid(), steps)?;
+                let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
+                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Backsolved { passes, solver, back, start, end })
+            }
+            _ => {
+                let what = "a backward pass of which nothing was kept".into();
+                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+            }
+        })
+    }
+
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
+        let Self { field, precision, seed, casts, counters, .. } = self;
+        let redo = Mutex::new(None);
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
     }
 }
 
@@ -183,11 +211,13 @@ impl<'a> Forward<'a> {
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
-        let mut y = if self.is_tracking() { start.clone() } else { start.detach() };
-        let mut trajectory = self.codec.clone().map(|codec| Trajectory::new(codec, start.clone()));
+        let solver = self.solver.as_ref();
+        let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
+        let mut trajectory = self.codec.clone().map(|codec| Trajectory::new(codec, y.clone()));
+        let mut anchors = self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype()));
         let mut reached: Vec<(usize, State)> = vec![];
         if self.every || outputs.contains(&self.course.ends().0) {
-            reached.push((0, y.clone()));
+            reached.push((0, visible(solver, &y)));
         }
         let mut dtypes = vec![];
         let mut pace = match &self.course {
@@ -211,12 +241,17 @@ impl<'a> Forward<'a> {
             count(&self.counters.accepted_steps);
             let (from, t) = pace.ends(n);
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h: t - from, y: &y, error }).is_break(),
+                Some(observer) => {
+                    observer(StepInfo { index: n, t, h: t - from, y: &visible(solver, &y), error }).is_break()
+                }
                 None => false,
             };
             let is_last = stop || Some(t) == pace.end();
             if is_last || self.every || outputs.contains(&t) {
-                reached.push((n + 1, y.clone()));
+                reached.push((n + 1, visible(solver, &y)));
+            }
+            if let Some(anchors) = &mut anchors {
+                anchors.see(n + 1, &y, is_last);
             }
             if is_last {
                 break;
@@ -225,7 +260,7 @@ impl<'a> Forward<'a> {
                 self.keep(trajectory, (n, &pace), &y, dtypes[n], wide, suspects)?;
             }
         }
-        Ok(Walked { outputs: reached, trajectory, clock: pace.into_clock(self, start.device())?, dtypes })
+        Ok(Walked { outputs: reached, trajectory, anchors, clock: pace.into_clock(self, start.device())?, dtypes })
     }
 
     /// One step; again in F32 if it is known to overflow and that is wanted.
@@ -249,7 +284,7 @@ impl<'a> Forward<'a> {
                 self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
                 continue;
             }
-            let found = finite.into_iter().enumerate();
+            let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok(step.y);
         }
@@ -283,7 +318,7 @@ impl<'a> Forward<'a> {
         let was_widened = dtype != self.precision.compute_dtype();
         if wide.entries.contains(&n) || was_widened && trajectory.dtype().size_in_bytes() < 4 {
             trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else {
+        } else if !finite.known_good() {
             suspects.push((Suspect::Entry { step: n }, finite));
         }
         Ok(())

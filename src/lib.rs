@@ -69,7 +69,7 @@ mod stats;
 mod time;
 mod trajectory;
 
-pub use adjoint::{Adjoint, Discrete, Unrolled};
+pub use adjoint::{Adjoint, Backsolve, Discrete, Reconstruct, Unrolled};
 pub use controller::{AtFloor, Controller, Norm, Tolerance};
 pub use error::{Interrupted, OdeError, PassKind, Place, Result, Worst};
 pub use field::{Casts, Field, FnField, Gradients, Linearization, ModelField, Params, Tangent, VectorField};
@@ -78,8 +78,8 @@ pub use precision::{Precision, largest_finite, unit_roundoff};
 pub use scaling::{AdjointScaling, Scale};
 pub use solve::{Ode, Solution, odeint};
 pub use solver::{
-    Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau,
-    ThreeEighths, Tsit5,
+    Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Reversal, Reversible, ReversibleHeun, Rk3, Rk4,
+    Solver, StageMemory, Tableau, ThreeEighths, Tsit5,
 };
 pub use state::State;
 pub use stats::Stats;
@@ -89,10 +89,11 @@ pub use trajectory::{Codec, Entry, States};
 /// What most programs need: `use candle_ode::prelude::*`.
 pub mod prelude {
     pub use crate::solver::{
-        Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau, ThreeEighths, Tsit5,
+        Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Reversible, ReversibleHeun, Rk3, Rk4, Solver, StageMemory,
+        Tableau, ThreeEighths, Tsit5,
     };
     pub use crate::{
-        Adjoint, AdjointScaling, Controller, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow,
-        Precision, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
+        Adjoint, AdjointScaling, Backsolve, Controller, Discrete, Field, FnField, ModelField, Ode, OdeError,
+        OnOverflow, Precision, Reconstruct, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
     };
 }

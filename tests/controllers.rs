@@ -41,7 +41,8 @@ fn a_controller_with_a_memory_rejects_fewer_steps_of_a_stiff_problem() {
         let solution = ode.controller(controller).solve(two(2.0, 0.0)).unwrap();
         (solution.stats(), values(solution.last()))
     };
-    let ((i, end), (pi, end_pi), (pid, end_pid)) = (run(Controller::i()), run(Controller::pi()), run(Controller::pid()));
+    let ((i, end), (pi, end_pi), (pid, end_pid)) =
+        (run(Controller::i()), run(Controller::pi()), run(Controller::pid()));
     // Where stability limits the step, the elementary controller runs into it again and again.
     assert!(i.rejected_steps > 20, "{i:?}");
     assert!(2 * pi.rejected_steps < i.rejected_steps, "{pi:?} {i:?}");
@@ -62,7 +63,8 @@ fn the_first_length_is_hairers() {
         for span in [(0.0, 5.0), (5.0, 0.0)] {
             let ode = Ode::new(&field).solver(Dopri5).span(span.0, span.1).tolerances(0.0, atol);
             // A limit of one try ends the solve there, and says how long that was.
-            let first = ode.controller(Controller::pi().max_steps(1).factors(0.2, 10.0)).solve(two(1.0, 1.0)).unwrap_err();
+            let first =
+                ode.controller(Controller::pi().max_steps(1).factors(0.2, 10.0)).solve(two(1.0, 1.0)).unwrap_err();
             let OdeError::StepLimit { reached, .. } = first else { panic!("{first}") };
             let size: f64 = lambda.abs().max(lambda * lambda);
             let expected = (0.01 * atol / size).powf(0.2).min(1.0 / lambda.abs());

@@ -105,7 +105,9 @@ fn a_bad_file_says_what_is_wrong_with_it() {
     assert!(reason.starts_with("is of another schema version") && reason.contains("/99"), "{reason}");
     let reason = complaint_of(&whole.replace("\"counters\"", "\"hats\""));
     assert!(reason.starts_with("is a damaged") && reason.contains("counters"), "{reason}");
-    let reason = complaint_of(&whole.replace("\"spans\":[", "\"spans\":?"));
+    let reason = complaint_of(&whole.replace("\"columns\":\"", "\"columns\":\"AAAA"));
+    assert!(reason.starts_with("is a damaged") && reason.contains("the table of 14 spans is damaged"), "{reason}");
+    let reason = complaint_of(&whole.replace("\"spans\":{", "\"spans\":?"));
     assert!(reason.starts_with("is a damaged") && reason.contains("line 1 column"), "{reason}");
 
     let missing = MemoryReport::load(folder.path().join("none.json")).unwrap_err();

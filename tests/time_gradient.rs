@@ -126,7 +126,10 @@ fn what_has_no_gradient_of_times_is_refused() {
         assert!(matches!(fails(ode), OdeError::Unsupported { what, .. } if what.contains("gradient of times")));
     }
     assert!(ode().steps(4).adjoint(Unrolled).no_grad().solve(y0.as_tensor()).is_ok());
-    assert!(matches!(fails(ode().span_tensors(&t0, &times).steps(4)), OdeError::Setting { setting: "span_tensors", .. }));
+    assert!(matches!(
+        fails(ode().span_tensors(&t0, &times).steps(4)),
+        OdeError::Setting { setting: "span_tensors", .. }
+    ));
     let integers = Tensor::new(&[0u32, 1], &Device::Cpu).unwrap();
     assert!(matches!(fails(ode().grid_tensor(&integers)), OdeError::Setting { setting: "grid_tensor", .. }));
 }

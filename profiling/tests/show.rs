@@ -2,7 +2,10 @@
 
 use candle_core::Device;
 use candle_ode::account::{Category, Owned};
-use candle_ode::memory::{MemoryProfiler, SCHEMA, TrackingAllocator};
+use candle_ode::memory::{
+    CategoryBytes, Counter, Environment, MemoryProfiler, MemoryReport, Moment, NameSummary, RunKind, SCHEMA,
+    SpanReport, Timeline, Totals, TrackingAllocator,
+};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -17,34 +20,72 @@ fn place(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
-/// The format as it is on disk, by hand.
-fn written_by_hand() -> String {
-    let step = |index: u64, peak: u64| {
-        format!(
-            r#"{{"index":{index},"t":0.5,"h":0.5,"peak":{peak},"live_before":2048,"live_after":2048,"duration_ns":1500}}"#
-        )
+fn span(id: u64, name: &str, index: Option<u64>, peak: u64) -> SpanReport {
+    SpanReport {
+        id,
+        parent: id.checked_sub(1).map(|_| 0),
+        target: "candle_ode".into(),
+        name: name.into(),
+        index,
+        t: index.map(|_| 0.5),
+        h: index.map(|_| 0.5),
+        thread: 0,
+        start_ns: 1000 * id,
+        duration_ns: 1500,
+        live_before: 2048,
+        live_after: 2048,
+        peak,
+        open: false,
+    }
+}
+
+/// A report of a forward pass of two steps, by hand.
+fn by_hand() -> MemoryReport {
+    let name = |target: &str, name: &str, count, time_ns, peak| {
+        let (target, name) = (target.to_owned(), name.to_owned());
+        NameSummary { target, name, count, time_ns, peak }
     };
-    format!(
-        r#"{{"schema":"{SCHEMA}","run":"memory","environment":{{"crate_version":"0.1.0","candle_version":"0.11.1","device":"CPU (test)",
-        "settings":{{"solver":"rk4","steps":2}}}},
-        "counters":[{{"name":"heap","baseline":1024,"live":2048,"peak":1049600,"synchronises":false}}],
-        "totals":{{"duration_ns":2500000,"owned_live":0,"owned_peak":4096,"spans":9,"spans_dropped":3}},
-        "owned":[{{"category":"trajectory","live":0,"peak":4096}}],
-        "at_peak":{{"time_ns":7000,"bytes":{{"trajectory":4096,"field":1045504}}}},
-        "timeline":{{"time_ns":[0,7000],"bytes":{{"trajectory":[0,4096],"field":[0,1045504]}}}},
-        "names":[{{"target":"candle_ode","name":"step","count":2,"time_ns":3000,"peak":1049600}},
-                 {{"target":"my_model","name":"epoch","count":1,"time_ns":4000,"peak":3072}}],
-        "passes":[{{"pass":"forward","span":0,"complete":true,"peak":1049600,"steps":[{},{}]}}],
-        "spans":[]}}"#,
-        step(0, 3072),
-        step(1, 1_049_600)
-    )
+    MemoryReport {
+        schema: SCHEMA.into(),
+        run: RunKind::Memory,
+        environment: Environment {
+            crate_version: "0.1.0".into(),
+            candle_version: "0.11.1".into(),
+            device: "CPU (test)".into(),
+            settings: [("solver".to_owned(), "rk4".into())].into(),
+        },
+        counters: vec![Counter {
+            name: "heap".into(),
+            baseline: 1024,
+            live: 2048,
+            peak: 1_049_600,
+            synchronises: false,
+        }],
+        totals: Totals {
+            duration_ns: 2_500_000,
+            owned_live: 0,
+            owned_peak: 4096,
+            spans: 9,
+            spans_dropped: 3,
+            complete_from_ns: 0,
+        },
+        owned: vec![CategoryBytes { category: "trajectory".into(), live: 0, peak: 4096 }],
+        at_peak: Moment::default(),
+        timeline: Timeline::default(),
+        names: vec![name("candle_ode", "step", 2, 3000, 1_049_600), name("my_model", "epoch", 1, 4000, 3072)],
+        passes: vec![],
+        spans: vec![
+            span(0, "forward", None, 1_049_600),
+            span(1, "step", Some(0), 3072),
+            span(2, "step", Some(1), 1_049_600),
+        ],
+    }
 }
 
 #[test]
 fn a_report_is_shown_as_tables() {
     let path = place("by_hand.json");
-    std::fs::write(&path, written_by_hand()).unwrap();
+    by_hand().save(&path).unwrap();
     let output = memory_report(&["show", path.to_str().unwrap(), "--steps"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -76,7 +117,9 @@ fn a_report_just_recorded_is_shown() {
 #[test]
 fn a_bad_file_is_an_error_on_stderr() {
     let path = place("bad.json");
-    for (text, complaint) in [("hello", "is not a memory report"), (&written_by_hand()[..200], "is truncated")] {
+    by_hand().save(&path).unwrap();
+    let whole = std::fs::read_to_string(&path).unwrap();
+    for (text, complaint) in [("hello", "is not a memory report"), (&whole[..200], "is truncated")] {
         std::fs::write(&path, text).unwrap();
         let output = memory_report(&["show", path.to_str().unwrap()]);
         assert_eq!(output.status.code(), Some(1));

@@ -107,6 +107,10 @@ impl Passes {
     }
 }
 
+/// What an attempt at a step gives: what was asked for, per pullback the stage and whether it is finite, and the cotangents
+/// of the step's times, if any are wanted.
+type Attempt<T> = (T, Vec<(usize, Finite)>, Option<StepTimes>);
+
 /// One walk over the steps.
 pub(crate) struct Pass<'a, 'b> {
     passes: &'a Passes,
@@ -115,7 +119,7 @@ pub(crate) struct Pass<'a, 'b> {
     powers: Rc<PowerOfTwo>,
     dynamic: Option<Dynamic>,
     gradients: Gradients,
-    /// (step, stage) and whether what came out of it is finite, in the order of the walk.
+    /// (step, stage) and whether what came out of it is finite, in the order of the walk; without those known to be.
     flags: Vec<((usize, usize), Finite)>,
     /// Per step, the cotangents of its times, if any are wanted.
     times: Vec<(usize, StepTimes)>,
@@ -202,7 +206,8 @@ impl Pass<'_, '_> {
         self.gradients = gradients;
         let (pulled, finite, times) = pulled?;
         self.times.extend(times.map(|times| (at.index, times)));
-        self.flags.extend(finite.into_iter().map(|(stage, finite)| ((at.index, stage), finite)));
+        let open = finite.into_iter().filter(|(_, finite)| !finite.known_good());
+        self.flags.extend(open.map(|(stage, finite)| ((at.index, stage), finite)));
         Ok(pulled)
     }
 
@@ -212,7 +217,7 @@ impl Pass<'_, '_> {
         scale: StageScale,
         gradients: &mut Gradients,
         pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
-    ) -> Result<(T, Vec<(usize, Finite)>, Option<StepTimes>)> {
+    ) -> Result<Attempt<T>> {
         let passes = self.passes;
         let field = self.opened.get(at.dtype)?;
         gradients.bind(field.leaves());

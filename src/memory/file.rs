@@ -51,7 +51,8 @@ fn parse(bytes: &[u8]) -> std::result::Result<MemoryReport, String> {
         Err(error) => return Err(diagnose(bytes, &error)),
     };
     if head.schema == SCHEMA {
-        serde_json::from_slice(bytes).map_err(|error| format!("is a damaged memory report: {error}"))
+        let report = serde_json::from_slice::<MemoryReport>(bytes);
+        report.map(MemoryReport::with_passes).map_err(|error| format!("is a damaged memory report: {error}"))
     } else if head.schema.starts_with(FAMILY) {
         let found = head.schema;
         Err(format!("is of another schema version: `{found}`, and this program reads `{SCHEMA}`; record it again"))

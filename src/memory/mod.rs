@@ -40,6 +40,7 @@ mod recorder;
 mod recording;
 mod report;
 pub mod span;
+mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
 pub use layer::MemoryLayer;

@@ -6,7 +6,7 @@
 use super::composition::{Moment, Timeline};
 use super::ledger::Ledger;
 use super::recorder::{Finished, NameTotal, Record};
-use super::span;
+use super::{span, span_table};
 use crate::account::{Category, TARGET};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
@@ -42,9 +42,11 @@ pub struct MemoryReport {
     pub timeline: Timeline,
     /// All closed spans summed by target and name, dropped ones included.
     pub names: Vec<NameSummary>,
-    /// The passes of the kept spans with their steps, in order of time.
+    /// The passes of the kept spans with their steps, in order of time. Left out of files: they are made of the spans.
+    #[serde(skip)]
     pub passes: Vec<PassReport>,
-    /// The kept spans, in order of time.
+    /// The kept spans, in order of time. In a file they are a packed table of about ten bytes a span.
+    #[serde(with = "span_table")]
     pub spans: Vec<SpanReport>,
 }
 
@@ -100,6 +102,8 @@ pub struct Totals {
     pub spans: u64,
     /// Of these, how many were dropped to keep to the limit (the oldest).
     pub spans_dropped: u64,
+    /// From when on no span was dropped, in nanoseconds: passes that began earlier may lack steps.
+    pub complete_from_ns: u64,
 }
 
 /// Owned bytes of one category.
@@ -214,13 +218,13 @@ impl MemoryReport {
             owned_peak: ledger.highest_total(),
             spans: (found.closed.len() + found.open.len()) as u64 + found.dropped,
             spans_dropped: found.dropped,
+            complete_from_ns: if found.dropped == 0 { 0 } else { found.dropped_until },
         };
         let closed = found.closed.iter().map(|record| SpanReport::new(record, false));
         let open = found.open.iter().map(|record| SpanReport::new(record, true));
         let mut spans: Vec<_> = closed.chain(open).collect();
         spans.sort_by_key(|span| (span.start_ns, span.id));
-        let complete_from = if found.dropped == 0 { 0 } else { found.dropped_until };
-        Self {
+        let report = Self {
             schema: SCHEMA.to_owned(),
             run,
             environment,
@@ -230,9 +234,16 @@ impl MemoryReport {
             at_peak: found.at_peak,
             timeline: found.timeline,
             names: found.names.iter().map(NameSummary::new).collect(),
-            passes: passes(&spans, complete_from),
+            passes: Vec::new(),
             spans,
-        }
+        };
+        report.with_passes()
+    }
+
+    /// With the passes that its spans make.
+    pub(super) fn with_passes(mut self) -> Self {
+        self.passes = passes(&self.spans, self.totals.complete_from_ns);
+        self
     }
 
     /// The counter that the spans were measured with.

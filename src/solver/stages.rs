@@ -42,12 +42,17 @@ impl Clock {
     pub fn step(&self, index: usize, dtype: DType) -> StepAt<'_> {
         let row = index - self.first;
         let (t, end) = (self.grid.times()[row], self.grid.times()[row + 1]);
-        StepAt { index, t, h: end - t, dtype, clock: self }
+        StepAt { index, t, h: end - t, dtype, first_stage: 0, clock: self }
     }
 
     /// The ends of the steps, the start included.
     pub(crate) fn times(&self) -> &[f64] {
         self.grid.times()
+    }
+
+    /// The same as a grid.
+    pub(crate) fn grid(&self) -> &TimeGrid {
+        &self.grid
     }
 }
 
@@ -79,18 +84,27 @@ pub struct StepAt<'a> {
     pub h: f64,
     /// The dtype in which this step evaluates the field.
     pub dtype: DType,
+    /// How many stages of the step come before those that are counted from 0 here.
+    first_stage: usize,
     clock: &'a Clock,
 }
 
 impl StepAt<'_> {
+    /// The same step from its end to its start, with stages of its own that come after the `first` ones.
+    pub(super) fn reversed(&self, first: usize) -> Self {
+        Self { t: self.t + self.h, h: -self.h, first_stage: self.first_stage + first, ..*self }
+    }
+
     /// The time of stage `stage`; the one after the last stage is the end of the step.
     pub fn time(&self, stage: usize) -> Time {
-        self.clock.table.time((self.index - self.clock.first) * self.clock.stages + stage)
+        let row = self.index - self.clock.first;
+        self.clock.table.time(row * self.clock.stages + self.first_stage + stage)
     }
 
     /// Where in the solve stage `stage` of this step is.
     pub fn place(&self, stage: usize) -> Place {
-        Place { step: self.index, stage, time: self.time(stage).value(), dtype: self.dtype }
+        let counted = self.first_stage + stage;
+        Place { step: self.index, stage: counted, time: self.time(stage).value(), dtype: self.dtype }
     }
 }
 
@@ -283,6 +297,33 @@ impl<'a> Pullbacks<'a> {
         stage: usize,
         kappa: &State,
     ) -> Result<State> {
+        self.pull_into_sums(linearization, at, stage, kappa)
+    }
+
+    /// (∂f/∂y)ᵀκ alone: (∂f/∂θ)ᵀκ is not added to the sums.
+    ///
+    /// # Errors
+    /// As [`pull`](Self::pull).
+    pub(crate) fn pull_state(
+        &mut self,
+        linearization: &dyn Linearization,
+        at: &StepAt<'_>,
+        stage: usize,
+        kappa: &State,
+    ) -> Result<State> {
+        self.gradients.ignore(true);
+        let pulled = self.pull_into_sums(linearization, at, stage, kappa);
+        self.gradients.ignore(false);
+        pulled
+    }
+
+    fn pull_into_sums(
+        &mut self,
+        linearization: &dyn Linearization,
+        at: &StepAt<'_>,
+        stage: usize,
+        kappa: &State,
+    ) -> Result<State> {
         let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
         count(&self.counters.pullbacks);
         let scale = match &self.scale {
@@ -291,7 +332,7 @@ impl<'a> Pullbacks<'a> {
         };
         let pulled =
             linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
-        self.finite.push((stage, pulled.finite));
+        self.finite.push((at.place(stage).stage, pulled.finite));
         if let Some(times) = &mut self.times {
             let c = (at.time(stage).value() - at.t) / at.h;
             times.add(pulled.t, c, at.h, kappa, linearization.value())?;
