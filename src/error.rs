@@ -147,7 +147,7 @@ pub enum OdeError {
     },
     /// An output time that is not a point of the grid.
     #[error(
-        "output time {time} is not a grid point (nearest: {nearest}); fixed-step solves hand out states at grid points only: put it on the grid with .grid(..)"
+        "output time {time} is not a grid point (nearest: {nearest}); fixed-step solves hand out states at grid points: put it on the grid with .grid(..), or .interpolate()"
     )]
     OutputOffGrid {
         /// The requested time.

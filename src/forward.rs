@@ -7,7 +7,7 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -88,6 +88,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
     pub(crate) solver: Arc<dyn Solver>,
     pub(crate) course: Course,
+    /// Whether the state after each step is handed out.
+    pub(crate) every: bool,
     pub(crate) precision: Precision,
     pub(crate) seed: u64,
     pub(crate) casts: Fallback,
@@ -128,23 +130,24 @@ impl Forward<'_> {
         start: &State,
         adjoint: &Adjoint,
         scaling: AdjointScaling,
+        moments: Vec<Moments>,
     ) -> Result<Box<dyn Reverse>> {
         let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
         let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
         Ok(match (adjoint, trajectory, anchors) {
             (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
-                let passes = self.passes(clock, dtypes, scaling);
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
             }
             (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
-                let passes = self.passes(clock, dtypes, scaling);
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
             }
             (Adjoint::Backsolve(adjoint), _, Some(end)) => {
                 let back = adjoint.back(solver.as_ref(), &times)?;
                 let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
                 let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
-                let passes = self.passes(clock, dtypes, scaling);
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Backsolved { passes, solver, back, start, end })
             }
             _ => {
@@ -154,9 +157,10 @@ impl Forward<'_> {
         })
     }
 
-    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
         let Self { field, precision, seed, casts, counters, .. } = self;
-        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
+        let redo = Mutex::new(None);
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
     }
 }
 
@@ -212,7 +216,7 @@ impl<'a> Forward<'a> {
         let mut trajectory = keeping.map(|keeping| Trajectory::new(keeping, &y, steps, accumulate));
         let mut anchors = self.anchors.map(|every| Anchors::new(every, accumulate));
         let mut reached: Vec<(usize, State)> = vec![];
-        if outputs.contains(&self.course.ends().0) {
+        if self.every || outputs.contains(&self.course.ends().0) {
             reached.push((0, visible(solver, &y)));
         }
         let mut dtypes = vec![];
@@ -244,7 +248,7 @@ impl<'a> Forward<'a> {
                 None => false,
             };
             let is_last = stop || Some(t) == pace.end();
-            if is_last || outputs.contains(&t) {
+            if is_last || self.every || outputs.contains(&t) {
                 reached.push((n + 1, whole(&after)?));
             }
             if let Some(anchors) = &mut anchors {

@@ -9,7 +9,7 @@ use crate::error::{Interrupted, OdeError, Result};
 use crate::field::ops::combine;
 use crate::field::{Finite, Opened};
 use crate::precision::unit_roundoff;
-use crate::solver::{Clock, Detail, DetailedStep, Estimate, Slope};
+use crate::solver::{Clock, EstimatedStep, Slope};
 use crate::stats::count;
 use crate::time::TimeGrid;
 use candle_core::{DType, Device};
@@ -54,8 +54,7 @@ pub(super) struct Stepper<'a> {
 
 /// A step that was tried.
 struct Trial {
-    step: DetailedStep,
-    estimate: Estimate,
+    step: EstimatedStep,
     dtype: DType,
     /// NaN if anything is not finite.
     error: f64,
@@ -163,7 +162,7 @@ impl<'a> Stepper<'a> {
                     self.memory.remember(error);
                 }
                 self.times.push(end);
-                let DetailedStep { step, mut slopes, first_same_as_last, .. } = trial.step;
+                let EstimatedStep { step, mut slopes, first_same_as_last, .. } = trial.step;
                 let last = if first_same_as_last { slopes.pop().flatten() } else { None };
                 self.first = last.filter(|_| !course.breaks.contains(&end));
                 return Ok(Accepted { y: step.y, dtype: trial.dtype, error: trial.error });
@@ -230,15 +229,11 @@ impl<'a> Stepper<'a> {
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         let stages = forward.stages(opened, dtype)?;
         let first = self.first.as_ref().filter(|first| first.state().tensors().iter().all(|k| k.dtype() == dtype));
-        let wanted = Detail { error: true, dense: false };
-        let mut step = forward.solver.detailed_step(&stages, &at, y, first, wanted)?;
-        let Some(estimate) = step.error.take() else {
-            return Err(OdeError::NoErrorEstimate { solver: forward.solver.name().to_owned() });
-        };
+        let mut step = forward.solver.estimated_step(&stages, &at, y, first)?;
         let finite = with_end(std::mem::take(&mut step.step.finite), &step.step.y)?;
         let finite = finite.into_iter().fold(Finite::default(), Finite::and);
-        let error = self.course.tolerances.measure(&estimate.error, y, &step.step.y, finite)?;
-        Ok(Trial { step, estimate, dtype, error })
+        let error = self.course.tolerances.measure(&step.error, y, &step.step.y, finite)?;
+        Ok(Trial { step, dtype, error })
     }
 
     fn clock(&self, forward: &Forward<'_>, end: f64) -> Result<Clock> {
@@ -249,7 +244,7 @@ impl<'a> Stepper<'a> {
     /// The norm of what the rounding of f may add to an estimate: h Σ dᵢ kᵢ carries noise of up to h·u·Σ |dᵢ||kᵢ|, which
     /// shrinks no faster than the step.
     fn floor(&self, forward: &Forward<'_>, trial: &Trial, h: f64, y: &State) -> Result<f64> {
-        let (DetailedStep { step, slopes, .. }, weights) = (&trial.step, &trial.estimate.weights);
+        let EstimatedStep { step, slopes, weights, .. } = &trial.step;
         let accumulate = forward.precision.accumulate_dtype();
         let u = unit_roundoff(trial.dtype);
         let mut noise: Option<State> = None;
@@ -298,7 +293,7 @@ impl<'a> Stepper<'a> {
     /// What a solve that cannot go on has to show; `time` is the end of the trial if that was accepted.
     fn interrupted(&self, trial: &Trial, y: &State, time: f64, outputs: &[(usize, State)]) -> Result<Box<Interrupted>> {
         let (before, after) = (y.detach(), trial.step.step.y.detach());
-        let worst = self.course.tolerances.worst(&trial.estimate.error, &before, &after)?;
+        let worst = self.course.tolerances.worst(&trial.step.error, &before, &after)?;
         let (times, states) = outputs.iter().map(|(n, y)| (self.times[*n], y.detach())).unzip();
         let state = if time == self.t() { before } else { after };
         let steps = self.times.len() - 1 + usize::from(time != self.t());

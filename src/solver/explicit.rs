@@ -6,7 +6,7 @@
 
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
-use super::{Detail, DetailedStep, Estimate, Slope, Solver, Step};
+use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::account::Category;
 use crate::error::{OdeError, Result};
@@ -69,48 +69,34 @@ impl<M: ExplicitRungeKutta> Solver for M {
     }
 
     fn estimate_order(&self) -> Option<usize> {
-        let tableau = ExplicitRungeKutta::tableau(self);
-        tableau.embedded_order().map(|order| order.min(tableau.order()))
+        ExplicitRungeKutta::tableau(self)
+            .embedded_order()
+            .map(|order| order.min(ExplicitRungeKutta::tableau(self).order()))
     }
 
-    fn detailed_step(
+    fn estimated_step(
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: &State,
         first: Option<&Slope>,
-        wanted: Detail,
-    ) -> Result<DetailedStep> {
+    ) -> Result<EstimatedStep> {
         let tableau = ExplicitRungeKutta::tableau(self);
-        let weights = match (wanted.error, tableau.embedded()) {
-            (false, _) => vec![],
-            (true, None) => return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() }),
-            (true, Some(embedded)) => {
-                tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect()
-            }
+        let Some(embedded) = tableau.embedded() else {
+            return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
         };
+        let weights: Vec<f64> = tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect();
         let mut matter = used(tableau);
         matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
-        if wanted.dense && tableau.is_fsal() {
-            matter.fill(true);
-        }
-        let (mut step, mut slopes) = stepped(tableau, stages, at, y, first, &matter)?;
-        if wanted.dense && !tableau.is_fsal() {
-            let end = sum(Some(&step.y), &[], at.dtype)?;
-            let slope = stages.slope(at, tableau.stages(), &end)?;
-            step.finite.push(all_finite(&slope)?);
-            slopes.push(Some(Slope::new(slope, Category::Stages)));
-        }
-        let ends = tableau.is_fsal() || slopes.len() > tableau.stages();
-        let first_same_as_last = ends && slopes.last().is_some_and(Option::is_some);
-        let error = match wanted.error {
-            false => None,
-            true => {
-                let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
-                Some(Estimate { error: sum(None, &terms, stages.accumulate())?.detach(), weights })
-            }
-        };
-        Ok(DetailedStep { step, error, slopes, first_same_as_last })
+        let (step, slopes) = stepped(tableau, stages, at, y, first, &matter)?;
+        let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
+        let error = sum(None, &terms, stages.accumulate())?.detach();
+        let first_same_as_last = tableau.is_fsal() && slopes.last().is_some_and(Option::is_some);
+        Ok(EstimatedStep { step, error, weights, slopes, first_same_as_last })
+    }
+
+    fn interpolated(&self, theta: f64) -> Option<Tableau> {
+        Some(ExplicitRungeKutta::tableau(self).interpolated(theta))
     }
 
     fn pullback(
@@ -128,34 +114,6 @@ impl<M: ExplicitRungeKutta> Solver for M {
         let mus = pull(tableau, stages, at, points, (1.0, lambda), pullbacks)?;
         sum(Some(lambda), &cotangents(&mus), stages.accumulate())
     }
-}
-
-/// A step by the stages that `matter`, with their slopes.
-fn stepped(
-    tableau: &Tableau,
-    stages: &Stages<'_>,
-    at: &StepAt<'_>,
-    y: &State,
-    first: Option<&Slope>,
-    matter: &[bool],
-) -> Result<(Step, Vec<Option<Slope>>)> {
-    let mut finite = vec![Finite::default(); tableau.stages()];
-    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, k| {
-        finite[i] = finite_stage(at, point, k)?;
-        Ok(())
-    })?;
-    let y = sum(Some(y), &increment(tableau, at, 1.0, states(&slopes)), stages.accumulate())?;
-    Ok((Step { y, finite }, slopes))
-}
-
-/// kᵢ by stage.
-pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
-    slopes.iter().map(|k| k.as_ref().map(Slope::state))
-}
-
-/// By stage, whether it matters for y⁺.
-pub(super) fn used(tableau: &Tableau) -> Vec<bool> {
-    (0..tableau.stages()).map(|i| tableau.is_used(i)).collect()
 }
 
 /// μᵢ by stage, for the cotangent `factor`·λ of the increment h Σ bᵢ kᵢ; θ̄ goes through `pullbacks`.
@@ -195,6 +153,34 @@ pub(super) fn increment<'a>(
     slopes: impl IntoIterator<Item = Option<&'a State>>,
 ) -> Vec<(f64, &'a State)> {
     weighted(factor * at.h, tableau.weights().iter().copied(), slopes)
+}
+
+/// A step by the stages that `matter`, with their slopes.
+fn stepped(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+    first: Option<&Slope>,
+    matter: &[bool],
+) -> Result<(Step, Vec<Option<Slope>>)> {
+    let mut finite = vec![Finite::default(); tableau.stages()];
+    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, k| {
+        finite[i] = finite_stage(at, point, k)?;
+        Ok(())
+    })?;
+    let terms = weighted(at.h, tableau.weights().iter().copied(), states(&slopes));
+    let y = sum(Some(y), &terms, stages.accumulate())?;
+    Ok((Step { y, finite }, slopes))
+}
+
+pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
+    slopes.iter().map(|k| k.as_ref().map(Slope::state))
+}
+
+/// By stage, whether it matters for y⁺.
+pub(super) fn used(tableau: &Tableau) -> Vec<bool> {
+    (0..tableau.stages()).map(|i| tableau.is_used(i)).collect()
 }
 
 /// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
@@ -285,10 +271,10 @@ impl Points {
     ) -> Result<Self> {
         Ok(match memory {
             StageMemory::All => Self::All(linearizations(tableau, stages, at, y)?),
-            StageMemory::One => {
-                let slopes = slopes(tableau, stages, at, y, None, &used(tableau)[..end], |_, _, _| Ok(()))?;
-                Self::One { y: y.clone(), slopes }
-            }
+            StageMemory::One => Self::One {
+                y: y.clone(),
+                slopes: slopes(tableau, stages, at, y, None, &used(tableau)[..end], |_, _, _| Ok(()))?,
+            },
         })
     }
 
@@ -296,7 +282,7 @@ impl Points {
     pub(super) fn slopes(&self) -> Vec<Option<&State>> {
         match self {
             Self::All(all) => all.iter().map(|f| f.as_ref().map(|f| f.value())).collect(),
-            Self::One { slopes, .. } => states(slopes).collect(),
+            Self::One { slopes, .. } => slopes.iter().map(|k| k.as_ref().map(Slope::state)).collect(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod carried;
 mod explicit;
+mod interpolant;
 mod methods;
 mod reversible;
 mod reversible_heun;
@@ -17,7 +18,7 @@ pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;
 pub use slope::Slope;
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
-pub(crate) use stages::{Slopes, StageScale, largest, zeros_like};
+pub(crate) use stages::{Slopes, StageScale, StepTimes, largest, zeros_like};
 pub use tableau::Tableau;
 
 use crate::State;
@@ -34,35 +35,19 @@ pub struct Step {
     pub finite: Vec<Finite>,
 }
 
-/// What is wanted of a step besides its end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Detail {
-    /// An estimate of its error: what a controller needs.
-    pub error: bool,
-    /// The slopes that dense output needs, f(t + h, y⁺) among them.
-    pub dense: bool,
-}
-
-/// A step with what else was wanted of it.
+/// A step with an estimate of its error: what a controller needs.
 #[derive(Debug)]
-pub struct DetailedStep {
+pub struct EstimatedStep {
     /// The step.
     pub step: Step,
-    /// The estimate of its error, if it was wanted.
-    pub error: Option<Estimate>,
-    /// f at the stages that were evaluated, by stage, in the dtype of the step. The first is f(t, y).
-    pub slopes: Vec<Option<Slope>>,
-    /// Whether the last of the slopes is f(t + h, y⁺), to the bit: it is then the first of the next step.
-    pub first_same_as_last: bool,
-}
-
-/// The estimated error of a step.
-#[derive(Debug)]
-pub struct Estimate {
     /// y⁺ − ŷ⁺ = h Σ dᵢ kᵢ, in the accumulate dtype, out of Candle's graph.
     pub error: State,
     /// dᵢ = bᵢ − b̂ᵢ by stage: how rounding of the slopes enters the estimate.
     pub weights: Vec<f64>,
+    /// f at the stages that were evaluated, by stage, in the dtype of the step. The first is f(t, y).
+    pub slopes: Vec<Option<Slope>>,
+    /// Whether the last of the slopes is f(t + h, y⁺), to the bit: it is then the first of the next step.
+    pub first_same_as_last: bool,
 }
 
 /// Makes one step, and pulls a cotangent back through it.
@@ -106,28 +91,25 @@ pub trait Solver: Debug + Send + Sync + 'static {
         None
     }
 
-    /// One step with the details that are wanted. `first` is f(t, y) where it is known already: it is not evaluated again.
+    /// One step with an estimate of its error. `first` is f(t, y) where it is known already: it is not evaluated again.
     ///
     /// # Errors
-    /// [`OdeError::NoErrorEstimate`] or [`OdeError::Unsupported`] from a method that lacks a detail; whatever the vector
-    /// field reports, with its place.
-    fn detailed_step(
+    /// [`OdeError::NoErrorEstimate`] from a method without one; whatever the vector field reports, with its place.
+    fn estimated_step(
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: &State,
         first: Option<&Slope>,
-        wanted: Detail,
-    ) -> Result<DetailedStep> {
+    ) -> Result<EstimatedStep> {
         let _ = (stages, at, y, first);
-        if wanted.error {
-            return Err(OdeError::NoErrorEstimate { solver: self.name().to_owned() });
-        }
-        let what = format!("dense output of {}", self.name());
-        Err(OdeError::Unsupported {
-            what,
-            instead: "take the output times as grid points, or an explicit Runge–Kutta method",
-        })
+        Err(OdeError::NoErrorEstimate { solver: self.name().to_owned() })
+    }
+
+    /// The method whose step from y gives y(t + θh) inside a step of this one: dense output. `None` if there is none.
+    fn interpolated(&self, theta: f64) -> Option<Tableau> {
+        let _ = theta;
+        None
     }
 
     /// dL/dy at the start of the step from `lambda` = dL/dy at its end; contributions to dL/dθ go through `pullbacks`.

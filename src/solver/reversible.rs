@@ -98,13 +98,13 @@ impl<M: ExplicitRungeKutta> Reversible<M> {
     }
 
     /// y⁺ from the slopes at z. Written as y + (1 − c)(z − y) + Ψ, where z − y is small, it loses less to rounding.
-    fn ahead<'a>(
+    fn ahead(
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: &State,
         z: &State,
-        k: impl IntoIterator<Item = Option<&'a State>>,
+        k: Vec<Option<&State>>,
     ) -> Result<State> {
         let apart = 1.0 - self.coupling;
         let terms = [(apart, z), (-apart, y)].into_iter().chain(increment(self.base.tableau(), at, 1.0, k));
@@ -112,13 +112,13 @@ impl<M: ExplicitRungeKutta> Reversible<M> {
     }
 
     /// z⁺ or z from the other and the slopes at y⁺: `factor` is −1 ahead and 1 back.
-    fn across<'a>(
+    fn across(
         &self,
         stages: &Stages<'_>,
         back: &StepAt<'_>,
         z: &State,
         factor: f64,
-        k: impl IntoIterator<Item = Option<&'a State>>,
+        k: Vec<Option<&State>>,
     ) -> Result<State> {
         sum(Some(z), &increment(self.base.tableau(), back, factor, k), stages.accumulate())
     }
@@ -184,14 +184,14 @@ impl<M: ExplicitRungeKutta> Solver for Reversible<M> {
             ahead_finite[i] = finite_stage(at, point, k)?;
             Ok(())
         })?;
-        let y = self.ahead(stages, at, &y, &z, states(&k))?;
+        let y = self.ahead(stages, at, &y, &z, states(&k).collect())?;
         drop(k);
         let back = self.back(at);
         let k = slopes(tableau, stages, &back, &y, None, &used(tableau), |i, point, k| {
             back_finite[i] = finite_stage(&back, point, k)?;
             Ok(())
         })?;
-        let z = self.across(stages, &back, &z, -1.0, states(&k))?;
+        let z = self.across(stages, &back, &z, -1.0, states(&k).collect())?;
         Ok(Step { y: joined([y, z]), finite })
     }
 

@@ -3,10 +3,10 @@
 //! Back: z = 2y⁺ − z⁺ − h f(t + h, z⁺), y = y⁺ − h/2 (f(t, z) + f(t + h, z⁺)). Pullback, with J at z and J⁺ at z⁺:
 //! z̄* = z̄⁺ + h/2 J⁺ᵀȳ⁺, ȳ = ȳ⁺ + 2 z̄*, z̄ = Jᵀ(h/2 ȳ⁺ + h z̄*) − z̄*.
 
-use super::Slope;
 use super::carried::{joined, split};
 use super::explicit::{StageMemory, finite_stage, sum};
 use super::reversible::Reversal;
+use super::slope::Slope;
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{Solver, Step};
 use crate::State;

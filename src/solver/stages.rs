@@ -49,6 +49,11 @@ impl Clock {
     pub(crate) fn times(&self) -> &[f64] {
         self.grid.times()
     }
+
+    /// The same as a grid.
+    pub(crate) fn grid(&self) -> &TimeGrid {
+        &self.grid
+    }
 }
 
 /// t + c·h for each node and for the end, kept off an end at which f jumps.
@@ -92,7 +97,8 @@ impl StepAt<'_> {
 
     /// The time of stage `stage`; the one after the last stage is the end of the step.
     pub fn time(&self, stage: usize) -> Time {
-        self.clock.table.time((self.index - self.clock.first) * self.clock.stages + self.first_stage + stage)
+        let row = self.index - self.clock.first;
+        self.clock.table.time(row * self.clock.stages + self.first_stage + stage)
     }
 
     /// Where in the solve stage `stage` of this step is.
@@ -108,6 +114,7 @@ pub struct Stages<'a> {
     accumulate: DType,
     counters: &'a Counters,
     slopes: Slopes,
+    times: bool,
 }
 
 /// What becomes of a slope that Candle tracks.
@@ -123,7 +130,12 @@ pub(crate) enum Slopes {
 
 impl<'a> Stages<'a> {
     pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, slopes: Slopes) -> Self {
-        Self { field, accumulate, counters, slopes }
+        Self { field, accumulate, counters, slopes, times: false }
+    }
+
+    /// The same, with linearisations that give the cotangent of the time if `wanted`.
+    pub(crate) fn with_times(self, wanted: bool) -> Self {
+        Self { times: wanted, ..self }
     }
 
     /// The dtype in which y, λ and the cotangents are summed.
@@ -157,7 +169,8 @@ impl<'a> Stages<'a> {
         let _span = tracing::trace_span!(target: "candle_ode", "linearise").entered();
         count(&self.counters.linearizations);
         let place = at.place(stage);
-        let linearization = self.field.linearize(&at.time(stage), y).map_err(|error| from_field(error, place))?;
+        let time = if self.times { at.time(stage).tracked() } else { at.time(stage) };
+        let linearization = self.field.linearize(&time, y).map_err(|error| from_field(error, place))?;
         check_slope(y, linearization.value(), place)?;
         Ok(linearization)
     }
@@ -214,6 +227,45 @@ pub(crate) enum StageScale {
     Fixed(f64),
 }
 
+/// The cotangents of a step's start and length, 0-d in the accumulate dtype; `None` for zero.
+#[derive(Debug, Default)]
+pub(crate) struct StepTimes {
+    /// dL/dt at constant h: Σ t̄ᵢ.
+    pub(crate) start: Option<Tensor>,
+    /// dL/dh = Σ ⟨κᵢ, kᵢ⟩/h + Σ cᵢ t̄ᵢ, since κᵢ = h (bᵢ λ + Σ aⱼᵢ μⱼ).
+    pub(crate) length: Option<Tensor>,
+}
+
+impl StepTimes {
+    /// Those that are not zero, the start first.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.start.iter().chain(&self.length)
+    }
+
+    /// Adds what stage i, at the fraction cᵢ of the step, contributes.
+    fn add(&mut self, t: Option<Tensor>, c: f64, h: f64, kappa: &State, slope: &State) -> Result<()> {
+        for (kappa, k) in kappa.tensors().iter().zip(slope.tensors()) {
+            let product = (kappa * k.to_dtype(kappa.dtype())?)?.sum_all()?;
+            add(&mut self.length, 1.0 / h, &product)?;
+        }
+        if let Some(t) = t {
+            add(&mut self.length, c, &t)?;
+            add(&mut self.start, 1.0, &t)?;
+        }
+        Ok(())
+    }
+}
+
+/// sum += c·x.
+fn add(sum: &mut Option<Tensor>, c: f64, x: &Tensor) -> Result<()> {
+    let term = (x * c)?;
+    *sum = Some(match sum.take() {
+        None => term,
+        Some(sum) => (sum + term)?,
+    });
+    Ok(())
+}
+
 /// Where a solver takes the cotangents of a step: scales them, pulls them back, sums dL/dθ, notes overflow.
 pub struct Pullbacks<'a> {
     gradients: &'a mut Gradients,
@@ -221,11 +273,17 @@ pub struct Pullbacks<'a> {
     counters: &'a Counters,
     /// Per pullback, in the order they were made: the stage, and whether the result is finite.
     finite: Vec<(usize, Finite)>,
+    times: Option<StepTimes>,
 }
 
 impl<'a> Pullbacks<'a> {
     pub(crate) fn new(gradients: &'a mut Gradients, scale: StageScale, counters: &'a Counters) -> Self {
-        Self { gradients, scale, counters, finite: vec![] }
+        Self { gradients, scale, counters, finite: vec![], times: None }
+    }
+
+    /// The same, summing the cotangents of the times of the step if `wanted`.
+    pub(crate) fn with_times(self, wanted: bool) -> Self {
+        Self { times: wanted.then(StepTimes::default), ..self }
     }
 
     /// (∂f/∂y)ᵀκ in the accumulate dtype; (∂f/∂θ)ᵀκ is added to the sums.
@@ -275,12 +333,16 @@ impl<'a> Pullbacks<'a> {
         let pulled =
             linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
         self.finite.push((at.place(stage).stage, pulled.finite));
+        if let Some(times) = &mut self.times {
+            let c = (at.time(stage).value() - at.t) / at.h;
+            times.add(pulled.t, c, at.h, kappa, linearization.value())?;
+        }
         Ok(pulled.y)
     }
 
-    /// Per pullback, the stage and whether the result is finite.
-    pub(crate) fn into_finite(self) -> Vec<(usize, Finite)> {
-        self.finite
+    /// Per pullback, the stage and whether the result is finite; and the cotangents of the times, if they are wanted.
+    pub(crate) fn finish(self) -> (Vec<(usize, Finite)>, Option<StepTimes>) {
+        (self.finite, self.times)
     }
 }
 

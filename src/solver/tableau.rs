@@ -21,6 +21,8 @@ pub struct Tableau {
     b: Vec<f64>,
     c: Vec<f64>,
     embedded: Option<Vec<f64>>,
+    /// By stage, the coefficients of θ, θ², … in the weights of dense output.
+    pub(super) interpolant: Option<Vec<Vec<f64>>>,
 }
 
 /// How far a sum of coefficients may be off.
@@ -39,9 +41,14 @@ impl Tableau {
         // A stage at the end of the step is there to the bit, whatever rounding made of its row.
         let snap = |c: f64| if (c - 1.0).abs() < TOLERANCE { 1.0 } else { c };
         let c = a.iter().map(|row| snap(row.iter().sum())).collect();
-        let tableau = Self { name: name.to_owned(), order, a, b: b.to_vec(), c, embedded: None };
+        let tableau = Self { name: name.to_owned(), order, a, b: b.to_vec(), c, embedded: None, interpolant: None };
         tableau.check()?;
         Ok(tableau)
+    }
+
+    /// Coefficients (a, b, c) of another kind, b not summing to 1, which come from a tableau that has been checked.
+    pub(super) fn unchecked(name: String, order: usize, (a, b, c): (Vec<Vec<f64>>, Vec<f64>, Vec<f64>)) -> Self {
+        Self { name, order, a, b, c, embedded: None, interpolant: None }
     }
 
     /// The same method with the weights of an embedded solution.
@@ -167,7 +174,7 @@ impl Tableau {
         ]
     }
 
-    fn wrong(&self, reason: String) -> OdeError {
+    pub(super) fn wrong(&self, reason: String) -> OdeError {
         OdeError::Tableau { name: self.name.clone(), reason }
     }
 }
