@@ -31,6 +31,7 @@
 
 mod books;
 mod composition;
+mod feed;
 mod file;
 mod layer;
 mod ledger;
@@ -43,6 +44,7 @@ pub mod span;
 mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
+pub use feed::FEED;
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
@@ -51,6 +53,6 @@ pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport,
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, Page, PassReport, RunKind, SCHEMA, SpanReport,
     StepReport, Totals,
 };
