@@ -257,6 +257,16 @@ pub enum OdeError {
         /// What to try.
         hint: &'static str,
     },
+    /// A state that was solved backwards is not finite.
+    #[error("backward pass: the state reconstructed at the start of step {step} (t = {time}) is not finite; {hint}")]
+    Reconstruction {
+        /// The step.
+        step: usize,
+        /// Model time.
+        time: f64,
+        /// What to do.
+        hint: &'static str,
+    },
     /// A state does not fit the storage dtype.
     #[error(
         "forward pass: the state after step {step} (t = {time}) does not fit the storage dtype {dtype:?} (largest finite {largest}); use .on_overflow(OnOverflow::Retry), or another storage dtype"

@@ -1,13 +1,13 @@
 //! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
 
 use crate::State;
-use crate::adjoint::{Passes, Recorded};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
 use crate::precision::{Precision, largest_finite};
 use crate::scaling::AdjointScaling;
-use crate::solver::{Clock, Slopes, Solver, StageMemory, Stages};
+use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
@@ -60,6 +60,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
     pub(crate) codec: Option<Arc<dyn Codec>>,
+    /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
+    pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
@@ -71,6 +73,7 @@ pub(crate) struct Walked {
     /// (grid index, state), in the order of the grid; the last one always.
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
+    pub(crate) anchors: Option<Anchors>,
     dtypes: Vec<DType>,
 }
 
@@ -79,23 +82,44 @@ impl Walked {
     pub(crate) fn steps(&self) -> usize {
         self.dtypes.len()
     }
+}
 
-    /// Hands the outputs and what the backward pass needs over.
-    pub(crate) fn record(
+impl Forward<'_> {
+    /// What `adjoint` needs of a finished pass from `start` to go backwards.
+    pub(crate) fn reverse(
         self,
-        forward: Forward<'_>,
-        memory: StageMemory,
+        walked: Walked,
+        start: &State,
+        adjoint: &Adjoint,
         scaling: AdjointScaling,
-    ) -> Result<(Vec<(usize, State)>, Recorded)> {
-        let Some(trajectory) = self.trajectory else {
-            let what = "a backward pass without a trajectory".into();
-            return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
-        };
-        let Forward { field, solver, clock, precision, seed, casts, counters, .. } = forward;
-        let (dtypes, redo) = (self.dtypes, Mutex::new(None));
-        let passes = Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo };
-        let recorded = Recorded { passes, solver, trajectory, memory };
-        Ok((self.outputs, recorded))
+    ) -> Result<Box<dyn Reverse>> {
+        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.steps());
+        Ok(match (adjoint, walked) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Walked { trajectory: Some(trajectory), dtypes, .. }) => {
+                let passes = self.passes(dtypes, scaling);
+                Box::new(Recorded { passes, solver, trajectory, memory: *stage_memory })
+            }
+            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), dtypes, .. }) => {
+                let passes = self.passes(dtypes, scaling);
+                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
+            }
+            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), dtypes, .. }) => {
+                let back = adjoint.back(solver.as_ref(), self.grid, steps)?;
+                let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
+                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                let passes = Passes { clock, ..self.passes(dtypes, scaling) };
+                Box::new(Backsolved { passes, solver, back, start, end })
+            }
+            _ => {
+                let what = "a backward pass of which nothing was kept".into();
+                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+            }
+        })
+    }
+
+    fn passes(self, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
+        let Self { field, clock, precision, seed, casts, counters, .. } = self;
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
     }
 }
 
@@ -145,10 +169,12 @@ impl<'a> Forward<'a> {
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
         let tracking = self.opening == Opening::Track;
-        let mut y = if tracking { start.clone() } else { start.detach() };
+        let solver = self.solver.as_ref();
+        let mut y = carry(solver, &if tracking { start.clone() } else { start.detach() });
         let mut walked = Walked {
-            outputs: outputs.contains(&0).then(|| (0, y.clone())).into_iter().collect(),
-            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, start.clone())),
+            outputs: outputs.contains(&0).then(|| (0, visible(solver, &y))).into_iter().collect(),
+            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, y.clone())),
+            anchors: self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype())),
             dtypes: vec![],
         };
         let steps = self.grid.steps();
@@ -158,12 +184,15 @@ impl<'a> Forward<'a> {
             count(&self.counters.accepted_steps);
             let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h, y: &y }).is_break(),
+                Some(observer) => observer(StepInfo { index: n, t, h, y: &visible(solver, &y) }).is_break(),
                 None => false,
             };
             let is_last = stop || n + 1 == steps;
             if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, y.clone()));
+                walked.outputs.push((n + 1, visible(solver, &y)));
+            }
+            if let Some(anchors) = &mut walked.anchors {
+                anchors.see(n + 1, &y, is_last);
             }
             if is_last {
                 break;
@@ -204,7 +233,7 @@ impl<'a> Forward<'a> {
                 self.widen(Suspect::Slope { step: n, stage }, wide)?;
                 continue;
             }
-            let found = finite.into_iter().enumerate();
+            let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok(step.y);
         }
@@ -225,7 +254,7 @@ impl<'a> Forward<'a> {
         }
         if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
             trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else {
+        } else if !finite.known_good() {
             suspects.push((Suspect::Entry { step: n }, finite));
         }
         Ok(())

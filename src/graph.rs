@@ -35,7 +35,7 @@ pub(crate) fn attach(
     outputs: Vec<(usize, State)>,
     y0: &State,
     trainable: Vec<Option<Tensor>>,
-    recorded: impl Reverse + 'static,
+    recorded: Box<dyn Reverse>,
 ) -> Result<Vec<State>> {
     let device = y0.device().clone();
     let shapes: Vec<Shape> = y0.tensors().iter().map(|x| x.shape().clone()).collect();
@@ -49,8 +49,7 @@ pub(crate) fn attach(
     let value = pack(states.iter().flat_map(State::tensors))?;
     drop(states);
     let layout = Packing { outputs: at.len(), shapes };
-    let node =
-        SolveNode { value: Mutex::new(Some(value)), at, layout: layout.clone(), recorded: Box::new(recorded), cells };
+    let node = SolveNode { value: Mutex::new(Some(value)), at, layout: layout.clone(), recorded, cells };
     let packed = pack(y0.tensors())?.apply_op2(&token, node)?;
     layout.unpack(&packed)
 }

@@ -67,7 +67,7 @@ mod stats;
 mod time;
 mod trajectory;
 
-pub use adjoint::{Adjoint, Discrete, Unrolled};
+pub use adjoint::{Adjoint, Backsolve, Discrete, Reconstruct, Unrolled};
 pub use error::{OdeError, PassKind, Place, Result};
 pub use field::{Casts, Field, FnField, Gradients, Linearization, ModelField, Params, Tangent, VectorField};
 pub use forward::{OnOverflow, StepInfo};
@@ -75,8 +75,8 @@ pub use precision::{Precision, largest_finite, unit_roundoff};
 pub use scaling::{AdjointScaling, Scale};
 pub use solve::{Ode, Solution, odeint};
 pub use solver::{
-    Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau,
-    ThreeEighths, Tsit5,
+    Bosh3, Dopri5, Euler, ExplicitRungeKutta, Heun, Midpoint, Ralston, Reversal, Reversible, ReversibleHeun, Rk3, Rk4,
+    Solver, StageMemory, Tableau, ThreeEighths, Tsit5,
 };
 pub use state::State;
 pub use stats::Stats;
@@ -86,10 +86,11 @@ pub use trajectory::{Codec, Entry, States};
 /// What most programs need: `use candle_ode::prelude::*`.
 pub mod prelude {
     pub use crate::solver::{
-        Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, Solver, StageMemory, Tableau, ThreeEighths, Tsit5,
+        Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Reversible, ReversibleHeun, Rk3, Rk4, Solver, StageMemory,
+        Tableau, ThreeEighths, Tsit5,
     };
     pub use crate::{
-        Adjoint, AdjointScaling, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow, Precision, Solution,
-        State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
+        Adjoint, AdjointScaling, Backsolve, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow, Precision,
+        Reconstruct, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
     };
 }

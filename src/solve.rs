@@ -10,7 +10,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::{States, Trajectory};
+use crate::trajectory::States;
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -114,7 +114,8 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`] or [`Unrolled`](crate::Unrolled).
+    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
         self
@@ -196,11 +197,13 @@ impl Ode {
             self.field.params().cast(&self.inputs, compute, &device)?
         };
         add(&counters.casts, casts.count());
-        let discrete = match &self.adjoint {
-            Adjoint::Discrete(discrete) => discrete.clone(),
-            Adjoint::Unrolled(_) => Discrete::default(),
+        let codec = match &self.adjoint {
+            Adjoint::Discrete(Discrete { codec, .. }) => {
+                Some(codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))))
+            }
+            _ => None,
         };
-        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),
@@ -210,23 +213,24 @@ impl Ode {
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
-            codec: (tracked && !unrolled).then_some(codec),
+            codec: codec.filter(|_| tracked),
+            anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
             observer: self.observer.as_deref(),
             counters: counters.clone(),
         };
-        let (walked, forward) = forward.run(&start, &outputs)?;
+        let (mut walked, forward) = forward.run(&start, &outputs)?;
         let steps = walked.steps();
-        let trajectory_bytes = walked.trajectory.as_ref().map_or(0, Trajectory::bytes);
-        let reached: Vec<(usize, State)> = if tracked && !unrolled {
+        let mut reached: Vec<(usize, State)> = std::mem::take(&mut walked.outputs);
+        let mut trajectory_bytes = 0;
+        if tracked && !unrolled {
             let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
-            let (kept, recorded) = walked.record(forward, discrete.stage_memory, scaling)?;
-            let indices: Vec<usize> = kept.iter().map(|(n, _)| *n).collect();
-            indices.into_iter().zip(crate::graph::attach(kept, &start, trainable, recorded)?).collect()
-        } else {
-            walked.outputs
-        };
+            let kept = forward.reverse(walked, &start, &self.adjoint, scaling)?;
+            trajectory_bytes = kept.bytes();
+            let indices: Vec<usize> = reached.iter().map(|(n, _)| *n).collect();
+            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, kept)?).collect();
+        }
         let Some((_, last)) = reached.last().cloned() else { return Err(OdeError::NoSteps) };
         // In the order they were asked for, as far as they were reached.
         let wanted = if outputs.is_empty() { vec![steps] } else { outputs };

@@ -1,25 +1,38 @@
 //! What a solve has done so far, forward and backward.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// Counts of one solve. They go on counting through its backward passes.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq)]
         #[non_exhaustive]
         pub struct Stats {
             $($(#[$doc])* pub $name: usize,)*
+            /// How far the states that the last backward pass reconstructed were off, at the start or where it met a
+            /// kept state: the largest ‖reconstructed y − y‖ / ‖y‖. `None` unless it reconstructed states.
+            pub drift: Option<f64>,
         }
 
         /// The same counts while the solve is alive, shared by its passes.
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: AtomicUsize,)*
+            drift: Mutex<Option<f64>>,
         }
 
         impl Counters {
             pub(crate) fn snapshot(&self) -> Stats {
-                Stats { $($name: self.$name.load(Ordering::Relaxed),)* }
+                Stats { $($name: self.$name.load(Ordering::Relaxed),)* drift: *self.lock_drift() }
+            }
+
+            pub(crate) fn drifted(&self, drift: f64) {
+                *self.lock_drift() = Some(drift);
+            }
+
+            fn lock_drift(&self) -> MutexGuard<'_, Option<f64>> {
+                self.drift.lock().unwrap_or_else(PoisonError::into_inner)
             }
         }
     };

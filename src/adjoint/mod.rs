@@ -1,15 +1,22 @@
 //! How gradients come back.
 
+mod backsolve;
 mod discrete;
+mod drift;
 mod lambda;
 mod passes;
+mod reconstruct;
 
+pub use backsolve::Backsolve;
+pub(crate) use backsolve::Backsolved;
 pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
+pub use reconstruct::Reconstruct;
+pub(crate) use reconstruct::{Anchors, Reconstructed};
 
 use crate::State;
 use crate::error::Result;
-use crate::solver::StageMemory;
+use crate::solver::{Solver, StageMemory};
 use crate::trajectory::Codec;
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -21,6 +28,9 @@ pub(crate) trait Reverse: Send + Sync {
     /// # Errors
     /// Whatever the field reports, with its place; an overflow that no scaling helps.
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed>;
+
+    /// Bytes that were kept for it.
+    fn bytes(&self) -> usize;
 }
 
 /// What a backward pass gives.
@@ -66,8 +76,23 @@ pub struct Unrolled;
 pub enum Adjoint {
     /// See [`Discrete`].
     Discrete(Discrete),
+    /// See [`Reconstruct`].
+    Reconstruct(Reconstruct),
+    /// See [`Backsolve`].
+    Backsolve(Backsolve),
     /// See [`Unrolled`].
     Unrolled(Unrolled),
+}
+
+impl Adjoint {
+    /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.
+    pub(crate) fn anchors(&self, solver: &dyn Solver) -> Result<Option<usize>> {
+        match self {
+            Self::Reconstruct(adjoint) => adjoint.spacing(solver).map(Some),
+            Self::Backsolve(adjoint) => adjoint.tableau(solver).map(|_| Some(usize::MAX)),
+            Self::Discrete(_) | Self::Unrolled(_) => Ok(None),
+        }
+    }
 }
 
 impl Default for Adjoint {
@@ -79,6 +104,18 @@ impl Default for Adjoint {
 impl From<Discrete> for Adjoint {
     fn from(adjoint: Discrete) -> Self {
         Self::Discrete(adjoint)
+    }
+}
+
+impl From<Reconstruct> for Adjoint {
+    fn from(adjoint: Reconstruct) -> Self {
+        Self::Reconstruct(adjoint)
+    }
+}
+
+impl From<Backsolve> for Adjoint {
+    fn from(adjoint: Backsolve) -> Self {
+        Self::Backsolve(adjoint)
     }
 }
 

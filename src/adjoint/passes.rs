@@ -109,7 +109,7 @@ pub(crate) struct Pass<'a, 'b> {
     powers: Rc<PowerOfTwo>,
     dynamic: Option<Dynamic>,
     gradients: Gradients,
-    /// (step, stage) and whether what came out of it is finite, in the order of the walk.
+    /// (step, stage) and whether what came out of it is finite, in the order of the walk; without those known to be.
     flags: Vec<((usize, usize), Finite)>,
 }
 
@@ -192,7 +192,8 @@ impl Pass<'_, '_> {
         let pulled = self.pulled(at, scale, &mut gradients, pull);
         self.gradients = gradients;
         let (pulled, finite) = pulled?;
-        self.flags.extend(finite.into_iter().map(|(stage, finite)| ((at.index, stage), finite)));
+        let open = finite.into_iter().filter(|(_, finite)| !finite.known_good());
+        self.flags.extend(open.map(|(stage, finite)| ((at.index, stage), finite)));
         Ok(pulled)
     }
 

@@ -295,6 +295,7 @@ pub struct Gradients {
     wide: bool,
     scale: Scale,
     finite: Finite,
+    ignored: bool,
 }
 
 #[derive(Debug)]
@@ -334,6 +335,9 @@ impl Gradients {
 
     /// Adds gradient/S to the sum of a slot; notes whether it is finite.
     pub(crate) fn add(&mut self, slot: usize, gradient: &Tensor) -> candle_core::Result<()> {
+        if self.ignored {
+            return Ok(());
+        }
         let sum = match &mut self.sums[slot] {
             Some(sum) => sum,
             empty => {
@@ -352,6 +356,11 @@ impl Gradients {
         };
         self.finite = std::mem::take(&mut self.finite).and(finite);
         Ok(())
+    }
+
+    /// Whether what is added from here on is wanted at all.
+    pub(crate) fn ignore(&mut self, ignored: bool) {
+        self.ignored = ignored;
     }
 
     /// Adds another set of sums to this one.

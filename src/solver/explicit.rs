@@ -48,24 +48,26 @@ pub enum StageMemory {
 
 impl<M: ExplicitRungeKutta> Solver for M {
     fn name(&self) -> &str {
-        self.tableau().name()
+        ExplicitRungeKutta::tableau(self).name()
     }
 
     fn order(&self) -> usize {
-        self.tableau().order()
+        ExplicitRungeKutta::tableau(self).order()
     }
 
     fn nodes(&self) -> &[f64] {
-        self.tableau().nodes()
+        ExplicitRungeKutta::tableau(self).nodes()
+    }
+
+    fn tableau(&self) -> Option<&Tableau> {
+        Some(ExplicitRungeKutta::tableau(self))
     }
 
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
-        let tableau = self.tableau();
+        let tableau = ExplicitRungeKutta::tableau(self);
         let mut finite = vec![Finite::default(); tableau.stages()];
         let slopes = slopes(tableau, stages, at, y, tableau.stages(), |i, point, k| {
-            // A stage state that overflows in F16 may come out of f as finite nonsense: tanh(∞) = 1.
-            let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
-            finite[i] = before.and(all_finite(k)?);
+            finite[i] = finite_stage(at, point, k)?;
             Ok(())
         })?;
         let terms = weighted(at.h, tableau.weights().iter().copied(), slopes.iter().map(|k| k.as_ref().map(|k| &k.0)));
@@ -81,46 +83,66 @@ impl<M: ExplicitRungeKutta> Solver for M {
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
-        let tableau = self.tableau();
-        let mut points = match memory {
-            StageMemory::All => Points::All(linearizations(tableau, stages, at, &y)?),
-            StageMemory::One => {
-                let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
-                let slopes = slopes(tableau, stages, at, &y, last, |_, _, _| Ok(()))?;
-                Points::One { y: y.clone(), slopes }
-            }
-        };
+        let tableau = ExplicitRungeKutta::tableau(self);
+        let points = Points::new(tableau, stages, at, &y, memory)?;
         drop(y);
-        let mut mus: Vec<Option<Slope>> = (0..tableau.stages()).map(|_| None).collect();
-        for i in (0..tableau.stages()).rev().filter(|&i| tableau.is_used(i)) {
-            let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
-            let of_lambda = std::iter::once((tableau.weights()[i], Some(lambda)));
-            let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
-            let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
-            let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
-            let kappa = Slope::owned(kappa, Category::Cotangents);
-            let mu = pullbacks.pull(linearization.as_ref(), at, i, &kappa.0)?;
-            mus[i] = Some(Slope::owned(mu, Category::Cotangents));
-        }
-        let terms = weighted(1.0, vec![1.0; mus.len()], mus.iter().map(|mu| mu.as_ref().map(|mu| &mu.0)));
-        sum(Some(lambda), &terms, stages.accumulate())
+        let mus = pull(tableau, stages, at, points, (1.0, lambda), pullbacks)?;
+        sum(Some(lambda), &cotangents(&mus), stages.accumulate())
     }
+}
+
+/// μᵢ by stage, for the cotangent `factor`·λ of the increment h Σ bᵢ kᵢ; θ̄ goes through `pullbacks`.
+pub(super) fn pull(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    mut points: Points,
+    (factor, lambda): (f64, &State),
+    pullbacks: &mut Pullbacks<'_>,
+) -> Result<Vec<Option<Slope>>> {
+    let mut mus: Vec<Option<Slope>> = (0..tableau.stages()).map(|_| None).collect();
+    for i in (0..tableau.stages()).rev().filter(|&i| tableau.is_used(i)) {
+        let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+        let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
+        let of_lambda = std::iter::once((factor * tableau.weights()[i], Some(lambda)));
+        let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
+        let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
+        let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
+        let kappa = Slope::owned(kappa, Category::Cotangents);
+        let mu = pullbacks.pull(linearization.as_ref(), at, i, &kappa.0)?;
+        mus[i] = Some(Slope::owned(mu, Category::Cotangents));
+    }
+    Ok(mus)
+}
+
+/// The terms of Σ μᵢ.
+pub(super) fn cotangents(mus: &[Option<Slope>]) -> Vec<(f64, &State)> {
+    mus.iter().flatten().map(|mu| (1.0, &mu.0)).collect()
+}
+
+/// The terms of factor · h Σ bᵢ kᵢ.
+pub(super) fn increment<'a>(
+    tableau: &Tableau,
+    at: &StepAt<'_>,
+    factor: f64,
+    slopes: impl IntoIterator<Item = Option<&'a State>>,
+) -> Vec<(f64, &'a State)> {
+    weighted(factor * at.h, tableau.weights().iter().copied(), slopes)
 }
 
 /// A state of ours with its bytes announced.
 #[derive(Debug)]
-struct Slope(State, #[expect(dead_code, reason = "held for its drop")] Owned);
+pub(crate) struct Slope(pub(crate) State, #[expect(dead_code, reason = "held for its drop")] Owned);
 
 impl Slope {
-    fn owned(state: State, category: Category) -> Self {
+    pub(crate) fn owned(state: State, category: Category) -> Self {
         let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
         Self(state, Owned::new(category, bytes))
     }
 }
 
 /// k₁ … of the stages below `end` that matter; `see` is shown each stage state and its slope.
-fn slopes(
+pub(super) fn slopes(
     tableau: &Tableau,
     stages: &Stages<'_>,
     at: &StepAt<'_>,
@@ -164,12 +186,60 @@ fn linearizations(
 }
 
 /// What the backward pass holds of the stages of a step.
-enum Points {
+pub(super) enum Points {
     All(Vec<Option<Box<dyn Linearization>>>),
     One { y: State, slopes: Vec<Option<Slope>> },
 }
 
 impl Points {
+    /// What is needed to pull a cotangent back through the stages.
+    pub(super) fn new(
+        tableau: &Tableau,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        memory: StageMemory,
+    ) -> Result<Self> {
+        // The slope of the last stage that matters would be of no use.
+        let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
+        Self::below(tableau, stages, at, y, memory, last)
+    }
+
+    /// The same with all slopes, for those who need the [`increment`] too.
+    pub(super) fn with_slopes(
+        tableau: &Tableau,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        memory: StageMemory,
+    ) -> Result<Self> {
+        Self::below(tableau, stages, at, y, memory, tableau.stages())
+    }
+
+    fn below(
+        tableau: &Tableau,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        memory: StageMemory,
+        end: usize,
+    ) -> Result<Self> {
+        Ok(match memory {
+            StageMemory::All => Self::All(linearizations(tableau, stages, at, y)?),
+            StageMemory::One => {
+                Self::One { y: y.clone(), slopes: slopes(tableau, stages, at, y, end, |_, _, _| Ok(()))? }
+            }
+        })
+    }
+
+    /// kᵢ by stage.
+    pub(super) fn slopes(&self) -> Vec<Option<&State>> {
+        match self {
+            Self::All(all) => all.iter().map(|f| f.as_ref().map(|f| f.value())).collect(),
+            Self::One { slopes, .. } => slopes.iter().map(|k| k.as_ref().map(|k| &k.0)).collect(),
+        }
+    }
+
     /// The linearisation of stage i, which is needed no more afterwards (nor is its slope).
     fn take(
         &mut self,
@@ -211,7 +281,7 @@ fn weighted<'a>(
 }
 
 /// base + Σ terms, tensor by tensor. Without any term or base there is nothing to sum, which no used stage meets.
-fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
+pub(crate) fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
     let tensors = base.or(terms.first().map(|(_, state)| *state)).map_or(0, State::len);
     let one = |n: usize| {
         let terms: Vec<_> = terms.iter().map(|(c, state)| (*c, &state[n])).collect();
@@ -220,7 +290,14 @@ fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<St
     Ok(State::from((0..tensors).map(one).collect::<candle_core::Result<Vec<_>>>()?))
 }
 
-fn all_finite(state: &State) -> Result<Finite> {
+/// Whether a stage came out finite. A stage state that overflows in F16 may come out of f as finite nonsense:
+/// tanh(∞) = 1.
+pub(super) fn finite_stage(at: &StepAt<'_>, point: &State, k: &State) -> Result<Finite> {
+    let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
+    Ok(before.and(all_finite(k)?))
+}
+
+pub(crate) fn all_finite(state: &State) -> Result<Finite> {
     let mut all = Finite::default();
     for tensor in state.tensors() {
         all = all.and(combine::finite(tensor)?);

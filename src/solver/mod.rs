@@ -1,12 +1,19 @@
 //! How one step is made, and how a cotangent is pulled back through it.
 
+mod carried;
 mod explicit;
 mod methods;
+mod reversible;
+mod reversible_heun;
 mod stages;
 mod tableau;
 
+pub(crate) use carried::{carry, fold, lift, visible};
 pub use explicit::{ExplicitRungeKutta, StageMemory};
+pub(crate) use explicit::{Slope, all_finite, sum};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
+pub use reversible::{Reversal, Reversible};
+pub use reversible_heun::ReversibleHeun;
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
 pub(crate) use stages::{Slopes, StageScale, largest, zeros_like};
 pub use tableau::Tableau;
@@ -37,6 +44,22 @@ pub trait Solver: Debug + Send + Sync + 'static {
 
     /// The nodes c: the times, as fractions of a step, at which a step evaluates the field, by stage.
     fn nodes(&self) -> &[f64];
+
+    /// How many states like y it carries from step to step: y itself, and others that start as y0 too. What it calls y
+    /// below is all of them in a row, y first.
+    fn carries(&self) -> usize {
+        1
+    }
+
+    /// The coefficients of an explicit Runge–Kutta method.
+    fn tableau(&self) -> Option<&Tableau> {
+        None
+    }
+
+    /// Itself as a solver whose steps can be undone, if they can.
+    fn reversal(&self) -> Option<&dyn Reversal> {
+        None
+    }
 
     /// One step from `y` (accumulate dtype).
     ///

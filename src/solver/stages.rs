@@ -29,7 +29,7 @@ impl Clock {
     /// Step `index`, with `dtype` for its evaluations.
     pub fn step(&self, index: usize, dtype: DType) -> StepAt<'_> {
         let (t, end) = (self.grid.times()[index], self.grid.times()[index + 1]);
-        StepAt { index, t, h: end - t, dtype, clock: self }
+        StepAt { index, t, h: end - t, dtype, first_stage: 0, clock: self }
     }
 }
 
@@ -44,18 +44,26 @@ pub struct StepAt<'a> {
     pub h: f64,
     /// The dtype in which this step evaluates the field.
     pub dtype: DType,
+    /// How many stages of the step come before those that are counted from 0 here.
+    first_stage: usize,
     clock: &'a Clock,
 }
 
 impl StepAt<'_> {
+    /// The same step from its end to its start, with stages of its own that come after the `first` ones.
+    pub(super) fn reversed(&self, first: usize) -> Self {
+        Self { t: self.t + self.h, h: -self.h, first_stage: self.first_stage + first, ..*self }
+    }
+
     /// The time of stage `stage`.
     pub fn time(&self, stage: usize) -> Time {
-        self.clock.table.time(self.index * self.clock.stages + stage)
+        self.clock.table.time(self.index * self.clock.stages + self.first_stage + stage)
     }
 
     /// Where in the solve stage `stage` of this step is.
     pub fn place(&self, stage: usize) -> Place {
-        Place { step: self.index, stage, time: self.time(stage).value(), dtype: self.dtype }
+        let counted = self.first_stage + stage;
+        Place { step: self.index, stage: counted, time: self.time(stage).value(), dtype: self.dtype }
     }
 }
 
@@ -196,6 +204,33 @@ impl<'a> Pullbacks<'a> {
         stage: usize,
         kappa: &State,
     ) -> Result<State> {
+        self.pull_into_sums(linearization, at, stage, kappa)
+    }
+
+    /// (∂f/∂y)ᵀκ alone: (∂f/∂θ)ᵀκ is not added to the sums.
+    ///
+    /// # Errors
+    /// As [`pull`](Self::pull).
+    pub(crate) fn pull_state(
+        &mut self,
+        linearization: &dyn Linearization,
+        at: &StepAt<'_>,
+        stage: usize,
+        kappa: &State,
+    ) -> Result<State> {
+        self.gradients.ignore(true);
+        let pulled = self.pull_into_sums(linearization, at, stage, kappa);
+        self.gradients.ignore(false);
+        pulled
+    }
+
+    fn pull_into_sums(
+        &mut self,
+        linearization: &dyn Linearization,
+        at: &StepAt<'_>,
+        stage: usize,
+        kappa: &State,
+    ) -> Result<State> {
         let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
         count(&self.counters.pullbacks);
         let scale = match &self.scale {
@@ -204,7 +239,7 @@ impl<'a> Pullbacks<'a> {
         };
         let pulled =
             linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
-        self.finite.push((stage, pulled.finite));
+        self.finite.push((at.place(stage).stage, pulled.finite));
         Ok(pulled.y)
     }
 

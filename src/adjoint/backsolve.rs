@@ -1,0 +1,194 @@
+//! The continuous adjoint: y, λ and θ̄ are solved backwards as one equation.
+//!
+//! dy/dt = f, dλ/dt = −(∂f/∂y)ᵀλ, dθ̄/dt = −(∂f/∂θ)ᵀλ from the last time to the first, λ jumping by dL/dy at each output.
+//! By an explicit Runge–Kutta method with step h < 0: Yᵢ = y + h Σ aᵢⱼ kⱼ, Λᵢ = λ + Σ (aᵢⱼ/wⱼ) μⱼ, where
+//! μᵢ = (∂f/∂y)ᵀ(−h wᵢ Λᵢ) at Yᵢ and wᵢ = bᵢ, or 1 where bᵢ = 0 (no contribution to θ̄ there); λ⁻ = λ + Σ_{bᵢ≠0} μᵢ.
+
+use super::drift::Drifts;
+use super::lambda::Lambda;
+use super::passes::{Pass, Passes};
+use super::{Anchors, Reverse, Reversed};
+use crate::State;
+use crate::account::Category;
+use crate::error::{OdeError, Result};
+use crate::solver::{
+    ExplicitRungeKutta, Pullbacks, Slope, Solver, Stages, StepAt, Tableau, all_finite, sum, visible, zeros_like,
+};
+use crate::time::TimeGrid;
+use std::sync::Arc;
+
+/// The continuous adjoint (optimise-then-discretise): solves y backwards from its end, together with λ and dL/dθ.
+///
+/// Keeps the state at the end alone. Costs s linearisations and s pullbacks a step. The gradient is **not** that of the
+/// steps taken: it converges to it with the step size, at the order of the method, as long as y can be solved backwards
+/// at all; where f contracts it cannot, and the gradient is wrong without a word: look at
+/// [`Stats::drift`](crate::Stats::drift), and prefer [`Discrete`](crate::Discrete) or
+/// [`Reconstruct`](crate::Reconstruct).
+///
+/// # Reference
+/// A. Gholami, K. Keutzer, G. Biros, *ANODE*, arXiv 1902.10298, §3 (why it fails).
+#[derive(Clone, Debug)]
+pub struct Backsolve {
+    solver: Option<Arc<dyn ExplicitRungeKutta>>,
+    substeps: usize,
+}
+
+impl Default for Backsolve {
+    fn default() -> Self {
+        Self { solver: None, substeps: 1 }
+    }
+}
+
+impl Backsolve {
+    /// Another explicit Runge–Kutta method for the way back; by default that of the solve.
+    pub fn solver(mut self, solver: impl ExplicitRungeKutta) -> Self {
+        self.solver = Some(Arc::new(solver));
+        self
+    }
+
+    /// How many equal steps back are made for each step of the solve; by default 1.
+    pub fn substeps(mut self, substeps: usize) -> Self {
+        self.substeps = substeps;
+        self
+    }
+
+    /// Whether there is a way back of a solve by `solver`, and by which method.
+    pub(crate) fn tableau(&self, solver: &dyn Solver) -> Result<Tableau> {
+        if self.substeps == 0 {
+            let hint = "each step of the solve needs at least one step back";
+            return Err(OdeError::Setting { setting: "Backsolve::substeps", value: "0".into(), hint });
+        }
+        match self.solver.as_ref().map(|solver| solver.tableau()).or(solver.tableau()) {
+            Some(tableau) => Ok(tableau.clone()),
+            None => Err(OdeError::Unsupported {
+                what: format!("Backsolve with {}, which is no explicit Runge–Kutta method,", solver.name()),
+                instead: "name one for the way back: Backsolve::default().solver(Rk4)",
+            }),
+        }
+    }
+
+    /// The way back over the first `steps` steps of `grid`.
+    pub(crate) fn back(&self, solver: &dyn Solver, grid: &TimeGrid, steps: usize) -> Result<Back> {
+        let part = |pair: &[f64], n: usize| pair[1] + (pair[0] - pair[1]) * (n as f64 / self.substeps as f64);
+        let pairs = grid.times()[..=steps].windows(2).rev();
+        let inner = pairs.flat_map(|pair| (0..self.substeps).map(move |n| part(pair, n)));
+        let grid = TimeGrid::new(inner.chain([grid.times()[0]]).collect())?;
+        Ok(Back { grid, tableau: self.tableau(solver)?, substeps: self.substeps })
+    }
+}
+
+/// The way back: its times, its method, and how many of its steps there are for each step of the solve.
+pub(crate) struct Back {
+    pub(crate) grid: TimeGrid,
+    pub(crate) tableau: Tableau,
+    pub(crate) substeps: usize,
+}
+
+/// Everything the backward pass needs of a finished forward pass.
+pub(crate) struct Backsolved {
+    /// Those of the way back: its times, and the dtype of each of its steps.
+    pub(crate) passes: Passes,
+    pub(crate) solver: Arc<dyn Solver>,
+    pub(crate) back: Back,
+    /// y0, accumulate dtype.
+    pub(crate) start: State,
+    /// What was carried at the end, alone.
+    pub(crate) end: Anchors,
+}
+
+impl Reverse for Backsolved {
+    fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
+        let end = visible(self.solver.as_ref(), self.end.last()?);
+        self.passes.run(|pass| self.walk(pass, end.clone(), cotangents))
+    }
+
+    fn bytes(&self) -> usize {
+        self.end.bytes()
+    }
+}
+
+impl Backsolved {
+    fn walk(&self, pass: &mut Pass<'_, '_>, mut y: State, cotangents: &[(usize, State)]) -> Result<Option<State>> {
+        let (accumulate, substeps) = (self.passes.precision.accumulate_dtype(), self.back.substeps);
+        let mut lambda = Lambda::default();
+        let mut waiting = cotangents.iter().rev().peekable();
+        let back = self.passes.dtypes.len();
+        for done in 0..=back {
+            while let Some((_, cotangent)) = waiting.next_if(|(at, _)| at * substeps == back - done) {
+                lambda.add(cotangent, accumulate)?;
+            }
+            if done == back {
+                break;
+            }
+            let state = match lambda.take() {
+                Some(state) => state,
+                None => zeros_like(&y, accumulate)?,
+            };
+            let (before, pulled) = pass.step(done, &state, |stages, at, pullbacks| {
+                step(&self.back.tableau, stages, at, &y, &state, pullbacks)
+            })?;
+            y = before;
+            lambda.set(pulled);
+            if all_finite(&y)?.known_bad() {
+                let hint = "y cannot be solved backwards here: use Discrete::default(), which keeps it";
+                let at = self.passes.clock.step(done, self.passes.dtypes[done]);
+                let time = at.t + at.h;
+                let step = (back - done - 1) / substeps;
+                return Err(OdeError::Reconstruction { step, time, hint });
+            }
+            if pass.is_lost() {
+                return Ok(None);
+            }
+        }
+        let mut drifts = Drifts::default();
+        drifts.compare(&y, &self.start)?;
+        drifts.report(&self.passes.counters)?;
+        match lambda.take() {
+            Some(state) => Ok(Some(state)),
+            None => zeros_like(&y, accumulate).map(Some),
+        }
+    }
+}
+
+/// One step back of y and λ; θ̄ goes through `pullbacks`.
+fn step(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+    lambda: &State,
+    pullbacks: &mut Pullbacks<'_>,
+) -> Result<(State, State)> {
+    let (h, b, accumulate) = (at.h, tableau.weights(), stages.accumulate());
+    let weight = |i: usize| if b[i] == 0.0 { 1.0 } else { b[i] };
+    let mut found: Vec<Option<Found>> = vec![];
+    for (i, &b_i) in b.iter().enumerate() {
+        if !tableau.is_used(i) {
+            found.push(None);
+            continue;
+        }
+        let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+        let earlier = || found.iter().enumerate().filter_map(|(j, found)| found.as_ref().map(|found| (j, found)));
+        let of_y: Vec<_> = earlier().map(|(j, found)| (h * tableau.a(i, j), &found.k.0)).collect();
+        let of_lambda: Vec<_> = earlier().map(|(j, found)| (tableau.a(i, j) / weight(j), &found.mu.0)).collect();
+        let linearization = stages.linearize(at, i, &sum(Some(y), &of_y, at.dtype)?)?;
+        let here = sum(Some(lambda), &of_lambda, accumulate)?;
+        let kappa = sum(None, &[(-h * weight(i), &here)], accumulate)?;
+        let mu = match b_i == 0.0 {
+            true => pullbacks.pull_state(linearization.as_ref(), at, i, &kappa)?,
+            false => pullbacks.pull(linearization.as_ref(), at, i, &kappa)?,
+        };
+        let k = Slope::owned(linearization.value().clone(), Category::Stages);
+        found.push(Some(Found { k, mu: Slope::owned(mu, Category::Cotangents) }));
+    }
+    let all = || b.iter().zip(&found).filter(|(b, _)| **b != 0.0).filter_map(|(b, found)| Some((*b, found.as_ref()?)));
+    let of_y: Vec<_> = all().map(|(b, found)| (h * b, &found.k.0)).collect();
+    let of_lambda: Vec<_> = all().map(|(_, found)| (1.0, &found.mu.0)).collect();
+    Ok((sum(Some(y), &of_y, accumulate)?, sum(Some(lambda), &of_lambda, accumulate)?))
+}
+
+/// What a stage has given.
+struct Found {
+    k: Slope,
+    mu: Slope,
+}
