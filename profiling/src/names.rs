@@ -29,6 +29,9 @@ pub(crate) const SOLVERS: &[Named<WithSolver>] = &[
     named("bosh3", "order 3", |ode| ode.solver(Bosh3)),
     named("dopri5", "order 5", |ode| ode.solver(Dopri5)),
     named("tsit5", "order 5", |ode| ode.solver(Tsit5)),
+    named("reversible-heun", "order 2, can be undone", |ode| ode.solver(ReversibleHeun)),
+    named("reversible-midpoint", "order 2, can be undone", |ode| ode.solver(Reversible::new(Midpoint))),
+    named("reversible-rk4", "order 4, can be undone", |ode| ode.solver(Reversible::new(Rk4))),
 ];
 
 pub(crate) const PRECISIONS: &[Named<Precision>] = &[
@@ -56,6 +59,10 @@ pub(crate) const ADJOINTS: &[Named<WithAdjoint>] = &[
     }),
     named("discrete-one-stage", "every step's start is kept, one stage of a step lives", |codec| {
         codec(Discrete::default().stage_memory(StageMemory::One)).into()
+    }),
+    named("reconstruct", "steps of a reversible solver are undone: nothing is kept", |_| Reconstruct::default().into()),
+    named("backsolve", "the ODE is solved backwards from its end: nothing is kept, y drifts", |_| {
+        Backsolve::default().into()
     }),
     named("unrolled", "Candle's own graph through every step", |_| Unrolled.into()),
 ];

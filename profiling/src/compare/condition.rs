@@ -8,7 +8,7 @@ use std::str::FromStr;
 pub(crate) struct Condition {
     text: String,
     metric: &'static Metric,
-    holds: fn(f64, f64) -> bool,
+    holds: Comparison,
     bound: f64,
 }
 
@@ -18,8 +18,11 @@ impl std::fmt::Debug for Condition {
     }
 }
 
+/// Whether a ratio and a bound are so.
+type Comparison = fn(f64, f64) -> bool;
+
 /// Longer ones first, since they begin with shorter ones.
-const COMPARISONS: [(&str, fn(f64, f64) -> bool); 4] = [
+const COMPARISONS: [(&str, Comparison); 4] = [
     (">=", |ratio, bound| ratio >= bound),
     ("<=", |ratio, bound| ratio <= bound),
     (">", |ratio, bound| ratio > bound),
