@@ -16,7 +16,6 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::Encodes;
 use candle_core::{DType, Tensor};
 use dense::Dense;
 use moments::TimeTensors;
@@ -446,10 +445,6 @@ impl Ode {
     /// adjoints other than [`Discrete`].
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
-        let grid = self.time_grid()?;
-        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
-        precision.check(y0.device())?;
-        check_start(&y0)?;
         let unplanned = |what: &str| {
             let what = format!("planning the memory of {what}");
             Err(OdeError::Unsupported {
@@ -457,6 +452,13 @@ impl Ode {
                 instead: "plan Discrete with every state kept, or measure it with MemoryProfiler",
             })
         };
+        if self.is_adaptive() {
+            return unplanned("adaptive steps");
+        }
+        let grid = self.time_grid()?;
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check(y0.device())?;
+        check_start(&y0)?;
         let discrete = match &self.adjoint {
             Adjoint::Discrete(discrete) => discrete,
             Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
@@ -464,13 +466,10 @@ impl Ode {
             Adjoint::Unrolled(_) => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
-        if self.tolerances.is_some() || self.controller.is_some() {
-            return unplanned("adaptive steps");
-        }
-        let keeping = discrete.keeping(precision);
-        if !discrete.keeps_all() || keeping.codec.encodes() == Encodes::Increments {
-            return unplanned("checkpoints and increments");
-        }
+        let Some(keeping) = self.adjoint.keeping(precision)?.filter(|keeping| keeping.is_every_state(grid.steps()))
+        else {
+            return unplanned("increments, or of a schedule that does not keep every state");
+        };
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),

@@ -120,11 +120,6 @@ impl Discrete {
         kept_bytes(&self.keeping(precision), shapes, steps, false, precision.accumulate_dtype())
     }
 
-    /// Whether every state is kept.
-    pub(crate) fn keeps_all(&self) -> bool {
-        self.schedule.is_none()
-    }
-
     pub(crate) fn keeping(&self, precision: Precision) -> Keeping {
         Keeping {
             codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),

@@ -21,7 +21,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Solver, StageMemory};
 use crate::time::TimeGrid;
 use crate::trajectory::Codec;
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
 use probe::Probed;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -136,7 +136,7 @@ impl Planned<'_> {
         let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
         let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
         let costs = self.costs(&start, &clock)?;
-        let shapes: Vec<_> = start.tensors().iter().map(|x| x.shape().clone()).collect();
+        let shapes: Vec<Shape> = start.tensors().iter().map(|x| x.shape().clone()).collect();
         let sizes = Sizes {
             accumulate: start.bytes(accumulate),
             compute: start.bytes(compute),
