@@ -9,6 +9,8 @@ use crate::controller::{Controller, Tolerance, Tolerances};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Adaptive, Checked, Course, Forward, Observer, OnOverflow, StepInfo};
+use crate::memory::MemoryPlan;
+use crate::memory::plan::{Known, Planned};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -66,6 +68,7 @@ pub struct Ode {
     tracked: bool,
     check_determinism: bool,
     observer: Option<Arc<Observer>>,
+    known: Arc<Known>,
 }
 
 impl Ode {
@@ -93,6 +96,7 @@ impl Ode {
             tracked: true,
             check_determinism: true,
             observer: None,
+            known: Arc::default(),
         }
     }
 
@@ -434,6 +438,60 @@ impl Ode {
         let (rtol, atol) = self.tolerances.as_ref().unwrap_or(&default);
         let tolerances = Tolerances::new(rtol, atol, controller.norm.clone(), y0, accumulate)?;
         Ok(Adaptive { start, end, stops, breaks, controller, tolerances })
+    }
+
+    /// The bytes that [`solve`](Self::solve) from `y0` and its backward pass will take, and how often the field will be
+    /// called, without solving.
+    ///
+    /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
+    /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit,
+    /// adaptive steps, dense output, and adjoints other than [`Discrete`].
+    pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
+        let y0: State = y0.into();
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check(y0.device())?;
+        check_start(&y0)?;
+        let unplanned = |what: &str| {
+            let what = format!("planning the memory of {what}");
+            Err(OdeError::Unsupported {
+                what,
+                instead: "plan Discrete over given steps, or measure it with MemoryProfiler",
+            })
+        };
+        if self.is_adaptive() {
+            return unplanned("adaptive steps");
+        }
+        if self.dense || self.interpolate {
+            return unplanned("dense output");
+        }
+        let grid = self.with_times_read()?.time_grid()?;
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete,
+            Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
+            Adjoint::Backsolve(_) => return unplanned("Backsolve"),
+            Adjoint::Unrolled(_) => return unplanned("Unrolled"),
+        };
+        let trainable = self.field.params().trainable(&self.inputs);
+        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let planned = Planned {
+            field: self.field.as_ref(),
+            solver: self.solver.as_ref(),
+            grid: &grid,
+            outputs: self.save_at.len().max(1),
+            precision,
+            scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
+            memory: discrete.stage_memory,
+            codec: codec.as_ref(),
+            inputs: &self.inputs,
+            seed: self.seed,
+            tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),
+            checks: if self.check_determinism { 2 } else { usize::from(self.field.needs_probe()) },
+            known: &self.known,
+        };
+        planned.plan(&y0)
     }
 
     fn time_grid(&self) -> Result<TimeGrid> {
