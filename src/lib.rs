@@ -41,6 +41,7 @@
 //! | to integrate a model, a closure, a state of several tensors | [`ModelField`], [`FnField`], [`State`] |
 //! | another method, or your own | [`solver`], [`Tableau`] |
 //! | steps of adaptive length | [`Ode::tolerances`], [`Controller`] |
+//! | the solution between the steps, gradients of times | [`Ode::dense`], [`Ode::span_tensors`] |
 //! | half precision, and what keeps it right | [`Precision`], [`AdjointScaling`], [`OnOverflow`] |
 //! | layers whose gradients are right in half precision | [`ops`] |
 //! | a continuous normalizing flow | [`field::divergence`] |

@@ -441,24 +441,27 @@ impl Ode {
     /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
     ///
     /// # Errors
-    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit, and
-    /// adjoints other than [`Discrete`].
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit,
+    /// adaptive steps, dense output, and adjoints other than [`Discrete`].
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check(y0.device())?;
+        check_start(&y0)?;
         let unplanned = |what: &str| {
             let what = format!("planning the memory of {what}");
             Err(OdeError::Unsupported {
                 what,
-                instead: "plan Discrete with every state kept, or measure it with MemoryProfiler",
+                instead: "plan Discrete with every state kept over given steps, or measure it with MemoryProfiler",
             })
         };
         if self.is_adaptive() {
             return unplanned("adaptive steps");
         }
-        let grid = self.time_grid()?;
-        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
-        precision.check(y0.device())?;
-        check_start(&y0)?;
+        if self.dense || self.interpolate {
+            return unplanned("dense output");
+        }
+        let grid = self.with_times_read()?.time_grid()?;
         let discrete = match &self.adjoint {
             Adjoint::Discrete(discrete) => discrete,
             Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
