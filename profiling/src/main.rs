@@ -1,13 +1,17 @@
 //! `memory-report`: shows the memory reports of candle-ode.
 
 mod show;
+mod study;
 mod table;
 
-use candle_ode::memory::MemoryReport;
+use candle_ode::memory::{MemoryReport, TrackingAllocator};
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+#[global_allocator]
+static HEAP: TrackingAllocator = TrackingAllocator::system();
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,10 +39,15 @@ enum Command {
         #[arg(long)]
         steps: bool,
     },
+    /// Studies what the methods of the crate do: tables, CSV files and plots.
+    Study(study::Study),
 }
 
 fn main() -> ExitCode {
-    let Arguments { command: Command::Show { file, steps } } = Arguments::parse();
+    let (file, steps) = match Arguments::parse().command {
+        Command::Show { file, steps } => (file, steps),
+        Command::Study(study) => return finish(study.run()),
+    };
     let report = match MemoryReport::load(&file) {
         Ok(report) => report,
         Err(error) => {
@@ -53,5 +62,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         _ => ExitCode::SUCCESS,
+    }
+}
+
+fn finish(done: candle_ode::Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("memory-report: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

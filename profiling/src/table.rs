@@ -7,11 +7,20 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn new<const N: usize>(head: [&str; N]) -> Self {
-        Self { rows: vec![head.map(str::to_owned).to_vec()] }
+        Self::of(head.map(str::to_owned).to_vec())
+    }
+
+    /// With as many columns as it turns out to need.
+    pub(crate) fn of(head: Vec<String>) -> Self {
+        Self { rows: vec![head] }
     }
 
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.to_vec());
+        self.add(cells.to_vec());
+    }
+
+    pub(crate) fn add(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
     }
 
     pub(crate) fn text(&self) -> String {
