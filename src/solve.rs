@@ -5,6 +5,8 @@ use crate::adjoint::{Adjoint, Discrete};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
+use crate::memory::MemoryPlan;
+use crate::memory::plan::{Known, Planned};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -54,6 +56,7 @@ pub struct Ode {
     tracked: bool,
     check_determinism: bool,
     observer: Option<Arc<Observer>>,
+    known: Arc<Known>,
 }
 
 impl Ode {
@@ -75,6 +78,7 @@ impl Ode {
             tracked: true,
             check_determinism: true,
             observer: None,
+            known: Arc::default(),
         }
     }
 
@@ -237,6 +241,51 @@ impl Ode {
         let find = |n: &usize| reached.iter().find(|(at, _)| at == n).map(|(_, y)| (grid.times()[*n], y.clone()));
         let (times, states) = wanted.iter().filter_map(find).unzip();
         Ok(Solution { states, times, last, end: grid.times()[steps], counters, trajectory_bytes })
+    }
+
+    /// The bytes that [`solve`](Self::solve) from `y0` and its backward pass will take, and how often the field will be
+    /// called, without solving.
+    ///
+    /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
+    /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit, and
+    /// adjoints other than [`Discrete`].
+    pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
+        let y0: State = y0.into();
+        let grid = self.time_grid()?;
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check(y0.device())?;
+        check_start(&y0)?;
+        let unplanned = |what: &str| {
+            let what = format!("planning the memory of {what}");
+            Err(OdeError::Unsupported { what, instead: "plan Discrete, or measure it with MemoryProfiler" })
+        };
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete,
+            Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
+            Adjoint::Backsolve(_) => return unplanned("Backsolve"),
+            Adjoint::Unrolled(_) => return unplanned("Unrolled"),
+        };
+        let trainable = self.field.params().trainable(&self.inputs);
+        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let planned = Planned {
+            field: self.field.as_ref(),
+            solver: self.solver.as_ref(),
+            grid: &grid,
+            outputs: self.save_at.len().max(1),
+            precision,
+            scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
+            memory: discrete.stage_memory,
+            codec: codec.as_ref(),
+            inputs: &self.inputs,
+            seed: self.seed,
+            tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),
+            checks: if self.check_determinism { 2 } else { usize::from(self.field.needs_probe()) },
+            known: &self.known,
+        };
+        planned.plan(&y0)
     }
 
     fn time_grid(&self) -> Result<TimeGrid> {

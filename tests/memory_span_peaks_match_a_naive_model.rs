@@ -1,7 +1,7 @@
 //! Peaks of nested and concurrent spans equal those of a model that remembers every change of the live bytes.
 //!
-//! A random but ordered schedule over four threads: each turn one thread opens a span, closes its innermost, or
-//! allocates, and the next turn waits for it. Alone in its process: while another thread makes a dispatcher, `tracing`
+//! A random but ordered schedule of 10 000 trees of spans and allocations over four threads: each turn one thread opens a
+//! span, closes its innermost, or allocates, and the next turn waits for it. Alone in its process: while another thread makes a dispatcher, `tracing`
 //! may pass over a span.
 
 #[path = "common/counted.rs"]
@@ -18,6 +18,11 @@ use tracing::dispatcher::set_default;
 use tracing_subscriber::layer::SubscriberExt;
 
 const THREADS: usize = 4;
+/// Schedules, and trees in each.
+const RUNS: u64 = 20;
+const TREES: usize = 500;
+/// Spans that may be open on a thread.
+const DEEPEST: usize = 8;
 
 enum Turn {
     Open(u64),
@@ -62,10 +67,10 @@ fn worker<'a>(scope: &'a Scope<'a, '_>, dispatch: Dispatch, memory: Counted) -> 
     (send, acknowledged)
 }
 
-/// Runs a schedule of `turns` turns on the layer and on the model.
-fn run(seed: u64, turns: usize) -> (Model, MemoryReport) {
+/// Runs a schedule of `trees` trees on the layer and on the model; those that are under way at its end stay open.
+fn run(seed: u64, trees: usize) -> (Model, MemoryReport) {
     let memory = Counted::default();
-    let profiler = MemoryProfiler::new(&candle_core::Device::Cpu).meter(memory.clone()).span_limit(turns);
+    let profiler = MemoryProfiler::new(&candle_core::Device::Cpu).meter(memory.clone()).span_limit(100 * trees);
     let (layer, recording) = profiler.layer().unwrap();
     let dispatch = Dispatch::new(tracing_subscriber::registry().with(layer));
     let mut model = Model { live: vec![0], spans: Vec::new() };
@@ -73,10 +78,12 @@ fn run(seed: u64, turns: usize) -> (Model, MemoryReport) {
     let report = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..THREADS).map(|_| worker(scope, dispatch.clone(), memory.clone())).collect();
         let mut open = vec![Vec::new(); THREADS];
-        for _ in 0..turns {
+        let mut planted = 0;
+        while planted < trees {
             let at = random.random_range(0..THREADS);
             let turn = match random.random_range(0..4) {
-                0 => {
+                0 if open[at].len() < DEEPEST => {
+                    planted += usize::from(open[at].is_empty());
                     open[at].push(model.spans.len());
                     model.spans.push((model.now(), None));
                     Turn::Open(model.spans.len() as u64 - 1)
@@ -103,10 +110,11 @@ fn run(seed: u64, turns: usize) -> (Model, MemoryReport) {
 
 #[test]
 fn peaks_of_random_schedules() {
-    for seed in 0..20 {
-        let (model, report) = run(seed, 2000);
+    for seed in 0..RUNS {
+        let (model, report) = run(seed, TREES);
         assert_eq!(report.spans.len(), model.spans.len());
-        assert!(model.spans.len() > 300);
+        assert_eq!(report.spans.iter().filter(|span| span.parent.is_none()).count(), TREES, "seed {seed}");
+        assert!(model.spans.len() > 2 * TREES);
         for span in &report.spans {
             let number = span.index.unwrap() as usize;
             let (opened, closed) = model.spans[number];

@@ -379,6 +379,11 @@ impl Gradients {
         std::mem::take(&mut self.finite)
     }
 
+    /// Bytes of the sums.
+    pub(crate) fn bytes(&self) -> usize {
+        self.sums.iter().flatten().map(|sum| sum._owned.bytes()).sum()
+    }
+
     /// The sums, by slot; `None` where nothing was added.
     pub(crate) fn into_sums(self) -> Vec<Option<Tensor>> {
         self.sums.into_iter().map(|sum| sum.map(|sum| sum.tensor)).collect()

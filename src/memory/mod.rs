@@ -6,6 +6,7 @@
 //! | [`Ledger`] | bytes this crate owns, by [`Category`](crate::account::Category), exact |
 //! | [`Composition`] | what live bytes are made of, at the peak and over time ([`Timeline`]) |
 //! | [`MemoryLayer`] | for every span its time, live bytes before and after, and peak |
+//! | [`MemoryPlan`] | the bytes of a solve before it runs ([`Ode::plan`](crate::Ode::plan)) |
 //! | [`MemoryProfiler`] | puts them together and hands out a [`MemoryReport`] |
 //!
 //! The rest of the crate knows nothing of this room: it opens the spans listed in [`span`] and emits `bytes` events,
@@ -31,10 +32,12 @@
 
 mod books;
 mod composition;
+mod feed;
 mod file;
 mod layer;
 mod ledger;
 mod meter;
+pub(crate) mod plan;
 mod profiler;
 mod recorder;
 mod recording;
@@ -43,14 +46,16 @@ pub mod span;
 mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
+pub use feed::FEED;
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
 pub use meter::{CudaDeviceMeter, CudaPoolMeter};
 pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
+pub use plan::MemoryPlan;
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport,
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, Page, PassReport, RunKind, SCHEMA, SpanReport,
     StepReport, Totals,
 };

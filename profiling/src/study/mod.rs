@@ -5,7 +5,7 @@ mod plot;
 mod reversal;
 mod stability;
 
-use candle_ode::Result;
+use crate::failure::Result;
 use clap::{Args, Subcommand};
 use std::path::{Path, PathBuf};
 
@@ -37,8 +37,7 @@ struct Output {
 impl Study {
     pub(crate) fn run(&self) -> Result<()> {
         let (Which::Reversal(output) | Which::Stability(output) | Which::Pareto(output)) = &self.which;
-        std::fs::create_dir_all(&output.out)
-            .map_err(|source| candle_ode::OdeError::Io { path: output.out.clone(), source })?;
+        std::fs::create_dir_all(&output.out).map_err(|error| format!("{}: {error}", output.out.display()))?;
         match &self.which {
             Which::Reversal(output) => reversal::run(&output.out),
             Which::Stability(output) => stability::run(&output.out),
@@ -51,9 +50,8 @@ impl Study {
 fn publish(rows: &[Vec<String>], path: &Path) -> Result<()> {
     let mut table = crate::table::Table::of(rows.first().cloned().unwrap_or_default());
     rows.iter().skip(1).for_each(|row| table.add(row.clone()));
-    print!("{}", table.text());
+    crate::print(table.text().as_bytes())?;
     let lines: Vec<String> = rows.iter().map(|row| row.join(",") + "\n").collect();
     candle_ode::file::write_bytes_atomically(path, lines.concat().as_bytes())?;
-    println!("\n{}", path.display());
-    Ok(())
+    crate::print(format!("\n{}\n", path.display()).as_bytes())
 }

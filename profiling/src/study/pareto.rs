@@ -5,9 +5,9 @@
 
 use super::plot::{Series, log_log};
 use super::publish;
+use crate::failure::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, VarBuilder, VarMap};
-use candle_ode::Result;
 use candle_ode::memory::TrackingAllocator;
 use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;

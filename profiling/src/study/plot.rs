@@ -1,6 +1,6 @@
 //! Curves and points over two logarithmic axes, as SVG.
 
-use candle_ode::{OdeError, Result};
+use crate::failure::Result;
 use plotters::prelude::*;
 use std::path::Path;
 
@@ -14,11 +14,9 @@ pub(super) struct Series {
 /// Draws `series` over logarithmic axes; each point of a series of one is a dot.
 pub(super) fn log_log(path: &Path, title: &str, axes: [&str; 2], series: &[Series]) -> Result<()> {
     let mut svg = String::new();
-    draw(&mut svg, title, axes, series)
-        .map_err(|error| OdeError::Format { path: path.to_owned(), reason: error.to_string() })?;
+    draw(&mut svg, title, axes, series).map_err(|error| format!("{}: {error}", path.display()))?;
     candle_ode::file::write_bytes_atomically(path, svg.as_bytes())?;
-    println!("{}", path.display());
-    Ok(())
+    crate::print(format!("{}\n", path.display()).as_bytes())
 }
 
 type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;

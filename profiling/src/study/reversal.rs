@@ -8,8 +8,8 @@
 
 use super::plot::{Series, log_log};
 use super::publish;
+use crate::failure::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_ode::Result;
 use candle_ode::prelude::*;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -84,7 +84,12 @@ fn normal(seed: u64, shape: &[usize]) -> Result<Tensor> {
 }
 
 /// dL/dy0 and dL/dθ in a row, in F64, and the drift.
-fn gradient(of: &Demonstration, steps: usize, dtype: DType, adjoint: Adjoint) -> Result<(Vec<f64>, Option<f64>)> {
+fn gradient(
+    of: &Demonstration,
+    steps: usize,
+    dtype: DType,
+    adjoint: Adjoint,
+) -> candle_ode::Result<(Vec<f64>, Option<f64>)> {
     let [y0, theta] = [&of.y0, &of.theta].map(|x| x.to_dtype(dtype).and_then(|x| Var::from_tensor(&x)));
     let (y0, theta) = (y0?, theta?);
     let precision = if dtype == DType::F64 { Precision::F64 } else { Precision::F32 };
@@ -126,7 +131,7 @@ pub(super) fn run(out: &Path) -> Result<()> {
                         Err(OdeError::Reconstruction { .. } | OdeError::Overflow { .. }) => {
                             (Some(f64::INFINITY), f64::INFINITY)
                         }
-                        Err(other) => return Err(other),
+                        Err(other) => return Err(other.into()),
                     };
                     if error.is_finite() {
                         points.push((steps as f64, error.max(1e-17)));

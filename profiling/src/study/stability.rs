@@ -2,9 +2,10 @@
 //! matrix leaves the unit disc, near 1 − c for every base method.
 
 use super::publish;
+use crate::failure::Result;
 use candle_core::{DType, Device, Tensor};
+use candle_ode::ExplicitRungeKutta;
 use candle_ode::prelude::*;
-use candle_ode::{ExplicitRungeKutta, Result};
 use std::path::Path;
 
 /// R(x) = y⁺/y of one step on y' = αy, x = αh.

@@ -151,6 +151,26 @@ fn mark() -> Reading {
     Reading { live, peak: peak.max(live) }
 }
 
+/// What the heap gained while something ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// At most, above what was live before.
+    pub(crate) most: usize,
+    /// At the end.
+    pub(crate) kept: usize,
+}
+
+/// Runs something and says what it held; zeros where nothing counts. Other threads count too. Whoever watches the peak
+/// meanwhile loses nothing of it.
+pub(crate) fn held<T>(run: impl FnOnce() -> Result<T>) -> Result<(T, Held)> {
+    let before = mark();
+    let done = run();
+    let after = mark();
+    PEAK.fetch_max(before.peak.max(after.peak), Relaxed);
+    let above = |bytes: u64| bytes.saturating_sub(before.live) as usize;
+    Ok((done?, Held { most: above(after.peak), kept: above(after.live) }))
+}
+
 /// Reads the heap of the whole process, as [`TrackingAllocator`] counts it.
 #[derive(Clone, Copy, Debug)]
 pub struct HeapMeter(());

@@ -9,6 +9,7 @@ mod process;
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaDeviceMeter, CudaPoolMeter};
 pub use heap::{HeapMeter, TrackingAllocator};
+pub(crate) use heap::{Held, held};
 pub use library::{cuda_device, probe_cuda};
 pub use process::ProcessMeter;
 

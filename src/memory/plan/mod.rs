@@ -1,0 +1,191 @@
+//! What a solve and its backward pass will take, said before anything runs.
+//!
+//! The bytes this crate owns follow from shapes alone. What a field takes is measured once per shape: an evaluation, a
+//! linearisation and its pullback at y0 (no step is made). The two are put together by walking through both passes
+//! without allocating anything.
+
+mod probe;
+mod tally;
+mod walk;
+
+pub(crate) use probe::{Costs, Key};
+
+use super::composition::{Composition, Part};
+use super::meter::{TrackingAllocator, held};
+use crate::State;
+use crate::account::Category;
+use crate::error::{OdeError, Result};
+use crate::field::Field;
+use crate::precision::Precision;
+use crate::scaling::AdjointScaling;
+use crate::solver::{Clock, Solver, StageMemory};
+use crate::time::TimeGrid;
+use crate::trajectory::Codec;
+use candle_core::Tensor;
+use probe::Probed;
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+use walk::{Sizes, Walk};
+
+/// Predicted bytes of one solve and its backward pass, above what is live before it, and how often the field is called.
+///
+/// It is a plan of a solve of a field that has been solved before, for a loss that hands back one cotangent of each
+/// output: what the loss itself takes is not in it, nor what an overflow would make it do again.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_ode::account::Category;
+/// use candle_ode::memory::TrackingAllocator;
+/// use candle_ode::prelude::*;
+///
+/// #[global_allocator]
+/// static HEAP: TrackingAllocator = TrackingAllocator::system();
+///
+/// # fn main() -> candle_ode::Result<()> {
+/// let field = FnField::new(|_: &Time, y: &Tensor| y.tanh());
+/// let y0 = Var::ones((64, 32), candle_core::DType::F32, &Device::Cpu)?;
+/// let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(16).precision(Precision::F16);
+/// let plan = ode.plan(y0.as_tensor())?;
+/// assert_eq!(plan.owned(Category::Trajectory), 15 * 64 * 32 * 2);
+/// assert_eq!((plan.linearizations, plan.pullbacks), (64, 64));
+/// assert!(plan.peak.unwrap() > plan.owned_peak);
+/// assert_eq!(ode.solve(y0.as_tensor())?.trajectory_bytes() as u64, plan.trajectory);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The highest heap above what is live before the solve; `None` where no
+    /// [`TrackingAllocator`](super::TrackingAllocator) counts, or off the CPU.
+    pub peak: Option<u64>,
+    /// What is live at that moment; without a count of the heap, the moment at which most is owned.
+    pub at_peak: Composition,
+    /// The most bytes this crate owns at once.
+    pub owned_peak: u64,
+    /// Bytes of the trajectory at the end of the forward pass.
+    pub trajectory: u64,
+    /// Evaluations of the field, those of checks included and those in linearisations not.
+    pub evaluations: usize,
+    /// Linearisations of the field.
+    pub linearizations: usize,
+    /// Pullbacks through a linearisation.
+    pub pullbacks: usize,
+    /// Steps computed again in the backward pass.
+    pub recomputed_steps: usize,
+    owned: [u64; Category::ALL.len()],
+}
+
+impl MemoryPlan {
+    /// The most bytes of a category that are owned at once.
+    pub fn owned(&self, category: Category) -> u64 {
+        self.owned[category as usize]
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.peak {
+            Some(peak) => writeln!(f, "peak {peak} bytes, of which:")?,
+            None => writeln!(f, "owned at most {} bytes (the heap is not counted), of which:", self.owned_peak)?,
+        }
+        for (part, bytes) in self.at_peak.iter().filter(|(part, bytes)| *part != Part::Baseline && *bytes != 0) {
+            writeln!(f, "  {:12} {bytes}", part.name())?;
+        }
+        let Self { evaluations, linearizations, pullbacks, recomputed_steps, .. } = self;
+        write!(
+            f,
+            "{evaluations} evaluations, {linearizations} linearisations, {pullbacks} pullbacks, {recomputed_steps} steps \
+             computed again"
+        )
+    }
+}
+
+/// Costs of a field that are known already.
+#[derive(Debug, Default)]
+pub(crate) struct Known(Mutex<Vec<(Key, Costs)>>);
+
+/// The settings of a solve, as far as bytes depend on them.
+pub(crate) struct Planned<'a> {
+    pub(crate) field: &'a dyn Field,
+    pub(crate) solver: &'a dyn Solver,
+    pub(crate) grid: &'a TimeGrid,
+    pub(crate) outputs: usize,
+    pub(crate) precision: Precision,
+    pub(crate) scaling: AdjointScaling,
+    pub(crate) memory: StageMemory,
+    pub(crate) codec: &'a dyn Codec,
+    pub(crate) inputs: &'a [Tensor],
+    pub(crate) seed: u64,
+    /// Whether a backward pass follows.
+    pub(crate) tracked: bool,
+    /// Evaluations made to check the field.
+    pub(crate) checks: usize,
+    pub(crate) known: &'a Known,
+}
+
+impl Planned<'_> {
+    /// The plan of a solve from `y0`.
+    pub(crate) fn plan(&self, y0: &State) -> Result<MemoryPlan> {
+        let Some(tableau) = self.solver.tableau() else {
+            return Err(OdeError::Unsupported {
+                what: format!("planning the memory of {}", self.solver.name()),
+                instead: "explicit Runge-Kutta methods can be planned; measure others with MemoryProfiler",
+            });
+        };
+        let (compute, accumulate) = (self.precision.compute_dtype(), self.precision.accumulate_dtype());
+        let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
+        let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
+        let costs = self.costs(&start, &clock)?;
+        let numel = start.numel();
+        let sizes = Sizes {
+            accumulate: start.bytes(accumulate),
+            compute: start.bytes(compute),
+            entry: self.codec.bytes(numel),
+            entry_is_state: self.codec.dtype() == accumulate,
+            same_dtype: compute == accumulate,
+            widened: widened.kept,
+            clock: clocked.kept + self.grid.times().len() * (8 + self.solver.nodes().len() * compute.size_in_bytes()),
+        };
+        let mut walk = Walk::new(tableau, self.memory, costs, sizes, self.grid.steps());
+        walk.forward(self.outputs, self.tracked, self.checks);
+        if self.tracked {
+            walk.backward(self.outputs);
+        }
+        let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
+        let tally = &walk.tally;
+        Ok(MemoryPlan {
+            peak: counts_heap.then_some(tally.highest().total() as u64),
+            at_peak: tally.highest(),
+            owned_peak: tally.owned_total_peak(),
+            trajectory: walk.trajectory as u64,
+            evaluations: walk.counts.evaluations,
+            linearizations: walk.counts.linearizations,
+            pullbacks: walk.counts.pullbacks,
+            recomputed_steps: walk.counts.recomputed_steps,
+            owned: Category::ALL.map(|category| tally.owned_peak(category)),
+        })
+    }
+
+    /// The costs of the field, measured unless they are known for these shapes and dtypes.
+    fn costs(&self, start: &State, clock: &Clock) -> Result<Costs> {
+        let probed = Probed {
+            field: self.field,
+            inputs: self.inputs,
+            start,
+            clock,
+            compute: self.precision.compute_dtype(),
+            accumulate: self.precision.accumulate_dtype(),
+            scaling: &self.scaling,
+            seed: self.seed,
+            tracked: self.tracked,
+        };
+        let key = probed.key();
+        let mut known = self.known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, costs)) = known.iter().find(|(of, _)| *of == key) {
+            return Ok(*costs);
+        }
+        let costs = probed.measure()?;
+        known.push((key, costs));
+        Ok(costs)
+    }
+}
