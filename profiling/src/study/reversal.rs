@@ -62,7 +62,7 @@ fn demonstrations() -> Result<[Demonstration; 3]> {
     ])
 }
 
-const CHANNELS: usize = 4;
+const CHANNELS: usize = 16;
 
 /// A ring on a slope, with its mirror images as further channels.
 fn image() -> Result<Tensor> {
