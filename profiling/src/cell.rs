@@ -95,17 +95,18 @@ impl Lists {
 
 impl Cell {
     /// What each flag says, in the order of the flags.
-    pub(crate) fn settings(&self) -> [(&'static str, Value); 8] {
-        [
-            ("field", self.field.as_str().into()),
-            ("solver", self.solver.as_str().into()),
-            ("steps", self.steps.into()),
-            ("precision", self.precision.as_str().into()),
-            ("codec", self.codec.as_str().into()),
-            ("adjoint", self.adjoint.as_str().into()),
-            ("batch", self.batch.into()),
-            ("device", self.device.as_str().into()),
-        ]
+    pub(crate) fn settings(&self) -> [(&'static str, Value); FLAGS.len()] {
+        let says: [Value; FLAGS.len()] = [
+            self.field.as_str().into(),
+            self.solver.as_str().into(),
+            self.steps.into(),
+            self.precision.as_str().into(),
+            self.codec.as_str().into(),
+            self.adjoint.as_str().into(),
+            self.batch.into(),
+            self.device.as_str().into(),
+        ];
+        std::array::from_fn(|n| (FLAGS[n], says[n].clone()))
     }
 
     /// The flags that make this cell alone.
@@ -118,6 +119,24 @@ impl Cell {
         let words: Vec<_> = self.settings().iter().map(|(_, value)| word(value).replace(':', "")).collect();
         format!("{number:03}-{}", words.join("-"))
     }
+}
+
+/// The flags, in the order in which they make names.
+pub(crate) const FLAGS: [&str; 8] = ["field", "solver", "steps", "precision", "codec", "adjoint", "batch", "device"];
+
+/// Names for choices of the flags: what each says where they differ, and nothing if they do not.
+pub(crate) fn told_apart(choices: &[[Option<String>; FLAGS.len()]]) -> Vec<String> {
+    let differs = |flag: &usize| choices.iter().any(|choice| choice[*flag] != choices[0][*flag]);
+    let flags: Vec<usize> = (0..FLAGS.len()).filter(differs).collect();
+    let said = |flag: usize, word: &str| match word.parse::<f64>() {
+        Ok(_) => format!("{} {word}", FLAGS[flag]),
+        Err(_) => word.to_owned(),
+    };
+    let name = |choice: &[Option<String>; FLAGS.len()]| {
+        let words = flags.iter().filter_map(|&flag| Some(said(flag, choice[flag].as_ref()?)));
+        words.collect::<Vec<_>>().join(", ")
+    };
+    choices.iter().map(name).collect()
 }
 
 /// A setting without the quotes of JSON.

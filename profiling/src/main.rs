@@ -5,6 +5,7 @@ mod compare;
 mod failure;
 mod measure;
 mod names;
+mod plan;
 mod problem;
 mod run;
 mod show;
@@ -25,6 +26,7 @@ const EXAMPLES: &str = "\
 Examples:
   memory-report run --field cnf --precision f32,bf16,f16 --out out/precisions
   memory-report compare out/precisions --html out/precisions.html --fail-if 'peak > 1.0'
+  memory-report plan --field cnf --precision f32,bf16,f16 --steps 16,64,256
   memory-report show out/cnf/memory.json
   memory-report watch -- cargo run --release --example cnf
   memory-report completions bash > ~/.local/share/bash-completion/completions/memory-report";
@@ -43,6 +45,8 @@ struct Arguments {
 enum Command {
     /// Measures standard fields under every combination of what is listed, each in a fresh process.
     Run(run::Run),
+    /// Prints what the same cells will take, without solving any.
+    Plan(plan::Plan),
     /// Puts reports side by side, with ratios against the first.
     Compare(compare::Compare),
     /// Prints a report as tables, and writes its other formats.
@@ -61,6 +65,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Run(run) => run.run(),
+        Command::Plan(plan) => plan.run(),
         Command::Compare(compare) => compare.run(),
         Command::Show(show) => show.run(),
         Command::Watch(watch) => return watch.run(),

@@ -85,7 +85,7 @@ fn gradient_error(problem: &Problem, ode: &Ode, reference: &Ode) -> Result<f64> 
 }
 
 /// `cpu`, or `cuda:0`.
-fn device(name: &str) -> Result<Device> {
+pub(crate) fn device(name: &str) -> Result<Device> {
     match name.split_once(':') {
         None if name == "cpu" => Ok(Device::Cpu),
         Some(("cuda", number)) => {
@@ -98,7 +98,8 @@ fn device(name: &str) -> Result<Device> {
 }
 
 impl Cell {
-    fn ode(&self, problem: &Problem) -> Result<Ode> {
+    /// The solve of this cell.
+    pub(crate) fn ode(&self, problem: &Problem) -> Result<Ode> {
         let adjoint = find(ADJOINTS, &self.adjoint)?(find(CODECS, &self.codec)?);
         let (from, to) = problem.span;
         let ode =

@@ -147,6 +147,26 @@ fn peaks_against_steps_are_drawn() {
 }
 
 #[test]
+fn a_plan_of_the_same_flags_is_what_is_measured() {
+    let flags = ["--field", "mlp", "--solver", "euler", "--precision", "f32,f16", "--steps", "16", "--batch", "128"];
+    let output = memory_report(&[&["plan"], &flags[..]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let planned = text(&output.stdout);
+    let (folder, output) = run("planned", &flags);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for (line, cell) in planned.lines().skip(1).zip(cells(&folder)) {
+        let words: Vec<_> = line.split("  ").map(str::trim).filter(|word| !word.is_empty()).collect();
+        let report = MemoryReport::load(cell.join("report.json")).unwrap();
+        let kibibytes = |bytes: u64| format!("{:.2} KiB", bytes as f64 / 1024.0);
+        assert_eq!(words[3], kibibytes(report.owned(Category::Trajectory).unwrap().peak), "{planned}");
+        assert_eq!(words[5].parse::<u64>().unwrap(), report.environment.settings["pullbacks"].as_u64().unwrap());
+    }
+    assert_eq!(planned.lines().count(), 3, "{planned}");
+    let refused = memory_report(&["plan", "--adjoint", "unrolled"]);
+    assert_eq!(refused.status.code(), Some(1));
+}
+
+#[test]
 fn mistakes_are_told_with_what_to_write() {
     let complaint = |arguments: &[&str]| {
         let output = memory_report(arguments);
@@ -167,6 +187,6 @@ fn mistakes_are_told_with_what_to_write() {
 fn shells_can_complete_verbs() {
     for shell in ["bash", "zsh", "fish"] {
         let script = text(&memory_report(&["completions", shell]).stdout);
-        assert!(["run", "compare", "show", "watch"].iter().all(|verb| script.contains(verb)), "{shell}");
+        assert!(["run", "plan", "compare", "show", "watch"].iter().all(|verb| script.contains(verb)), "{shell}");
     }
 }

@@ -71,7 +71,7 @@ fn draw(svg: &mut String, curves: &[Curve]) -> std::result::Result<(), Box<dyn E
         )?;
     chart
         .configure_mesh()
-        .light_line_style(RGBColor(0xee, 0xee, 0xee))
+        .max_light_lines(0)
         .bold_line_style(RGBColor(0xdd, 0xdd, 0xdd))
         .x_desc("steps")
         .x_label_formatter(&|steps| format!("{steps:.0}"))

@@ -1,6 +1,6 @@
 //! One report of a comparison: its name among the others, and its figures.
 
-use crate::cell::word;
+use crate::cell::{FLAGS, told_apart, word};
 use crate::failure::Result;
 use crate::run::cells_in;
 use crate::table::{bytes, time};
@@ -96,30 +96,15 @@ fn reports_at(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(cells.iter().map(|cell| cell.join("report.json")).collect())
 }
 
-/// The flags of `run`, in the order of names; a report of another program has whatever settings it has.
-const FLAGS: [&str; 8] = ["field", "solver", "steps", "precision", "codec", "adjoint", "batch", "device"];
-
 /// Names each report by the flags in which they differ; where that does not tell them apart, the file's name stays.
 fn named(mut sides: Vec<Side>) -> Vec<Side> {
-    let differ = |flag: &&str| sides.iter().map(|side| side.setting(flag)).collect::<BTreeSet<_>>().len() > 1;
-    let flags: Vec<_> = FLAGS.into_iter().filter(differ).collect();
-    let name = |side: &Side| {
-        let words = flags.iter().filter_map(|flag| Some((flag, side.setting(flag)?)));
-        words
-            .map(|(flag, word)| if number_like(&word) { format!("{flag} {word}") } else { word })
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
-    let names: Vec<_> = sides.iter().map(name).collect();
+    let choices: Vec<_> = sides.iter().map(|side| FLAGS.map(|flag| side.setting(flag))).collect();
+    let names = told_apart(&choices);
     let distinct = names.iter().collect::<BTreeSet<_>>().len() == names.len();
     if distinct && names.iter().all(|name| !name.is_empty()) {
         sides.iter_mut().zip(names).for_each(|(side, name)| side.name = name);
     }
     sides
-}
-
-fn number_like(word: &str) -> bool {
-    word.parse::<f64>().is_ok()
 }
 
 /// Every figure and ratio, a line a report.
