@@ -9,6 +9,7 @@ mod plan;
 mod problem;
 mod run;
 mod show;
+mod study;
 mod table;
 mod watch;
 
@@ -52,6 +53,8 @@ enum Command {
     Show(show::Show),
     /// Runs a program that uses the crate's profiler, and draws its live bytes while it runs.
     Watch(watch::Watch),
+    /// Studies what the methods of the crate do: tables, CSV files and plots.
+    Study(study::Study),
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Compare(compare) => compare.run(),
         Command::Show(show) => show.run(),
         Command::Watch(watch) => return watch.run(),
+        Command::Study(study) => study.run(),
         Command::Completions { shell } => completions(shell),
     };
     match outcome {

@@ -1,0 +1,57 @@
+//! Studies: what the methods of candle-ode do, as tables, CSV files and plots.
+
+mod pareto;
+mod plot;
+mod reversal;
+mod stability;
+
+use crate::failure::Result;
+use clap::{Args, Subcommand};
+use std::path::{Path, PathBuf};
+
+/// The verb `study`.
+#[derive(Args)]
+pub(crate) struct Study {
+    #[command(subcommand)]
+    which: Which,
+}
+
+#[derive(Subcommand)]
+enum Which {
+    /// Solves three equations backwards, which cannot be: where the continuous adjoint fails and the discrete does not.
+    Reversal(Output),
+    /// How long the steps of reversible solvers may be, found by solving and from the roots of the step matrix.
+    Stability(Output),
+    /// Time against memory of a gradient, for every adjoint.
+    Pareto(Output),
+}
+
+/// Where a study leaves its files.
+#[derive(Args)]
+struct Output {
+    /// The folder for CSV and SVG; it is made if need be.
+    #[arg(long, default_value = "out/study")]
+    out: PathBuf,
+}
+
+impl Study {
+    pub(crate) fn run(&self) -> Result<()> {
+        let (Which::Reversal(output) | Which::Stability(output) | Which::Pareto(output)) = &self.which;
+        std::fs::create_dir_all(&output.out).map_err(|error| format!("{}: {error}", output.out.display()))?;
+        match &self.which {
+            Which::Reversal(output) => reversal::run(&output.out),
+            Which::Stability(output) => stability::run(&output.out),
+            Which::Pareto(output) => pareto::run(&output.out),
+        }
+    }
+}
+
+/// Prints rows as a table and writes them as CSV; the first row is the head.
+fn publish(rows: &[Vec<String>], path: &Path) -> Result<()> {
+    let mut table = crate::table::Table::of(rows.first().cloned().unwrap_or_default());
+    rows.iter().skip(1).for_each(|row| table.add(row.clone()));
+    crate::print(table.text().as_bytes())?;
+    let lines: Vec<String> = rows.iter().map(|row| row.join(",") + "\n").collect();
+    candle_ode::file::write_bytes_atomically(path, lines.concat().as_bytes())?;
+    crate::print(format!("\n{}\n", path.display()).as_bytes())
+}
