@@ -1,6 +1,7 @@
 //! `memory-report`: shows the memory reports of candle-ode.
 
 mod show;
+mod study;
 mod table;
 
 use candle_ode::memory::MemoryReport;
@@ -35,19 +36,28 @@ enum Command {
         #[arg(long)]
         steps: bool,
     },
+    /// Measures what a choice costs, and prints it as CSV.
+    Study {
+        /// Which choice.
+        #[command(subcommand)]
+        study: study::Study,
+    },
 }
 
 fn main() -> ExitCode {
-    let Arguments { command: Command::Show { file, steps } } = Arguments::parse();
-    let report = match MemoryReport::load(&file) {
-        Ok(report) => report,
+    let text = match Arguments::parse().command {
+        Command::Show { file, steps } => MemoryReport::load(&file).map(|report| show::text(&report, steps)),
+        Command::Study { study } => study.table(),
+    };
+    let text = match text {
+        Ok(text) => text,
         Err(error) => {
             eprintln!("memory-report: {error}");
             return ExitCode::FAILURE;
         }
     };
     // A reader that stops early, such as `head`, is no failure.
-    match std::io::stdout().write_all(show::text(&report, steps).as_bytes()) {
+    match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             eprintln!("memory-report: {error}");
             ExitCode::FAILURE

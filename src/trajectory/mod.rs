@@ -1,7 +1,24 @@
-//! What the forward pass keeps for the backward pass.
+//! What the forward pass keeps for the backward pass: which states (a schedule), and how each is encoded (a codec).
 
 mod codec;
+mod forecast;
+pub mod schedule;
+mod slots;
 mod store;
 
-pub use codec::{Codec, Entry, States};
+pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
+pub(crate) use forecast::kept_bytes;
+pub(crate) use slots::{AtHand, Slots};
 pub(crate) use store::Trajectory;
+
+use schedule::Schedule;
+use std::sync::Arc;
+
+/// How a solve keeps its trajectory.
+#[derive(Clone, Debug)]
+pub(crate) struct Keeping {
+    pub(crate) codec: Arc<dyn Codec>,
+    pub(crate) schedule: Arc<dyn Schedule>,
+    /// Whether the first backward pass frees the trajectory as it walks over it.
+    pub(crate) consume: bool,
+}
