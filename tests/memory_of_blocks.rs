@@ -51,7 +51,7 @@ fn memory_grows_with_the_blocks_by_their_inputs_alone() {
     assert!(slope(|f| f.0) <= 1.05, "{} states a block", slope(|f| f.0));
     assert!((slope(|f| f.1) - STEPS as f64).abs() <= 0.5, "{} states a block", slope(|f| f.1));
     // While a block runs backwards: its trajectory, and what a step needs.
-    assert!(figures[0].0 <= STEPS as f64 + 10.0);
+    assert!(figures[0].0 <= STEPS as f64 + 12.0);
     for pair in figures.windows(2) {
         assert!(pair[1].0 - pair[0].0 <= 1.05, "the growth is linear");
     }
