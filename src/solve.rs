@@ -469,19 +469,20 @@ impl Ode {
             Adjoint::Unrolled(_) => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
-        let Some(keeping) = self.adjoint.keeping(precision)?.filter(|keeping| keeping.is_every_state(grid.steps()))
-        else {
-            return unplanned("increments, or of a schedule that does not keep every state");
-        };
+        let mut outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        outputs.push(grid.steps());
+        outputs.sort_unstable();
+        outputs.dedup();
+        let Some(keeping) = self.adjoint.keeping(precision)? else { return unplanned("this adjoint") };
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),
             grid: &grid,
-            outputs: self.save_at.len().max(1),
+            outputs,
             precision,
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
             memory: discrete.stage_memory,
-            codec: keeping.codec.as_ref(),
+            keeping,
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),
