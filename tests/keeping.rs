@@ -292,3 +292,51 @@ fn outputs_on_the_way_count_whatever_is_kept() {
         }
     });
 }
+
+#[test]
+fn what_is_computed_again_has_the_same_bits_in_every_precision() {
+    let half = |dtype| Precision::new().compute(dtype);
+    for precision in [Precision::F32, half(DType::F16), half(DType::BF16), Precision::F16.storage(DType::F32)] {
+        let problem = mlp(DType::F32);
+        let ode = problem.ode(Rk4, precision);
+        let (all, _) = problem.gradients(&ode, Discrete::default());
+        for (name, discrete, _) in schedules() {
+            let (found, _) = problem.gradients(&ode, discrete);
+            assert!(all.iter().zip(&found).all(|(a, b)| bits(a) == bits(b)), "{name} in {precision:?}");
+        }
+    }
+    // Steps that were done again in F32 are computed again in F32: here f overflows in F16 half way.
+    let vars = VarMap::new();
+    let build = |vb: candle_nn::VarBuilder<'static>| vb.get(1, "gain");
+    let eval = |gain: &Tensor, _: &Time, y: &Tensor| (y.broadcast_mul(gain)?.sqr()? * 1e-3)? * 1e-3;
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+    sorted(&vars)["gain"].set(&Tensor::new(&[200f32], &Device::Cpu).unwrap()).unwrap();
+    let problem = Problem { vars, y0: Var::new(&[1.2f32, 0.5], &Device::Cpu).unwrap(), field };
+    let ode =
+        Ode::new(&problem.field).solver(Heun).span(0.0, 2.0).steps(STEPS).precision(Precision::F16.storage(DType::F32));
+    let ode = ode.on_overflow(OnOverflow::Retry);
+    let (all, solution) = problem.gradients(&ode, Discrete::default());
+    assert!(solution.stats().redone_steps > 0);
+    for (name, discrete, _) in schedules() {
+        let (found, _) = problem.gradients(&ode, discrete);
+        assert!(all.iter().zip(&found).all(|(a, b)| bits(a) == bits(b)), "{name} after an overflow");
+    }
+}
+
+#[test]
+fn steps_that_a_controller_chooses_are_computed_again_to_the_same_bits() {
+    let problem = mlp(DType::F64);
+    let ode = Ode::new(&problem.field).solver(Dopri5).span(0.1, 2.1).tolerances(1e-9, 1e-9).precision(Precision::F64);
+    let (all, solution) = problem.gradients(&ode, Discrete::default());
+    let steps = solution.stats().accepted_steps;
+    assert!(steps > 9, "{steps}");
+    for (name, discrete, schedule) in schedules() {
+        let (found, solution) = problem.gradients(&ode, discrete.clone());
+        assert!(all.iter().zip(&found).all(|(a, b)| bits(a) == bits(b)), "{name}");
+        let simulated = candle_ode::schedule::simulate(schedule.actions_online(steps), steps).unwrap();
+        let stats = solution.stats();
+        assert_eq!((stats.accepted_steps, stats.recomputed_steps), (steps, simulated.recomputed), "{name}");
+        let bytes = discrete.trajectory_bytes_online(&[problem.y0.shape().clone()], steps, Precision::F64);
+        assert_eq!(solution.trajectory_bytes(), bytes, "{name}");
+    }
+}

@@ -30,12 +30,12 @@ fn errors_of_codecs_are_those_of_the_model() {
     let table = String::from_utf8(output.stdout).unwrap();
     println!("{table}");
     let error = |setting: &str, codec: &str| -> f64 {
-        let (setting, longer) = match codec == "8-bit states" {
-            true => (setting.replace(",32,", ",64,").replace(",128,", ",256,"), true),
-            false => (setting.to_owned(), false),
+        let setting = match codec == "8-bit states" {
+            true => setting.replace(",32,", ",64,").replace(",128,", ",256,"),
+            false => setting.to_owned(),
         };
         let start = format!("{setting},{codec},");
-        let line = table.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{start} {longer}"));
+        let line = table.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("no line {start}"));
         line.rsplit(',').next().unwrap().parse().unwrap()
     };
     let mut wrong = vec![];
@@ -46,9 +46,9 @@ fn errors_of_codecs_are_those_of_the_model() {
                 wrong.push(format!("{setting}, {codec}: {found:e}, expected {expected:e}"));
             }
         }
-        // In the order of the model, where that tells them apart.
+        // In the order of the model, where they differ by more than draws of the weights do.
         for (a, b) in (0..6).flat_map(|a| (0..6).map(move |b| (a, b))) {
-            if expected[a] * 1.5 < expected[b] && found[a] >= found[b] {
+            if expected[a] * 2.0 < expected[b] && found[a] >= found[b] {
                 wrong.push(format!("{setting}: {} is not below {}", CODECS[a], CODECS[b]));
             }
         }
