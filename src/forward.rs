@@ -10,7 +10,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
-use crate::trajectory::{Codec, Trajectory};
+use crate::trajectory::{Keeping, Trajectory};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -59,7 +59,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) casts: Fallback,
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
-    pub(crate) codec: Option<Arc<dyn Codec>>,
+    pub(crate) keeping: Option<Keeping>,
     /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
     pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
@@ -97,7 +97,7 @@ impl Forward<'_> {
         Ok(match (adjoint, walked) {
             (Adjoint::Discrete(Discrete { stage_memory, .. }), Walked { trajectory: Some(trajectory), dtypes, .. }) => {
                 let passes = self.passes(dtypes, scaling);
-                Box::new(Recorded { passes, solver, trajectory, memory: *stage_memory })
+                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
             }
             (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), dtypes, .. }) => {
                 let passes = self.passes(dtypes, scaling);
@@ -173,33 +173,44 @@ impl<'a> Forward<'a> {
         let mut y = carry(solver, &if tracking { start.clone() } else { start.detach() });
         let mut walked = Walked {
             outputs: outputs.contains(&0).then(|| (0, visible(solver, &y))).into_iter().collect(),
-            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, y.clone())),
+            trajectory: None,
             anchors: self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype())),
             dtypes: vec![],
         };
         let steps = self.grid.steps();
+        let accumulate = self.precision.accumulate_dtype();
+        walked.trajectory = self.keeping.clone().map(|keeping| Trajectory::new(keeping, &y, Some(steps), accumulate));
         for n in 0..steps {
-            y = self.step(opened, n, &y, wide, suspects)?;
+            let after = self.step(opened, n, &y, wide, suspects)?;
             walked.dtypes.push(self.dtype(n, wide));
             count(&self.counters.accepted_steps);
             let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
+            let whole = |after: &State| match &walked.trajectory {
+                Some(trajectory) => trajectory.whole(after),
+                None => Ok(after.clone()),
+            };
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h, y: &visible(solver, &y) }).is_break(),
+                Some(observer) => {
+                    observer(StepInfo { index: n, t, h, y: &visible(solver, &whole(&after)?) }).is_break()
+                }
                 None => false,
             };
             let is_last = stop || n + 1 == steps;
             if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, visible(solver, &y)));
+                walked.outputs.push((n + 1, visible(solver, &whole(&after)?)));
             }
             if let Some(anchors) = &mut walked.anchors {
-                anchors.see(n + 1, &y, is_last);
+                anchors.see(n + 1, &after, is_last);
             }
-            if is_last {
-                break;
-            }
-            if let Some(trajectory) = &mut walked.trajectory {
-                self.keep(trajectory, n, &y, wide, suspects)?;
-            }
+            y = match &mut walked.trajectory {
+                Some(trajectory) if is_last => {
+                    self.finish(trajectory, n, &y, wide, suspects)?;
+                    break;
+                }
+                Some(trajectory) => self.keep(trajectory, n, &y, after, wide, suspects)?,
+                None if is_last => break,
+                None => after,
+            };
         }
         Ok(walked)
     }
@@ -239,25 +250,45 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// Keeps the state after step `n`; in F32 if it is known not to fit and that is wanted.
+    /// Goes on from the state `after` step `n`, which started at `before`, and keeps it if the schedule says so.
     fn keep(
         &self,
         trajectory: &mut Trajectory,
         n: usize,
-        y: &State,
+        before: &State,
+        after: State,
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<State> {
+        let dtype = trajectory.dtype();
+        let (y, finite) = trajectory.reach(n + 1, before, after, |finite| self.exactly(n, dtype, finite, wide))?;
+        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step: n }, finite)));
+        Ok(y)
+    }
+
+    /// Keeps the state from which step `n`, the last, has started.
+    fn finish(
+        &self,
+        trajectory: &mut Trajectory,
+        n: usize,
+        before: &State,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<()> {
-        let finite = trajectory.push(y)?;
+        let Some(step) = n.checked_sub(1) else { return Ok(()) };
+        let dtype = trajectory.dtype();
+        let finite = trajectory.finish(n, before, |finite| self.exactly(step, dtype, finite, wide))?;
+        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step }, finite)));
+        Ok(())
+    }
+
+    /// Whether what step `n` left behind is kept in the accumulate dtype: it does not fit the codec, or the step itself
+    /// needed more than the compute dtype.
+    fn exactly(&self, n: usize, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
         if finite.known_bad() && !wide.entries.contains(&n) {
             self.widen(Suspect::Entry { step: n }, wide)?;
         }
-        if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
-            trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else if !finite.known_good() {
-            suspects.push((Suspect::Entry { step: n }, finite));
-        }
-        Ok(())
+        Ok(wide.entries.contains(&n) || wide.steps.contains(&n) && kept.size_in_bytes() < 4)
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
@@ -285,7 +316,9 @@ impl<'a> Forward<'a> {
                 Ok(())
             }
             Suspect::Entry { step } => {
-                let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
+                // Integers have scales in F32.
+                let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
+                let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
                 let time = self.grid.times()[step + 1];
                 Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
             }

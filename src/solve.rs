@@ -1,7 +1,7 @@
 //! The front door: [`Ode`] is set up, [`Ode::solve`] goes forward, [`Solution`] is part of Candle's graph.
 
 use crate::State;
-use crate::adjoint::{Adjoint, Discrete};
+use crate::adjoint::Adjoint;
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
@@ -12,7 +12,6 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::States;
 use candle_core::{DType, Tensor};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -24,7 +23,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`] |
+/// | adjoint | [`Discrete`](crate::Discrete) |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -118,7 +117,7 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
     /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
@@ -201,12 +200,7 @@ impl Ode {
             self.field.params().cast(&self.inputs, compute, &device)?
         };
         add(&counters.casts, casts.count());
-        let codec = match &self.adjoint {
-            Adjoint::Discrete(Discrete { codec, .. }) => {
-                Some(codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))))
-            }
-            _ => None,
-        };
+        let keeping = self.adjoint.keeping(precision)?;
         let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),
@@ -217,7 +211,7 @@ impl Ode {
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
-            codec: codec.filter(|_| tracked),
+            keeping: keeping.filter(|_| tracked),
             anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
@@ -269,7 +263,10 @@ impl Ode {
             Adjoint::Unrolled(_) => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
-        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let Some(keeping) = self.adjoint.keeping(precision)?.filter(|keeping| keeping.is_every_state(grid.steps()))
+        else {
+            return unplanned("increments, or of a schedule that does not keep every state");
+        };
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),
@@ -278,7 +275,7 @@ impl Ode {
             precision,
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
             memory: discrete.stage_memory,
-            codec: codec.as_ref(),
+            codec: keeping.codec.as_ref(),
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),

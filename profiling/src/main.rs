@@ -9,6 +9,7 @@ mod plan;
 mod problem;
 mod run;
 mod show;
+mod study;
 mod table;
 mod watch;
 
@@ -57,6 +58,12 @@ enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Measures what a choice costs, and prints it as CSV.
+    Study {
+        /// Which choice.
+        #[command(subcommand)]
+        study: study::Study,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,6 +73,7 @@ fn main() -> ExitCode {
         Command::Compare(compare) => compare.run(),
         Command::Show(show) => show.run(),
         Command::Watch(watch) => return watch.run(),
+        Command::Study { study } => study.table().map_err(Into::into).and_then(|table| print(table.as_bytes())),
         Command::Completions { shell } => completions(shell),
     };
     match outcome {

@@ -21,7 +21,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Solver, StageMemory};
 use crate::time::TimeGrid;
 use crate::trajectory::Codec;
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
 use probe::Probed;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -136,11 +136,11 @@ impl Planned<'_> {
         let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
         let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
         let costs = self.costs(&start, &clock)?;
-        let numel = start.numel();
+        let shapes: Vec<Shape> = start.tensors().iter().map(|x| x.shape().clone()).collect();
         let sizes = Sizes {
             accumulate: start.bytes(accumulate),
             compute: start.bytes(compute),
-            entry: self.codec.bytes(numel),
+            entry: self.codec.bytes(&shapes),
             entry_is_state: self.codec.dtype() == accumulate,
             same_dtype: compute == accumulate,
             widened: widened.kept,
