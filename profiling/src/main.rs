@@ -53,16 +53,12 @@ enum Command {
     Show(show::Show),
     /// Runs a program that uses the crate's profiler, and draws its live bytes while it runs.
     Watch(watch::Watch),
+    /// Studies what the methods of the crate do: tables, CSV files and plots.
+    Study(study::Study),
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
-    },
-    /// Measures what a choice costs, and prints it as CSV.
-    Study {
-        /// Which choice.
-        #[command(subcommand)]
-        study: study::Study,
     },
 }
 
@@ -73,7 +69,7 @@ fn main() -> ExitCode {
         Command::Compare(compare) => compare.run(),
         Command::Show(show) => show.run(),
         Command::Watch(watch) => return watch.run(),
-        Command::Study { study } => study.table().map_err(Into::into).and_then(|table| print(table.as_bytes())),
+        Command::Study(study) => study.run(),
         Command::Completions { shell } => completions(shell),
     };
     match outcome {
