@@ -19,14 +19,14 @@ pub(crate) struct Study {
 
 #[derive(Subcommand)]
 enum Which {
+    /// Gradient errors of the codecs of the trajectory against F64, as CSV.
+    Codecs(codecs::Codecs),
     /// Solves three equations backwards, which cannot be: where the continuous adjoint fails and the discrete does not.
     Reversal(Output),
     /// How long the steps of reversible solvers may be, found by solving and from the roots of the step matrix.
     Stability(Output),
     /// Time against memory of a gradient, for every adjoint.
     Pareto(Output),
-    /// Gradient errors of the trajectory's codecs, printed as CSV.
-    Codecs(codecs::Codecs),
 }
 
 /// Where a study leaves its files.
@@ -40,16 +40,16 @@ struct Output {
 impl Study {
     pub(crate) fn run(&self) -> Result<()> {
         match &self.which {
+            Which::Codecs(codecs) => crate::print(codecs.table()?.as_bytes()),
             Which::Reversal(output) => reversal::run(output.folder()?),
             Which::Stability(output) => stability::run(output.folder()?),
             Which::Pareto(output) => pareto::run(output.folder()?),
-            Which::Codecs(codecs) => crate::print(codecs.table()?.as_bytes()),
         }
     }
 }
 
 impl Output {
-    /// The folder, which is there from here on.
+    /// The folder, made if need be.
     fn folder(&self) -> Result<&Path> {
         std::fs::create_dir_all(&self.out).map_err(|error| format!("{}: {error}", self.out.display()))?;
         Ok(&self.out)
