@@ -1,12 +1,12 @@
 //! The front door: [`Ode`] is set up, [`Ode::solve`] goes forward, [`Solution`] is part of Candle's graph.
 
 use crate::State;
-use crate::adjoint::Adjoint;
+use crate::adjoint::{Adjoint, Discrete};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
-use crate::memory::MemoryPlan;
 use crate::memory::plan::{Known, Planned};
+use crate::memory::{Choice, Choices, MemoryPlan};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -23,7 +23,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`](crate::Discrete) |
+/// | adjoint | [`Discrete`] |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -117,7 +117,7 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
     /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
@@ -178,6 +178,9 @@ impl Ode {
     /// Any [`OdeError`] that names what is wrong with the settings, y0, the parameters or the field.
     pub fn solve(&self, y0: impl Into<State>) -> Result<Solution> {
         let y0: State = y0.into();
+        if let Some(fitting) = self.within_budget(&y0)? {
+            return fitting.solve(y0);
+        }
         let grid = self.time_grid()?;
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check(y0.device())?;
@@ -284,6 +287,48 @@ impl Ode {
             known: &self.known,
         };
         planned.plan(&y0)
+    }
+
+    /// The choices that a [`budget`](Discrete::budget) has, each with its plan: the fewest calls of the field first.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.tanh());
+    /// let y0 = Var::ones((64, 32), candle_core::DType::F32, &Device::Cpu)?;
+    /// let choices = Ode::new(&field).span(0.0, 1.0).steps(64).choices(y0.as_tensor())?;
+    /// println!("{choices}");
+    /// let (first, last) = (&choices.0[0], choices.0.last().unwrap());
+    /// assert!(first.calls() < last.calls());
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn choices(&self, y0: impl Into<State>) -> Result<Choices> {
+        let (y0, steps): (State, usize) = (y0.into(), self.time_grid()?.steps());
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete.take_budget().map_or_else(|| discrete.clone(), |(_, plain)| plain),
+            _ => Discrete::default(),
+        };
+        let planned = discrete.choices(steps).into_iter().map(|(name, adjoint)| {
+            let plan = self.clone().adjoint(adjoint.clone()).plan(&y0)?;
+            Ok(Choice { name, adjoint, plan })
+        });
+        Ok(Choices::new(planned.collect::<Result<_>>()?))
+    }
+
+    /// Itself with what fits the budget, if there is one.
+    fn within_budget(&self, y0: &State) -> Result<Option<Self>> {
+        let Adjoint::Discrete(discrete) = &self.adjoint else { return Ok(None) };
+        let Some((budget, plain)) = discrete.take_budget() else { return Ok(None) };
+        let shapes: Vec<_> = y0.tensors().iter().map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
+        let (steps, solver) = (self.time_grid()?.steps(), self.solver.name());
+        let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
+        let settings = format!("{shapes:?} {steps} {solver} {precision:?} {:?} {plain:?} {budget}", self.save_at);
+        let chosen = self.known.choose(settings, || Ok(self.choices(y0)?.within(budget)?.adjoint.clone()))?;
+        Ok(Some(self.clone().adjoint(chosen)))
     }
 
     fn time_grid(&self) -> Result<TimeGrid> {
