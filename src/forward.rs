@@ -1,7 +1,13 @@
-//! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
+//! The forward pass: steps over the grid or as a controller says, keeps what the backward pass needs, checks what it is
+//! given.
+
+mod adaptive;
+
+pub(crate) use adaptive::Adaptive;
+use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -10,8 +16,8 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
-use crate::trajectory::{Keeping, Trajectory};
-use candle_core::{DType, Tensor};
+use crate::trajectory::{Encodes, Keeping, Trajectory};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
@@ -37,6 +43,8 @@ pub struct StepInfo<'a> {
     pub h: f64,
     /// The state at its end, in the accumulate dtype.
     pub y: &'a State,
+    /// The norm of its scaled error, where steps are adaptive.
+    pub error: Option<f64>,
 }
 
 /// Sees each step; `Break` stops the solve.
@@ -48,12 +56,40 @@ pub(crate) struct Checked {
     pub(crate) determinism: bool,
 }
 
+/// Where the steps of a solve come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Course {
+    /// They are given.
+    Grid(Clock),
+    /// A controller decides.
+    Adaptive(Box<Adaptive>),
+}
+
+impl Course {
+    /// Where the first step starts, and a later time.
+    fn ends(&self) -> (f64, f64) {
+        match self {
+            Self::Grid(clock) => (clock.times()[0], clock.times()[1]),
+            Self::Adaptive(adaptive) => (adaptive.start, adaptive.end),
+        }
+    }
+
+    /// Steps, where they are known.
+    pub(crate) fn steps(&self) -> Option<usize> {
+        match self {
+            Self::Grid(clock) => Some(clock.times().len() - 1),
+            Self::Adaptive(_) => None,
+        }
+    }
+}
+
 /// The settings of one forward pass.
 pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
     pub(crate) solver: Arc<dyn Solver>,
-    pub(crate) clock: Clock,
-    pub(crate) grid: &'a TimeGrid,
+    pub(crate) course: Course,
+    /// Whether the state after each step is handed out.
+    pub(crate) every: bool,
     pub(crate) precision: Precision,
     pub(crate) seed: u64,
     pub(crate) casts: Fallback,
@@ -74,13 +110,15 @@ pub(crate) struct Walked {
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
     pub(crate) anchors: Option<Anchors>,
+    /// The steps that were taken.
+    pub(crate) clock: Clock,
     dtypes: Vec<DType>,
 }
 
 impl Walked {
-    /// Steps that were taken.
-    pub(crate) fn steps(&self) -> usize {
-        self.dtypes.len()
+    /// The ends of the steps that were taken, the start included.
+    pub(crate) fn times(&self) -> &[f64] {
+        &self.clock.times()[..=self.dtypes.len()]
     }
 }
 
@@ -92,22 +130,24 @@ impl Forward<'_> {
         start: &State,
         adjoint: &Adjoint,
         scaling: AdjointScaling,
+        moments: Vec<Moments>,
     ) -> Result<Box<dyn Reverse>> {
-        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.steps());
-        Ok(match (adjoint, walked) {
-            (Adjoint::Discrete(Discrete { stage_memory, .. }), Walked { trajectory: Some(trajectory), dtypes, .. }) => {
-                let passes = self.passes(dtypes, scaling);
+        let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
+        let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
+        Ok(match (adjoint, trajectory, anchors) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
             }
-            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), dtypes, .. }) => {
-                let passes = self.passes(dtypes, scaling);
+            (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
             }
-            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), dtypes, .. }) => {
-                let back = adjoint.back(solver.as_ref(), self.grid, steps)?;
+            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
+                let back = adjoint.back(solver.as_ref(), &times)?;
                 let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
                 let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
-                let passes = Passes { clock, ..self.passes(dtypes, scaling) };
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Backsolved { passes, solver, back, start, end })
             }
             _ => {
@@ -117,9 +157,10 @@ impl Forward<'_> {
         })
     }
 
-    fn passes(self, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
-        let Self { field, clock, precision, seed, casts, counters, .. } = self;
-        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
+        let Self { field, precision, seed, casts, counters, .. } = self;
+        let redo = Mutex::new(None);
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
     }
 }
 
@@ -138,9 +179,9 @@ enum Suspect {
 }
 
 impl<'a> Forward<'a> {
-    /// Walks the grid from `start` (accumulate dtype), handing out the states at `outputs` and the last.
-    pub(crate) fn run(self, start: &State, outputs: &[usize]) -> Result<(Walked, Self)> {
-        let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.grid.steps()).entered();
+    /// Walks from `start` (accumulate dtype), handing out the states at the times `outputs` and the last.
+    pub(crate) fn run(self, start: &State, outputs: &[f64]) -> Result<(Walked, Self)> {
+        let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.course.steps()).entered();
         let mut wide = Wide::default();
         let walked = {
             let probed = if self.field.needs_probe() { Some(self.probe(start)?) } else { None };
@@ -153,7 +194,7 @@ impl<'a> Forward<'a> {
                 let read = Finite::read(&flags)?;
                 match places.into_iter().zip(read).find(|(_, finite)| !finite) {
                     None => break walked,
-                    Some((suspect, _)) => self.widen(suspect, &mut wide)?,
+                    Some((suspect, _)) => self.widen(suspect, &walked.clock, &mut wide)?,
                 }
             }
         };
@@ -164,61 +205,79 @@ impl<'a> Forward<'a> {
         &self,
         opened: &mut Opened<'_>,
         start: &State,
-        outputs: &[usize],
+        outputs: &[f64],
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
-        let tracking = self.opening == Opening::Track;
         let solver = self.solver.as_ref();
-        let mut y = carry(solver, &if tracking { start.clone() } else { start.detach() });
-        let mut walked = Walked {
-            outputs: outputs.contains(&0).then(|| (0, visible(solver, &y))).into_iter().collect(),
-            trajectory: None,
-            anchors: self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype())),
-            dtypes: vec![],
+        let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
+        let (steps, accumulate) = (self.course.steps(), self.precision.accumulate_dtype());
+        let keeping = self.keeping.clone();
+        let mut trajectory = keeping.map(|keeping| Trajectory::new(keeping, &y, steps, accumulate));
+        let mut anchors = self.anchors.map(|every| Anchors::new(every, accumulate));
+        let mut reached: Vec<(usize, State)> = vec![];
+        if self.every || outputs.contains(&self.course.ends().0) {
+            reached.push((0, visible(solver, &y)));
+        }
+        let mut dtypes = vec![];
+        let mut pace = match &self.course {
+            Course::Grid(clock) => Pace::Grid(clock),
+            Course::Adaptive(adaptive) => Pace::Adaptive(Stepper::new(self, adaptive, opened, &y)?),
         };
-        let steps = self.grid.steps();
-        let accumulate = self.precision.accumulate_dtype();
-        walked.trajectory = self.keeping.clone().map(|keeping| Trajectory::new(keeping, &y, Some(steps), accumulate));
-        for n in 0..steps {
-            let after = self.step(opened, n, &y, wide, suspects)?;
-            walked.dtypes.push(self.dtype(n, wide));
+        for n in 0.. {
+            let (after, error) = match &mut pace {
+                Pace::Grid(clock) => {
+                    let after = self.step(opened, clock, n, &y, wide, suspects)?;
+                    dtypes.push(self.dtype(n, wide));
+                    (after, None)
+                }
+                Pace::Adaptive(stepper) => {
+                    let accepted = stepper.step(self, opened, &y, &reached)?;
+                    dtypes.push(accepted.dtype);
+                    (accepted.y, Some(accepted.error))
+                }
+            };
             count(&self.counters.accepted_steps);
-            let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
-            let whole = |after: &State| match &walked.trajectory {
-                Some(trajectory) => trajectory.whole(after),
-                None => Ok(after.clone()),
+            let (from, t) = pace.ends(n);
+            let whole = |after: &State| match &trajectory {
+                Some(trajectory) => Ok(visible(solver, &trajectory.whole(after)?)),
+                None => Ok::<_, OdeError>(visible(solver, after)),
             };
             let stop = match self.observer {
-                Some(observer) => {
-                    observer(StepInfo { index: n, t, h, y: &visible(solver, &whole(&after)?) }).is_break()
-                }
+                Some(observer) => observer(StepInfo { index: n, t, h: t - from, y: &whole(&after)?, error }).is_break(),
                 None => false,
             };
-            let is_last = stop || n + 1 == steps;
-            if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, visible(solver, &whole(&after)?)));
+            let is_last = stop || Some(t) == pace.end();
+            if is_last || self.every || outputs.contains(&t) {
+                reached.push((n + 1, whole(&after)?));
             }
-            if let Some(anchors) = &mut walked.anchors {
+            if let Some(anchors) = &mut anchors {
                 anchors.see(n + 1, &after, is_last);
             }
-            y = match &mut walked.trajectory {
-                Some(trajectory) if is_last => {
-                    self.finish(trajectory, n, &y, wide, suspects)?;
-                    break;
+            y = match &mut trajectory {
+                Some(trajectory) => {
+                    let taken = Taken { n, pace: &pace, dtypes: &dtypes };
+                    if is_last {
+                        self.finish(trajectory, &taken, &y, wide, suspects)?;
+                        break;
+                    }
+                    let next = self.keep(trajectory, &taken, &y, after, wide, suspects)?;
+                    pace.goes_on_from(trajectory.encodes());
+                    next
                 }
-                Some(trajectory) => self.keep(trajectory, n, &y, after, wide, suspects)?,
                 None if is_last => break,
                 None => after,
             };
         }
-        Ok(walked)
+        let clock = pace.into_clock(self, start.device())?;
+        Ok(Walked { outputs: reached, trajectory, anchors, clock, dtypes })
     }
 
     /// One step; again in F32 if it is known to overflow and that is wanted.
     fn step(
         &self,
         opened: &mut Opened<'_>,
+        clock: &Clock,
         n: usize,
         y: &State,
         wide: &mut Wide,
@@ -226,22 +285,13 @@ impl<'a> Forward<'a> {
     ) -> Result<State> {
         loop {
             let dtype = self.dtype(n, wide);
-            let at = self.clock.step(n, dtype);
+            let at = clock.step(n, dtype);
             let _span =
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
-            let slopes = match self.opening {
-                Opening::Track => Slopes::Keep,
-                Opening::Evaluate | Opening::Probe | Opening::Linearize => Slopes::Refuse,
-            };
-            let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes);
-            let step = self.solver.step(&stages, &at, y)?;
-            let mut finite = step.finite;
-            let end = step.y.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
-            // Whatever the solver says of its stages, the end of the step counts with the last of them.
-            let last = finite.pop().unwrap_or_default();
-            finite.push(end.into_iter().fold(last, Finite::and));
+            let step = self.solver.step(&self.stages(opened, dtype)?, &at, y)?;
+            let finite = with_end(step.finite, &step.y)?;
             if let Some(stage) = finite.iter().position(Finite::known_bad) {
-                self.widen(Suspect::Slope { step: n, stage }, wide)?;
+                self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
                 continue;
             }
             let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
@@ -250,79 +300,96 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// Goes on from the state `after` step `n`, which started at `before`, and keeps it if the schedule says so.
+    /// The field as the stages of a step in `dtype` see it.
+    fn stages<'b>(&'b self, opened: &'b mut Opened<'_>, dtype: DType) -> Result<Stages<'b>> {
+        let slopes = if self.is_tracking() { Slopes::Keep } else { Slopes::Refuse };
+        Ok(Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes))
+    }
+
+    /// Whether the pass runs in Candle's own graph.
+    fn is_tracking(&self) -> bool {
+        self.opening == Opening::Track
+    }
+
+    /// Goes on from the state `after` the step just taken, which started at `before`, and keeps it if the schedule says
+    /// so.
     fn keep(
         &self,
         trajectory: &mut Trajectory,
-        n: usize,
+        taken: &Taken<'_>,
         before: &State,
         after: State,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<State> {
-        let dtype = trajectory.dtype();
-        let (y, finite) = trajectory.reach(n + 1, before, after, |finite| self.exactly(n, dtype, finite, wide))?;
-        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step: n }, finite)));
+        let (n, dtype) = (taken.n, trajectory.dtype());
+        let exactly = |finite: &Finite| self.exactly(n, taken, dtype, finite, wide);
+        let (y, finite) = trajectory.reach(n + 1, before, after, exactly)?;
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step: n }, finite));
+        }
         Ok(y)
     }
 
-    /// Keeps the state from which step `n`, the last, has started.
+    /// Keeps the state from which the last step has started.
     fn finish(
         &self,
         trajectory: &mut Trajectory,
-        n: usize,
+        taken: &Taken<'_>,
         before: &State,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<()> {
-        let Some(step) = n.checked_sub(1) else { return Ok(()) };
+        let Some(step) = taken.n.checked_sub(1) else { return Ok(()) };
         let dtype = trajectory.dtype();
-        let finite = trajectory.finish(n, before, |finite| self.exactly(step, dtype, finite, wide))?;
-        suspects.extend((!finite.known_good()).then_some((Suspect::Entry { step }, finite)));
+        let exactly = |finite: &Finite| self.exactly(step, taken, dtype, finite, wide);
+        let finite = trajectory.finish(taken.n, before, exactly)?;
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step }, finite));
+        }
         Ok(())
     }
 
     /// Whether what step `n` left behind is kept in the accumulate dtype: it does not fit the codec, or the step itself
     /// needed more than the compute dtype.
-    fn exactly(&self, n: usize, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
+    fn exactly(&self, n: usize, taken: &Taken<'_>, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
         if finite.known_bad() && !wide.entries.contains(&n) {
-            self.widen(Suspect::Entry { step: n }, wide)?;
+            self.widen_entry(n, taken.pace.ends(n).1, wide)?;
         }
-        Ok(wide.entries.contains(&n) || wide.steps.contains(&n) && kept.size_in_bytes() < 4)
+        let was_widened = taken.dtypes[n] != self.precision.compute_dtype();
+        Ok(wide.entries.contains(&n) || was_widened && kept.size_in_bytes() < 4)
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
-    fn widen(&self, suspect: Suspect, wide: &mut Wide) -> Result<()> {
-        let retry = self.overflow == OnOverflow::Retry;
-        match suspect {
-            Suspect::Slope { step, stage } => {
-                let dtype = self.dtype(step, wide);
-                if retry && dtype.size_in_bytes() < 4 && !matches!(self.opening, Opening::Track) {
-                    count(&self.counters.redone_steps);
-                    wide.steps.insert(step);
-                    return Ok(());
-                }
-                let hint = match dtype {
-                    DType::F16 | DType::BF16 => {
-                        "use .on_overflow(OnOverflow::Retry), Precision::BF16 or a smaller step"
-                    }
-                    _ => "the solution grows beyond all bounds, or f has a pole: use smaller steps, or look at f there",
-                };
-                let place = self.clock.step(step, dtype).place(stage);
-                Err(OdeError::Overflow { pass: PassKind::Forward, place, hint })
-            }
-            Suspect::Entry { step } if retry => {
-                wide.entries.insert(step);
-                Ok(())
-            }
-            Suspect::Entry { step } => {
-                // Integers have scales in F32.
-                let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
-                let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
-                let time = self.grid.times()[step + 1];
-                Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
-            }
+    fn widen(&self, suspect: Suspect, clock: &Clock, wide: &mut Wide) -> Result<()> {
+        let (step, stage) = match suspect {
+            Suspect::Slope { step, stage } => (step, stage),
+            Suspect::Entry { step } => return self.widen_entry(step, clock.times()[step + 1], wide),
+        };
+        let dtype = self.dtype(step, wide);
+        if self.overflow == OnOverflow::Retry && dtype.size_in_bytes() < 4 && !self.is_tracking() {
+            count(&self.counters.redone_steps);
+            wide.steps.insert(step);
+            return Ok(());
         }
+        let hint = match dtype {
+            DType::F16 | DType::BF16 => "use .on_overflow(OnOverflow::Retry), Precision::BF16 or a smaller step",
+            _ => "the solution grows beyond all bounds, or f has a pole: use smaller steps, or look at f there",
+        };
+        let place = clock.step(step, dtype).place(stage);
+        Err(OdeError::Overflow { pass: PassKind::Forward, place, hint })
+    }
+
+    /// The same for the kept state after step `step`, at `time`.
+    fn widen_entry(&self, step: usize, time: f64, wide: &mut Wide) -> Result<()> {
+        if self.overflow == OnOverflow::Retry {
+            wide.entries.insert(step);
+            return Ok(());
+        }
+        // Integers have scales in F32.
+        let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
+        let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
+        Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
     }
 
     fn dtype(&self, step: usize, wide: &Wide) -> DType {
@@ -352,17 +419,74 @@ impl<'a> Forward<'a> {
             Some(slope) => slope,
             None => self.first_slope(field, start)?,
         };
-        check_same_bits(self.grid.times()[0], &first, &second)
+        check_same_bits(self.course.ends().0, &first, &second)
     }
 
     fn first_slope(&self, field: &dyn VectorField, start: &State) -> Result<State> {
         let compute = self.precision.compute_dtype();
-        let at = self.clock.step(0, compute);
+        let (t, end) = self.course.ends();
+        let clock = Clock::new(&TimeGrid::new(vec![t, end])?, self.solver.nodes(), start.device());
+        let at = clock.step(0, compute);
         let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
         // The unrolled graph reaches captured tensors by itself.
         let slopes = if self.opening == Opening::Track { Slopes::Cut } else { Slopes::Refuse };
         Stages::new(field, self.precision.accumulate_dtype(), &self.counters, slopes).slope(&at, 0, &y)
     }
+}
+
+/// A step that was taken, after those before it.
+struct Taken<'a> {
+    n: usize,
+    pace: &'a Pace<'a>,
+    dtypes: &'a [DType],
+}
+
+/// The steps of one walk.
+enum Pace<'a> {
+    Grid(&'a Clock),
+    Adaptive(Stepper<'a>),
+}
+
+impl Pace<'_> {
+    /// The ends of step `n`, which has been taken.
+    fn ends(&self, n: usize) -> (f64, f64) {
+        let times = match self {
+            Self::Grid(clock) => clock.times(),
+            Self::Adaptive(stepper) => stepper.times(),
+        };
+        (times[n], times[n + 1])
+    }
+
+    /// Where the last step ends.
+    fn end(&self) -> Option<f64> {
+        match self {
+            Self::Grid(clock) => clock.times().last().copied(),
+            Self::Adaptive(stepper) => Some(stepper.end()),
+        }
+    }
+
+    /// The next step starts where a codec of that kind lets it.
+    fn goes_on_from(&mut self, encodes: Encodes) {
+        if let (Self::Adaptive(stepper), Encodes::Increments) = (self, encodes) {
+            stepper.forget_first();
+        }
+    }
+
+    /// The steps that were taken, and of a grid the rest.
+    fn into_clock(self, forward: &Forward<'_>, device: &Device) -> Result<Clock> {
+        match self {
+            Self::Grid(clock) => Ok(clock.clone()),
+            Self::Adaptive(stepper) => stepper.into_clock(forward, device),
+        }
+    }
+}
+
+/// Whatever a solver says of its stages, the end of the step counts with the last of them.
+fn with_end(mut finite: Vec<Finite>, end: &State) -> Result<Vec<Finite>> {
+    let end = end.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
+    let last = finite.pop().unwrap_or_default();
+    finite.push(end.into_iter().fold(last, Finite::and));
+    Ok(finite)
 }
 
 /// The copies that a probe was given must still hold what they were copied from.

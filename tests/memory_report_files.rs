@@ -2,37 +2,15 @@
 
 #[path = "common/counted.rs"]
 mod counted;
+#[path = "common/two_passes.rs"]
+mod two_passes;
 
-use candle_core::Device;
 use candle_ode::OdeError;
-use candle_ode::account::{Category, Owned};
-use candle_ode::memory::{MemoryProfiler, MemoryReport, SCHEMA};
-use counted::{Counted, alone};
+use candle_ode::account::Category;
+use candle_ode::memory::{MemoryReport, SCHEMA};
+use counted::alone;
 use std::path::Path;
-
-/// Two passes of three steps, each of which needs 100 bytes more than the one before.
-fn report(span_limit: usize) -> MemoryReport {
-    let memory = Counted::default();
-    let profiler = MemoryProfiler::new(&Device::Cpu).meter(memory.clone()).span_limit(span_limit);
-    let (recording, _guard) = profiler.set("solver", "rk4").set("steps", 3).install_scoped().unwrap();
-    let owned = Owned::new(Category::Trajectory, 64);
-    for pass in ["forward", "backward"] {
-        let _pass = match pass {
-            "forward" => tracing::debug_span!(target: "candle_ode", "forward"),
-            _ => tracing::debug_span!(target: "candle_ode", "backward"),
-        }
-        .entered();
-        for index in 0..3u64 {
-            let t = index as f64 / 3.0;
-            let _step = tracing::debug_span!(target: "candle_ode", "step", index, t, h = 1.0 / 3.0).entered();
-            let bytes = 100 * (index as i64 + 1);
-            tracing::trace_span!(target: "candle_ode", "field").in_scope(|| memory.add(bytes));
-            memory.add(-bytes);
-        }
-    }
-    drop(owned);
-    recording.finish().unwrap()
-}
+use two_passes::report;
 
 fn complaint(path: &Path) -> String {
     match MemoryReport::load(path) {
@@ -78,7 +56,7 @@ fn only_the_latest_spans_are_kept() {
     let passes: Vec<_> = report.passes.iter().map(|pass| (pass.pass.as_str(), pass.complete)).collect();
     assert_eq!(passes, [("forward", false), ("backward", true)]);
     assert_eq!(report.names.iter().map(|total| total.count).sum::<u64>(), 14, "sums by name count all");
-    assert_eq!(self::report(0).spans.len(), 0);
+    assert_eq!(two_passes::report(0).spans.len(), 0);
 }
 
 #[test]

@@ -96,6 +96,11 @@ macro_rules! orders {
     };
 }
 
+/// The coupling settles over 1/(1 − c) steps, before which the order does not show: 5 here.
+fn coupled<M: candle_ode::ExplicitRungeKutta>(base: M) -> Reversible<M> {
+    Reversible::new(base).coupling(0.8).unwrap()
+}
+
 orders! {
     euler_has_order_1: Euler, LOW,
     midpoint_has_order_2: Midpoint, LOW,
@@ -104,6 +109,11 @@ orders! {
     rk3_has_order_3: Rk3, MIDDLE,
     bosh3_has_order_3: Bosh3, MIDDLE,
     rk4_has_order_4: Rk4, MIDDLE,
+    reversible_euler_has_order_1: coupled(Euler), cases(Problem::Rational, 2.0, [384; 3]),
+    reversible_midpoint_has_order_2: coupled(Midpoint), LOW,
+    reversible_rk3_has_order_3: coupled(Rk3), cases(Problem::Rational, 2.0, [128; 3]),
+    reversible_rk4_has_order_4: coupled(Rk4), MIDDLE,
+    reversible_heun_has_order_2: ReversibleHeun, LOW,
     the_three_eighths_rule_has_order_4: ThreeEighths, MIDDLE,
     dopri5_has_order_5: Dopri5, cases(Problem::Tangent, 3.0, [12, 12, 32]),
     tsit5_has_order_5: Tsit5, [

@@ -1,12 +1,44 @@
 //! `memory-report show`: one report as tables. Bytes of spans and passes are above the baseline.
 
+use crate::failure::Result;
 use crate::table::{Table, above, bytes, time};
 use candle_ode::memory::{MemoryReport, PassReport, StepReport};
+use clap::Args;
+use std::path::PathBuf;
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  memory-report show out/cnf/memory.json
+  memory-report show out/cnf/memory.json --steps
+  memory-report show out/cnf/memory.json --out out/cnf/memory";
+
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Show {
+    /// The report, a JSON file.
+    file: PathBuf,
+    /// Prints every step of every pass too.
+    #[arg(long)]
+    steps: bool,
+    /// Writes report.json, report.csv, trace.json (for Perfetto) and report.html into this folder too.
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+}
+
+impl Show {
+    pub(crate) fn run(&self) -> Result<()> {
+        let report = MemoryReport::load(&self.file)?;
+        if let Some(folder) = &self.out {
+            report.save_all(folder)?;
+        }
+        crate::print(text(&report, self.steps).as_bytes())
+    }
+}
 
 /// How many passes and spans of a report are printed; a training run has thousands.
 const MOST_ROWS: usize = 20;
 
-pub(crate) fn text(report: &MemoryReport, steps: bool) -> String {
+fn text(report: &MemoryReport, steps: bool) -> String {
     let mut sections = vec![environment(report), counters(report), owned(report), names(report)];
     if !report.passes.is_empty() {
         sections.push(passes(report));

@@ -7,11 +7,33 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn new<const N: usize>(head: [&str; N]) -> Self {
-        Self { rows: vec![head.map(str::to_owned).to_vec()] }
+        Self::of(head.map(str::to_owned).to_vec())
+    }
+
+    /// With as many columns as it turns out to need.
+    pub(crate) fn of(head: Vec<String>) -> Self {
+        Self { rows: vec![head] }
     }
 
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.to_vec());
+        self.add(cells.to_vec());
+    }
+
+    pub(crate) fn add(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    /// As a Markdown table.
+    pub(crate) fn markdown(&self) -> String {
+        let line = |cells: &[String]| {
+            let cells: Vec<_> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
+            format!("| {} |\n", cells.join(" | "))
+        };
+        let mut lines = self.rows.iter().map(|row| line(row));
+        let head = lines.next().unwrap_or_default();
+        let columns = self.rows.first().map_or(0, Vec::len);
+        let rule = format!("|---|{}\n", "---:|".repeat(columns.saturating_sub(1)));
+        std::iter::once(head).chain(std::iter::once(rule)).chain(lines).collect()
     }
 
     pub(crate) fn text(&self) -> String {
@@ -81,5 +103,7 @@ mod tests {
         let mut table = Table::new(["a", "bytes"]);
         table.row(["longer".to_owned(), "1".to_owned()]);
         assert_eq!(table.text(), "  a       bytes\n  longer      1\n");
+        table.row(["a|b".to_owned(), "2".to_owned()]);
+        assert_eq!(table.markdown(), "| a | bytes |\n|---|---:|\n| longer | 1 |\n| a\\|b | 2 |\n");
     }
 }

@@ -6,6 +6,7 @@ mod drift;
 mod lambda;
 mod passes;
 mod reconstruct;
+mod times;
 
 pub use backsolve::Backsolve;
 pub(crate) use backsolve::Backsolved;
@@ -13,11 +14,11 @@ pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
 pub use reconstruct::Reconstruct;
 pub(crate) use reconstruct::{Anchors, Reconstructed};
+pub(crate) use times::Moments;
 
 use crate::Precision;
 use crate::State;
-use crate::error::OdeError;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::solver::{Solver, StageMemory};
 use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule, Slot};
 use crate::trajectory::{Codec, Keeping, States, kept_bytes};
@@ -152,7 +153,7 @@ impl Discrete {
         kept_bytes(&self.keeping(precision), shapes, steps, false, precision.accumulate_dtype())
     }
 
-    fn keeping(&self, precision: Precision) -> Keeping {
+    pub(crate) fn keeping(&self, precision: Precision) -> Keeping {
         Keeping {
             codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),
             schedule: self.schedule.clone().unwrap_or_else(|| Arc::new(KeepAll)),

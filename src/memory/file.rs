@@ -14,6 +14,30 @@ const OPENING: &str = r#"{"schema":"candle-ode/memory-report/"#;
 const FAMILY: &str = "candle-ode/memory-report/";
 
 impl MemoryReport {
+    /// The format of [`json`](Self::json) as a JSON Schema (draft 2020-12).
+    pub const JSON_SCHEMA: &str = include_str!("report/schema.json");
+
+    /// The report as JSON, which [`load`](Self::load) reads.
+    pub fn json(&self) -> String {
+        // Every map of a report has text for keys, and writing to memory does not fail.
+        serde_json::to_string(self).unwrap_or_else(|error| unreachable!("{error}"))
+    }
+
+    /// Writes every format into a folder, which is made if need be: `report.json` ([`json`](Self::json)), `report.csv`
+    /// ([`csv`](Self::csv)), `trace.json` ([`chrome_trace`](Self::chrome_trace)), `report.html` ([`html`](Self::html)).
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Io`] if the folder or a file cannot be written; each file is there whole or as it was.
+    pub fn save_all(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        fs::create_dir_all(folder).map_err(|source| OdeError::Io { path: folder.to_owned(), source })?;
+        self.save(folder.join("report.json"))?;
+        let rest = [("report.csv", self.csv()), ("trace.json", self.chrome_trace()), ("report.html", self.html())];
+        rest.iter()
+            .try_for_each(|(name, text)| crate::file::write_bytes_atomically(&folder.join(name), text.as_bytes()))
+    }
+
     /// Writes the report as JSON: beside `path` first, then renamed, so that a crash leaves an earlier file whole.
     ///
     /// # Errors
@@ -35,7 +59,16 @@ impl MemoryReport {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = fs::read(path).map_err(|source| OdeError::Io { path: path.to_owned(), source })?;
-        parse(&bytes).map_err(|reason| OdeError::Format { path: path.to_owned(), reason })
+        Self::parse(&bytes, path)
+    }
+
+    /// The report that `bytes` are; `path` is where they are from, for errors.
+    ///
+    /// # Errors
+    ///
+    /// [`OdeError::Format`] as [`load`](Self::load).
+    pub fn parse(bytes: &[u8], path: impl AsRef<Path>) -> Result<Self> {
+        parse(bytes).map_err(|reason| OdeError::Format { path: path.as_ref().to_owned(), reason })
     }
 }
 

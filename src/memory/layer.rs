@@ -4,6 +4,7 @@
 //! here. It decides nothing for other layers: give those their own filters
 //! ([`Layer::with_filter`](tracing_subscriber::Layer::with_filter)).
 
+use super::feed::Sample;
 use super::ledger::Ledger;
 use super::recorder::{Fields, Recorder};
 use super::span;
@@ -67,6 +68,11 @@ impl Shared {
     pub(super) fn read<R>(&self, ask: impl FnOnce(&mut Recorder, u32) -> Result<R>) -> Result<R> {
         let thread = thread_number();
         self.recorder().as_mut().map_or_else(|| Err(ended()), |recorder| ask(recorder, thread))
+    }
+
+    /// The recording under way as of its last boundary.
+    pub(super) fn sample(&self) -> Option<Sample> {
+        self.recorder().as_ref().map(Recorder::sample)
     }
 
     /// Takes the recorder out; from here on spans are ignored, and the ledger goes on counting.

@@ -32,6 +32,7 @@
 
 mod books;
 mod composition;
+mod feed;
 mod file;
 mod layer;
 mod ledger;
@@ -45,6 +46,7 @@ pub mod span;
 mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
+pub use feed::FEED;
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
@@ -54,6 +56,6 @@ pub use plan::{Choice, Choices, MemoryPlan};
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, PassReport, RunKind, SCHEMA, SpanReport,
+    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, Page, PassReport, RunKind, SCHEMA, SpanReport,
     StepReport, Totals,
 };

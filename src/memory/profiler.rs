@@ -1,5 +1,6 @@
 //! The profiler: a meter and the layer put together, and a recording begun.
 
+use super::feed::Feed;
 use super::layer::{Filter, MemoryLayer, Shared};
 use super::meter::{HeapMeter, Meter, ProcessMeter, TrackingAllocator, meter_for};
 use super::recorder::Recorder;
@@ -167,10 +168,11 @@ impl MemoryProfiler {
         let others = other_meters(&self.device, meter.name())?;
         let environment = Environment::of(&self.device, self.settings);
         shared.choose(self.filter);
+        let feed = Feed::open(&shared, meter.name())?;
         shared
             .begin(|ledger| Recorder::start(meter, self.span_limit, |category| ledger.live(category)))?
             .ok_or_else(under_way)?;
-        Ok(Recording { shared, others, run: self.run, environment, _claim: claim })
+        Ok(Recording { shared, others, run: self.run, environment, feed, _claim: claim })
     }
 }
 

@@ -11,6 +11,7 @@
 
 use super::books::Books;
 use super::composition::{Composition, Moment, Part, Timeline};
+use super::feed::Sample;
 use super::meter::{Meter, Reading};
 use super::span;
 use crate::account::{Category, TARGET};
@@ -245,6 +246,12 @@ impl Recorder {
     /// What is live, as of the last boundary.
     pub(super) fn composition(&self) -> Composition {
         self.books.now()
+    }
+
+    /// As of the last boundary; the meter is not read.
+    pub(super) fn sample(&self) -> Sample {
+        let above = |bytes: i64| bytes - self.baseline as i64;
+        Sample { time: self.now(), live: above(self.books.now().total()), peak: above(self.peak as i64) }
     }
 
     /// Ends the recording; spans still open end now.

@@ -1,6 +1,7 @@
 //! A recording under way: what it says while it runs, and the report at its end.
 
 use super::composition::Composition;
+use super::feed::Feed;
 use super::layer::{Shared, thread_number};
 use super::ledger::Ledger;
 use super::meter::Meter;
@@ -58,6 +59,7 @@ pub struct Recording {
     pub(super) others: Vec<(Box<dyn Meter>, u64)>,
     pub(super) run: RunKind,
     pub(super) environment: Environment,
+    pub(super) feed: Option<Feed>,
     pub(super) _claim: Option<Claim>,
 }
 
@@ -102,7 +104,9 @@ impl Recording {
     /// # Errors
     ///
     /// [`OdeError::Meter`] if the meter could not be read, now or at some span.
-    pub fn finish(self) -> Result<MemoryReport> {
+    pub fn finish(mut self) -> Result<MemoryReport> {
+        // It tells how the recording ends, so it goes before.
+        self.feed = None;
         let finished = self.shared.end()?.finish(thread_number())?;
         let mut counters = vec![Counter {
             name: finished.meter.name().to_owned(),
@@ -122,6 +126,7 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
+        self.feed = None;
         // Already gone if the recording was finished.
         let _ = self.shared.end();
     }

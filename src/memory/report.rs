@@ -3,6 +3,12 @@
 //! Bytes are the meter's own readings; subtract the baseline for what the recording added. Times are nanoseconds since
 //! recording began. Owned bytes come from the ledger and are exact.
 
+mod chrome;
+mod csv;
+mod html;
+
+pub use html::Page;
+
 use super::composition::{Moment, Timeline};
 use super::ledger::Ledger;
 use super::recorder::{Finished, NameTotal, Record};

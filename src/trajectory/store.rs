@@ -1,6 +1,7 @@
 //! What a forward pass keeps as it goes, and hands over to the backward pass.
 
 use super::Keeping;
+use super::codec::Encodes;
 use super::schedule::{Action, Sweep};
 use super::slots::Slots;
 use crate::State;
@@ -72,6 +73,11 @@ impl Trajectory {
             true => self.slots.keep(n, before, exactly),
             false => Ok(Finite::default()),
         }
+    }
+
+    /// What the codec is given.
+    pub(crate) fn encodes(&self) -> Encodes {
+        self.keeping.codec.encodes()
     }
 
     /// The dtype entries are kept in.

@@ -1,21 +1,67 @@
-//! Studies: tables of what the crate's choices cost, made by the crate itself.
+//! Studies: what the methods of candle-ode do, as tables, CSV files and plots.
 
 mod codecs;
+mod pareto;
+mod plot;
+mod reversal;
+mod stability;
 
-use clap::Subcommand;
+use crate::failure::Result;
+use clap::{Args, Subcommand};
+use std::path::{Path, PathBuf};
 
-/// Which study.
+/// The verb `study`.
+#[derive(Args)]
+pub(crate) struct Study {
+    #[command(subcommand)]
+    which: Which,
+}
+
 #[derive(Subcommand)]
-pub(crate) enum Study {
-    /// Gradient errors of the trajectory's codecs, as CSV.
+enum Which {
+    /// Gradient errors of the codecs of the trajectory against F64, as CSV.
     Codecs(codecs::Codecs),
+    /// Solves three equations backwards, which cannot be: where the continuous adjoint fails and the discrete does not.
+    Reversal(Output),
+    /// How long the steps of reversible solvers may be, found by solving and from the roots of the step matrix.
+    Stability(Output),
+    /// Time against memory of a gradient, for every adjoint.
+    Pareto(Output),
+}
+
+/// Where a study leaves its files.
+#[derive(Args)]
+struct Output {
+    /// The folder for CSV and SVG; it is made if need be.
+    #[arg(long, default_value = "out/study")]
+    out: PathBuf,
 }
 
 impl Study {
-    /// The table.
-    pub(crate) fn table(self) -> candle_ode::Result<String> {
-        match self {
-            Self::Codecs(codecs) => codecs.table(),
+    pub(crate) fn run(&self) -> Result<()> {
+        match &self.which {
+            Which::Codecs(codecs) => crate::print(codecs.table()?.as_bytes()),
+            Which::Reversal(output) => reversal::run(output.folder()?),
+            Which::Stability(output) => stability::run(output.folder()?),
+            Which::Pareto(output) => pareto::run(output.folder()?),
         }
     }
+}
+
+impl Output {
+    /// The folder, made if need be.
+    fn folder(&self) -> Result<&Path> {
+        std::fs::create_dir_all(&self.out).map_err(|error| format!("{}: {error}", self.out.display()))?;
+        Ok(&self.out)
+    }
+}
+
+/// Prints rows as a table and writes them as CSV; the first row is the head.
+fn publish(rows: &[Vec<String>], path: &Path) -> Result<()> {
+    let mut table = crate::table::Table::of(rows.first().cloned().unwrap_or_default());
+    rows.iter().skip(1).for_each(|row| table.add(row.clone()));
+    crate::print(table.text().as_bytes())?;
+    let lines: Vec<String> = rows.iter().map(|row| row.join(",") + "\n").collect();
+    candle_ode::file::write_bytes_atomically(path, lines.concat().as_bytes())?;
+    crate::print(format!("\n{}\n", path.display()).as_bytes())
 }

@@ -1,0 +1,40 @@
+//! `memory-report watch` follows a program that records.
+
+use std::process::{Command, Output};
+
+const TOOL: &str = env!("CARGO_BIN_EXE_memory-report");
+
+fn watch(command: &[&str]) -> Output {
+    Command::new(TOOL).args(["watch", "--"]).args(command).output().unwrap()
+}
+
+#[test]
+fn the_curve_of_a_recording_is_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let output =
+        watch(&[TOOL, "run", "--in-process", "--steps", "64", "--batch", "512", "--repeat", "1", "--out", out]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // The feed's last word is the report's: 64 steps of 512 × 64 numbers and more.
+    let report = candle_ode::memory::MemoryReport::load(folder.path().join("report.json")).unwrap();
+    let peak = (report.peak() - report.baseline()) as f64 / f64::from(1 << 20);
+    assert!(text.starts_with(&format!("heap: peak {peak:.2} MiB above baseline")), "{peak}: {text}");
+    assert_eq!(text.lines().count(), 9, "{text}");
+}
+
+#[test]
+fn a_program_that_records_nothing_is_told_how() {
+    let output = watch(&[TOOL, "completions", "bash"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("have it install a candle_ode::memory::MemoryProfiler"));
+}
+
+#[test]
+fn the_programs_exit_code_is_handed_on() {
+    let output = watch(&[TOOL, "show", "/no/such/file.json"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("/no/such/file.json"));
+    let output = watch(&["/no/such/program"]);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("`/no/such/program`"));
+}
