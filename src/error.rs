@@ -3,6 +3,7 @@
 //! [`OdeError`] converts to [`candle_core::Error`] and back without losing anything, so that it survives the way
 //! through `loss.backward()`: `OdeError::from(candle_error)` finds the original again.
 
+use crate::State;
 use candle_core::{DType, DeviceLocation, Shape};
 use std::fmt;
 use std::path::PathBuf;
@@ -45,6 +46,47 @@ impl fmt::Display for PassKind {
             Self::Forward => "forward",
             Self::Backward => "backward",
         })
+    }
+}
+
+/// The component of a state whose estimated error is farthest beyond its tolerance.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Worst {
+    /// Which tensor of the state.
+    pub tensor: usize,
+    /// Flat, row-major index.
+    pub index: usize,
+    /// Its error in units of its tolerance; NaN if it is not finite.
+    pub error: f64,
+}
+
+/// How far an adaptive solve came that could not go on.
+#[derive(Clone, Debug)]
+pub struct Interrupted {
+    /// The time reached.
+    pub time: f64,
+    /// The state there, in the accumulate dtype, out of Candle's graph.
+    pub state: State,
+    /// The output times that were reached.
+    pub times: Vec<f64>,
+    /// The states there.
+    pub states: Vec<State>,
+    /// Accepted steps.
+    pub steps: usize,
+    /// The norms of the scaled errors of the last steps tried, oldest first; NaN where something was not finite.
+    pub errors: Vec<f64>,
+    /// The offending component of the last step tried.
+    pub worst: Worst,
+}
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { time, steps, errors, worst: Worst { tensor, index, error }, .. } = self;
+        write!(f, "t = {time} after {steps} accepted steps; last errors, in tolerances: [")?;
+        for (n, error) in errors.iter().enumerate() {
+            write!(f, "{}{error:.3}", if n == 0 { "" } else { ", " })?;
+        }
+        write!(f, "], worst {error:.3} in tensor {tensor} of the state at flat index {index}")
     }
 }
 
@@ -105,7 +147,7 @@ pub enum OdeError {
     },
     /// An output time that is not a point of the grid.
     #[error(
-        "output time {time} is not a grid point (nearest: {nearest}); fixed-step solves hand out states at grid points only: put it on the grid with .grid(..)"
+        "output time {time} is not a grid point (nearest: {nearest}); fixed-step solves hand out states at grid points: put it on the grid with .grid(..), or .interpolate()"
     )]
     OutputOffGrid {
         /// The requested time.
@@ -312,6 +354,50 @@ pub enum OdeError {
         scale: f64,
         /// How often the step was done.
         redone: usize,
+    },
+    /// An adaptive solve has tried as many steps as it may.
+    #[error(
+        "the limit of {steps} steps is reached at {reached}; allow more (Controller::max_steps), loosen the tolerances, or look at f there: it may be stiff"
+    )]
+    StepLimit {
+        /// Steps tried, rejected ones included.
+        steps: usize,
+        /// The partial solution.
+        reached: Box<Interrupted>,
+    },
+    /// The shortest step that may be taken is rejected.
+    #[error(
+        "a step of length {h:e}, the shortest allowed, is rejected at {reached}; f or y may have a pole or jump there (.discontinuities(..)), or overflow in half precision (.on_overflow(OnOverflow::Retry)); else loosen the tolerances or Controller::min_step"
+    )]
+    StepTooSmall {
+        /// Its length.
+        h: f64,
+        /// The partial solution.
+        reached: Box<Interrupted>,
+    },
+    /// The tolerance lies below what the dtype of f can tell.
+    #[error(
+        "the tolerances lie below the rounding of f in {dtype:?}: a step of length {h:e} has an estimated error of {error:.3} tolerances, of which rounding alone explains {floor:.3}, and shorter steps gain nothing, at {reached}; loosen the tolerances, use a wider compute dtype, or accept such steps with Controller::at_floor(AtFloor::Accept)"
+    )]
+    ErrorFloor {
+        /// Length of the step.
+        h: f64,
+        /// Norm of its scaled error.
+        error: f64,
+        /// The same norm of the estimate's rounding error.
+        floor: f64,
+        /// The dtype f ran in.
+        dtype: DType,
+        /// The partial solution.
+        reached: Box<Interrupted>,
+    },
+    /// A solver without an error estimate cannot choose its steps.
+    #[error(
+        "{solver} has no error estimate, which adaptive steps need; Heun, Ralston, Bosh3, Dopri5, Tsit5 and tableaus with embedded weights (Tableau::with_embedded) have one; or take fixed steps, .steps(n)"
+    )]
+    NoErrorEstimate {
+        /// The solver.
+        solver: String,
     },
     /// A Butcher tableau that contradicts itself.
     #[error("Butcher tableau `{name}`: {reason}")]

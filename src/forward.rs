@@ -1,7 +1,13 @@
-//! The forward pass: steps over the grid, keeps what the backward pass needs, checks what it is given.
+//! The forward pass: steps over the grid or as a controller says, keeps what the backward pass needs, checks what it is
+//! given.
+
+mod adaptive;
+
+pub(crate) use adaptive::Adaptive;
+use adaptive::Stepper;
 
 use crate::State;
-use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Passes, Reconstructed, Recorded, Reverse};
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
@@ -11,7 +17,7 @@ use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
 use crate::trajectory::{Codec, Trajectory};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
@@ -37,6 +43,8 @@ pub struct StepInfo<'a> {
     pub h: f64,
     /// The state at its end, in the accumulate dtype.
     pub y: &'a State,
+    /// The norm of its scaled error, where steps are adaptive.
+    pub error: Option<f64>,
 }
 
 /// Sees each step; `Break` stops the solve.
@@ -48,12 +56,40 @@ pub(crate) struct Checked {
     pub(crate) determinism: bool,
 }
 
+/// Where the steps of a solve come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Course {
+    /// They are given.
+    Grid(Clock),
+    /// A controller decides.
+    Adaptive(Box<Adaptive>),
+}
+
+impl Course {
+    /// Where the first step starts, and a later time.
+    fn ends(&self) -> (f64, f64) {
+        match self {
+            Self::Grid(clock) => (clock.times()[0], clock.times()[1]),
+            Self::Adaptive(adaptive) => (adaptive.start, adaptive.end),
+        }
+    }
+
+    /// Steps, where they are known.
+    pub(crate) fn steps(&self) -> Option<usize> {
+        match self {
+            Self::Grid(clock) => Some(clock.times().len() - 1),
+            Self::Adaptive(_) => None,
+        }
+    }
+}
+
 /// The settings of one forward pass.
 pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
     pub(crate) solver: Arc<dyn Solver>,
-    pub(crate) clock: Clock,
-    pub(crate) grid: &'a TimeGrid,
+    pub(crate) course: Course,
+    /// Whether the state after each step is handed out.
+    pub(crate) every: bool,
     pub(crate) precision: Precision,
     pub(crate) seed: u64,
     pub(crate) casts: Fallback,
@@ -73,14 +109,16 @@ pub(crate) struct Walked {
     /// (grid index, state), in the order of the grid; the last one always.
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
+    /// The steps that were taken.
+    pub(crate) clock: Clock,
     pub(crate) anchors: Option<Anchors>,
     dtypes: Vec<DType>,
 }
 
 impl Walked {
-    /// Steps that were taken.
-    pub(crate) fn steps(&self) -> usize {
-        self.dtypes.len()
+    /// The ends of the steps that were taken, the start included.
+    pub(crate) fn times(&self) -> &[f64] {
+        &self.clock.times()[..=self.dtypes.len()]
     }
 }
 
@@ -92,22 +130,26 @@ impl Forward<'_> {
         start: &State,
         adjoint: &Adjoint,
         scaling: AdjointScaling,
+        moments: Vec<Moments>,
     ) -> Result<Box<dyn Reverse>> {
-        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.steps());
+        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.dtypes.len());
         Ok(match (adjoint, walked) {
-            (Adjoint::Discrete(Discrete { stage_memory, .. }), Walked { trajectory: Some(trajectory), dtypes, .. }) => {
-                let passes = self.passes(dtypes, scaling);
+            (
+                Adjoint::Discrete(Discrete { stage_memory, .. }),
+                Walked { trajectory: Some(trajectory), clock, dtypes, .. },
+            ) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Recorded { passes, solver, trajectory, memory: *stage_memory })
             }
-            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), dtypes, .. }) => {
-                let passes = self.passes(dtypes, scaling);
+            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), clock, dtypes, .. }) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
             }
-            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), dtypes, .. }) => {
-                let back = adjoint.back(solver.as_ref(), self.grid, steps)?;
+            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), clock, dtypes, .. }) => {
+                let back = adjoint.back(solver.as_ref(), clock.grid(), steps)?;
                 let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
                 let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
-                let passes = Passes { clock, ..self.passes(dtypes, scaling) };
+                let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Backsolved { passes, solver, back, start, end })
             }
             _ => {
@@ -117,9 +159,10 @@ impl Forward<'_> {
         })
     }
 
-    fn passes(self, dtypes: Vec<DType>, scaling: AdjointScaling) -> Passes {
-        let Self { field, clock, precision, seed, casts, counters, .. } = self;
-        Passes { field, casts, seed, clock, dtypes, precision, scaling, counters, redo: Mutex::new(None) }
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
+        let Self { field, precision, seed, casts, counters, .. } = self;
+        let redo = Mutex::new(None);
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
     }
 }
 
@@ -138,9 +181,9 @@ enum Suspect {
 }
 
 impl<'a> Forward<'a> {
-    /// Walks the grid from `start` (accumulate dtype), handing out the states at `outputs` and the last.
-    pub(crate) fn run(self, start: &State, outputs: &[usize]) -> Result<(Walked, Self)> {
-        let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.grid.steps()).entered();
+    /// Walks from `start` (accumulate dtype), handing out the states at the times `outputs` and the last.
+    pub(crate) fn run(self, start: &State, outputs: &[f64]) -> Result<(Walked, Self)> {
+        let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.course.steps()).entered();
         let mut wide = Wide::default();
         let walked = {
             let probed = if self.field.needs_probe() { Some(self.probe(start)?) } else { None };
@@ -153,7 +196,7 @@ impl<'a> Forward<'a> {
                 let read = Finite::read(&flags)?;
                 match places.into_iter().zip(read).find(|(_, finite)| !finite) {
                     None => break walked,
-                    Some((suspect, _)) => self.widen(suspect, &mut wide)?,
+                    Some((suspect, _)) => self.widen(suspect, &walked.clock, &mut wide)?,
                 }
             }
         };
@@ -164,50 +207,67 @@ impl<'a> Forward<'a> {
         &self,
         opened: &mut Opened<'_>,
         start: &State,
-        outputs: &[usize],
+        outputs: &[f64],
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<Walked> {
-        let tracking = self.opening == Opening::Track;
         let solver = self.solver.as_ref();
-        let mut y = carry(solver, &if tracking { start.clone() } else { start.detach() });
-        let mut walked = Walked {
-            outputs: outputs.contains(&0).then(|| (0, visible(solver, &y))).into_iter().collect(),
-            trajectory: self.codec.clone().map(|codec| Trajectory::new(codec, y.clone())),
-            anchors: self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype())),
-            dtypes: vec![],
+        let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
+        let mut trajectory = self.codec.clone().map(|codec| Trajectory::new(codec, y.clone()));
+        let mut anchors = self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype()));
+        let mut reached: Vec<(usize, State)> = vec![];
+        if self.every || outputs.contains(&self.course.ends().0) {
+            reached.push((0, visible(solver, &y)));
+        }
+        let mut dtypes = vec![];
+        let mut pace = match &self.course {
+            Course::Grid(clock) => Pace::Grid(clock),
+            Course::Adaptive(adaptive) => Pace::Adaptive(Stepper::new(self, adaptive, opened, &y)?),
         };
-        let steps = self.grid.steps();
-        for n in 0..steps {
-            y = self.step(opened, n, &y, wide, suspects)?;
-            walked.dtypes.push(self.dtype(n, wide));
+        for n in 0.. {
+            let error;
+            (y, error) = match &mut pace {
+                Pace::Grid(clock) => {
+                    let next = self.step(opened, clock, n, &y, wide, suspects)?;
+                    dtypes.push(self.dtype(n, wide));
+                    (next, None)
+                }
+                Pace::Adaptive(stepper) => {
+                    let accepted = stepper.step(self, opened, &y, &reached)?;
+                    dtypes.push(accepted.dtype);
+                    (accepted.y, Some(accepted.error))
+                }
+            };
             count(&self.counters.accepted_steps);
-            let (t, h) = (self.grid.times()[n + 1], self.grid.times()[n + 1] - self.grid.times()[n]);
+            let (from, t) = pace.ends(n);
             let stop = match self.observer {
-                Some(observer) => observer(StepInfo { index: n, t, h, y: &visible(solver, &y) }).is_break(),
+                Some(observer) => {
+                    observer(StepInfo { index: n, t, h: t - from, y: &visible(solver, &y), error }).is_break()
+                }
                 None => false,
             };
-            let is_last = stop || n + 1 == steps;
-            if is_last || outputs.contains(&(n + 1)) {
-                walked.outputs.push((n + 1, visible(solver, &y)));
+            let is_last = stop || Some(t) == pace.end();
+            if is_last || self.every || outputs.contains(&t) {
+                reached.push((n + 1, visible(solver, &y)));
             }
-            if let Some(anchors) = &mut walked.anchors {
+            if let Some(anchors) = &mut anchors {
                 anchors.see(n + 1, &y, is_last);
             }
             if is_last {
                 break;
             }
-            if let Some(trajectory) = &mut walked.trajectory {
-                self.keep(trajectory, n, &y, wide, suspects)?;
+            if let Some(trajectory) = &mut trajectory {
+                self.keep(trajectory, (n, &pace), &y, dtypes[n], wide, suspects)?;
             }
         }
-        Ok(walked)
+        Ok(Walked { outputs: reached, trajectory, anchors, clock: pace.into_clock(self, start.device())?, dtypes })
     }
 
     /// One step; again in F32 if it is known to overflow and that is wanted.
     fn step(
         &self,
         opened: &mut Opened<'_>,
+        clock: &Clock,
         n: usize,
         y: &State,
         wide: &mut Wide,
@@ -215,22 +275,13 @@ impl<'a> Forward<'a> {
     ) -> Result<State> {
         loop {
             let dtype = self.dtype(n, wide);
-            let at = self.clock.step(n, dtype);
+            let at = clock.step(n, dtype);
             let _span =
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
-            let slopes = match self.opening {
-                Opening::Track => Slopes::Keep,
-                Opening::Evaluate | Opening::Probe | Opening::Linearize => Slopes::Refuse,
-            };
-            let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes);
-            let step = self.solver.step(&stages, &at, y)?;
-            let mut finite = step.finite;
-            let end = step.y.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
-            // Whatever the solver says of its stages, the end of the step counts with the last of them.
-            let last = finite.pop().unwrap_or_default();
-            finite.push(end.into_iter().fold(last, Finite::and));
+            let step = self.solver.step(&self.stages(opened, dtype)?, &at, y)?;
+            let finite = with_end(step.finite, &step.y)?;
             if let Some(stage) = finite.iter().position(Finite::known_bad) {
-                self.widen(Suspect::Slope { step: n, stage }, wide)?;
+                self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
                 continue;
             }
             let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
@@ -239,20 +290,33 @@ impl<'a> Forward<'a> {
         }
     }
 
+    /// The field as the stages of a step in `dtype` see it.
+    fn stages<'b>(&'b self, opened: &'b mut Opened<'_>, dtype: DType) -> Result<Stages<'b>> {
+        let slopes = if self.is_tracking() { Slopes::Keep } else { Slopes::Refuse };
+        Ok(Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes))
+    }
+
+    /// Whether the pass runs in Candle's own graph.
+    fn is_tracking(&self) -> bool {
+        self.opening == Opening::Track
+    }
+
     /// Keeps the state after step `n`; in F32 if it is known not to fit and that is wanted.
     fn keep(
         &self,
         trajectory: &mut Trajectory,
-        n: usize,
+        (n, pace): (usize, &Pace<'_>),
         y: &State,
+        dtype: DType,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<()> {
         let finite = trajectory.push(y)?;
         if finite.known_bad() && !wide.entries.contains(&n) {
-            self.widen(Suspect::Entry { step: n }, wide)?;
+            self.widen_entry(n, pace.ends(n).1, wide)?;
         }
-        if wide.entries.contains(&n) || wide.steps.contains(&n) && trajectory.dtype().size_in_bytes() < 4 {
+        let was_widened = dtype != self.precision.compute_dtype();
+        if wide.entries.contains(&n) || was_widened && trajectory.dtype().size_in_bytes() < 4 {
             trajectory.push_instead(y, self.precision.accumulate_dtype())?;
         } else if !finite.known_good() {
             suspects.push((Suspect::Entry { step: n }, finite));
@@ -261,35 +325,33 @@ impl<'a> Forward<'a> {
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
-    fn widen(&self, suspect: Suspect, wide: &mut Wide) -> Result<()> {
-        let retry = self.overflow == OnOverflow::Retry;
-        match suspect {
-            Suspect::Slope { step, stage } => {
-                let dtype = self.dtype(step, wide);
-                if retry && dtype.size_in_bytes() < 4 && !matches!(self.opening, Opening::Track) {
-                    count(&self.counters.redone_steps);
-                    wide.steps.insert(step);
-                    return Ok(());
-                }
-                let hint = match dtype {
-                    DType::F16 | DType::BF16 => {
-                        "use .on_overflow(OnOverflow::Retry), Precision::BF16 or a smaller step"
-                    }
-                    _ => "the solution grows beyond all bounds, or f has a pole: use smaller steps, or look at f there",
-                };
-                let place = self.clock.step(step, dtype).place(stage);
-                Err(OdeError::Overflow { pass: PassKind::Forward, place, hint })
-            }
-            Suspect::Entry { step } if retry => {
-                wide.entries.insert(step);
-                Ok(())
-            }
-            Suspect::Entry { step } => {
-                let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
-                let time = self.grid.times()[step + 1];
-                Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
-            }
+    fn widen(&self, suspect: Suspect, clock: &Clock, wide: &mut Wide) -> Result<()> {
+        let (step, stage) = match suspect {
+            Suspect::Slope { step, stage } => (step, stage),
+            Suspect::Entry { step } => return self.widen_entry(step, clock.times()[step + 1], wide),
+        };
+        let dtype = self.dtype(step, wide);
+        if self.overflow == OnOverflow::Retry && dtype.size_in_bytes() < 4 && !self.is_tracking() {
+            count(&self.counters.redone_steps);
+            wide.steps.insert(step);
+            return Ok(());
         }
+        let hint = match dtype {
+            DType::F16 | DType::BF16 => "use .on_overflow(OnOverflow::Retry), Precision::BF16 or a smaller step",
+            _ => "the solution grows beyond all bounds, or f has a pole: use smaller steps, or look at f there",
+        };
+        let place = clock.step(step, dtype).place(stage);
+        Err(OdeError::Overflow { pass: PassKind::Forward, place, hint })
+    }
+
+    /// The same for the kept state after step `step`, at `time`.
+    fn widen_entry(&self, step: usize, time: f64, wide: &mut Wide) -> Result<()> {
+        if self.overflow == OnOverflow::Retry {
+            wide.entries.insert(step);
+            return Ok(());
+        }
+        let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
+        Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
     }
 
     fn dtype(&self, step: usize, wide: &Wide) -> DType {
@@ -319,17 +381,60 @@ impl<'a> Forward<'a> {
             Some(slope) => slope,
             None => self.first_slope(field, start)?,
         };
-        check_same_bits(self.grid.times()[0], &first, &second)
+        check_same_bits(self.course.ends().0, &first, &second)
     }
 
     fn first_slope(&self, field: &dyn VectorField, start: &State) -> Result<State> {
         let compute = self.precision.compute_dtype();
-        let at = self.clock.step(0, compute);
+        let (t, end) = self.course.ends();
+        let clock = Clock::new(&TimeGrid::new(vec![t, end])?, self.solver.nodes(), start.device());
+        let at = clock.step(0, compute);
         let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
         // The unrolled graph reaches captured tensors by itself.
         let slopes = if self.opening == Opening::Track { Slopes::Cut } else { Slopes::Refuse };
         Stages::new(field, self.precision.accumulate_dtype(), &self.counters, slopes).slope(&at, 0, &y)
     }
+}
+
+/// The steps of one walk.
+enum Pace<'a> {
+    Grid(&'a Clock),
+    Adaptive(Stepper<'a>),
+}
+
+impl Pace<'_> {
+    /// The ends of step `n`, which has been taken.
+    fn ends(&self, n: usize) -> (f64, f64) {
+        let times = match self {
+            Self::Grid(clock) => clock.times(),
+            Self::Adaptive(stepper) => stepper.times(),
+        };
+        (times[n], times[n + 1])
+    }
+
+    /// Where the last step ends.
+    fn end(&self) -> Option<f64> {
+        match self {
+            Self::Grid(clock) => clock.times().last().copied(),
+            Self::Adaptive(stepper) => Some(stepper.end()),
+        }
+    }
+
+    /// The steps that were taken, and of a grid the rest.
+    fn into_clock(self, forward: &Forward<'_>, device: &Device) -> Result<Clock> {
+        match self {
+            Self::Grid(clock) => Ok(clock.clone()),
+            Self::Adaptive(stepper) => stepper.into_clock(forward, device),
+        }
+    }
+}
+
+/// Whatever a solver says of its stages, the end of the step counts with the last of them.
+fn with_end(mut finite: Vec<Finite>, end: &State) -> Result<Vec<Finite>> {
+    let end = end.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
+    let last = finite.pop().unwrap_or_default();
+    finite.push(end.into_iter().fold(last, Finite::and));
+    Ok(finite)
 }
 
 /// The copies that a probe was given must still hold what they were copied from.

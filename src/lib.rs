@@ -40,6 +40,8 @@
 //! |---|---|
 //! | to integrate a model, a closure, a state of several tensors | [`ModelField`], [`FnField`], [`State`] |
 //! | another method, or your own | [`solver`], [`Tableau`] |
+//! | steps of adaptive length | [`Ode::tolerances`], [`Controller`] |
+//! | the solution between the steps, gradients of times | [`Ode::dense`], [`Ode::span_tensors`] |
 //! | half precision, and what keeps it right | [`Precision`], [`AdjointScaling`], [`OnOverflow`] |
 //! | layers whose gradients are right in half precision | [`ops`] |
 //! | a continuous normalizing flow | [`field::divergence`] |
@@ -50,6 +52,7 @@
 
 pub mod account;
 mod adjoint;
+pub mod controller;
 mod error;
 pub mod field;
 pub use field::ops;
@@ -68,7 +71,8 @@ mod time;
 mod trajectory;
 
 pub use adjoint::{Adjoint, Backsolve, Discrete, Reconstruct, Unrolled};
-pub use error::{OdeError, PassKind, Place, Result};
+pub use controller::{AtFloor, Controller, Norm, Tolerance};
+pub use error::{Interrupted, OdeError, PassKind, Place, Result, Worst};
 pub use field::{Casts, Field, FnField, Gradients, Linearization, ModelField, Params, Tangent, VectorField};
 pub use forward::{OnOverflow, StepInfo};
 pub use precision::{Precision, largest_finite, unit_roundoff};
@@ -90,7 +94,7 @@ pub mod prelude {
         Tableau, ThreeEighths, Tsit5,
     };
     pub use crate::{
-        Adjoint, AdjointScaling, Backsolve, Discrete, Field, FnField, ModelField, Ode, OdeError, OnOverflow, Precision,
-        Reconstruct, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
+        Adjoint, AdjointScaling, Backsolve, Controller, Discrete, Field, FnField, ModelField, Ode, OdeError,
+        OnOverflow, Precision, Reconstruct, Solution, State, Stats, Tangent, Time, TimeGrid, Unrolled, odeint,
     };
 }

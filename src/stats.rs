@@ -49,6 +49,8 @@ counters! {
     accepted_steps,
     /// Steps of the forward pass that were thrown away by a controller.
     rejected_steps,
+    /// Accepted steps whose error estimate lies above the tolerance, because it is made of the rounding of f.
+    floored_steps,
     /// Steps computed again in the backward pass because their start was not kept.
     recomputed_steps,
     /// Steps done again because something overflowed, in either pass.

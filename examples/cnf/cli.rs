@@ -19,6 +19,12 @@ pub struct Cli {
     /// Steps of the integration [default: 8]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub steps: Option<u32>,
+    /// Steps as long as this relative tolerance allows, by a solver with an error estimate [default with --atol: 1e-3]
+    #[arg(long, value_parser = tolerance, conflicts_with = "steps", allow_negative_numbers = true)]
+    pub rtol: Option<f64>,
+    /// The same with an absolute tolerance [default with --rtol: 1e-5]
+    #[arg(long, value_parser = tolerance, conflicts_with = "steps", allow_negative_numbers = true)]
+    pub atol: Option<f64>,
     /// What the vector field runs in and the trajectory is kept in [default: f32]
     #[arg(long, conflicts_with = "compare")]
     pub precision: Option<PrecisionName>,
@@ -131,6 +137,14 @@ names! {
     }
 }
 
+fn tolerance(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(tolerance) if tolerance.is_finite() && tolerance > 0.0 => Ok(tolerance),
+        Ok(tolerance) => Err(format!("{tolerance} is no tolerance; give a positive number")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn learning_rate(text: &str) -> std::result::Result<f64, String> {
     match text.parse::<f64>() {
         Ok(lr) if lr.is_finite() && lr > 0.0 => Ok(lr),
@@ -146,8 +160,11 @@ pub struct Config {
     pub data: String,
     /// One step.
     pub solver: SolverName,
-    /// Steps of a solve.
+    /// Steps of a solve, unless there are tolerances.
     pub steps: u32,
+    /// Relative and absolute tolerance of adaptive steps.
+    #[serde(default)]
+    pub tolerances: Option<(f64, f64)>,
     /// Precision of field and trajectory.
     pub precision: PrecisionName,
     /// How gradients come back.
@@ -172,6 +189,7 @@ impl Default for Config {
             data: "checkerboard".into(),
             solver: SolverName::Rk4,
             steps: 8,
+            tolerances: None,
             precision: PrecisionName::F32,
             adjoint: AdjointName::Discrete,
             iters: 800,
@@ -201,7 +219,17 @@ impl Cli {
             let hint = "several data sets are for --compare; give one";
             return Err(OdeError::Setting { setting: "--data", value: self.data.join(" and "), hint });
         }
+        if self.tolerances().is_some() && self.adjoint == Some(AdjointName::Unrolled) {
+            let hint =
+                "nobody knows how deep a stack Candle's backward needs over adaptive steps; take discrete, or --steps";
+            return Err(OdeError::Setting { setting: "--adjoint", value: "unrolled".into(), hint });
+        }
         Ok(())
+    }
+
+    fn tolerances(&self) -> Option<(f64, f64)> {
+        let given = self.rtol.is_some() || self.atol.is_some();
+        given.then(|| (self.rtol.unwrap_or(1e-3), self.atol.unwrap_or(1e-5)))
     }
 
     /// The settings of a fresh run.
@@ -212,6 +240,7 @@ impl Cli {
             data: self.data.first().cloned().unwrap_or(base.data),
             solver: self.solver.unwrap_or(base.solver),
             steps: self.steps.unwrap_or(base.steps),
+            tolerances: self.tolerances(),
             precision: self.precision.unwrap_or(base.precision),
             adjoint: self.adjoint.unwrap_or(base.adjoint),
             iters,
@@ -244,6 +273,8 @@ impl Cli {
         keep("--data", self.data.first(), Some(&saved.data), hint)?;
         keep("--solver", self.solver.as_ref(), Some(&saved.solver), hint)?;
         keep("--steps", self.steps.as_ref(), Some(&saved.steps), hint)?;
+        keep("--rtol", self.rtol.as_ref(), saved.tolerances.map(|(rtol, _)| rtol).as_ref(), hint)?;
+        keep("--atol", self.atol.as_ref(), saved.tolerances.map(|(_, atol)| atol).as_ref(), hint)?;
         keep("--precision", self.precision.as_ref(), Some(&saved.precision), hint)?;
         keep("--adjoint", self.adjoint.as_ref(), Some(&saved.adjoint), hint)?;
         keep("--batch", self.batch.as_ref(), Some(&saved.batch), hint)?;
@@ -291,6 +322,9 @@ mod tests {
         assert_eq!(parse("").unwrap().config(), Config::default());
         for bad in [
             "--steps 0",
+            "--steps 8 --rtol 1e-3",
+            "--rtol 0",
+            "--atol -1",
             "--iters 0",
             "--batch 0",
             "--lr 0",
@@ -307,6 +341,9 @@ mod tests {
         let config = parse("--data 2spirals --solver tsit5 --precision bf16 --iters 100 --lr 0.5").unwrap().config();
         assert_eq!((config.solver, config.precision, config.drop_after), (SolverName::Tsit5, PrecisionName::Bf16, 75));
         assert_eq!((config.learning_rate(75), config.learning_rate(76)), (0.5, 0.05));
+        let adaptive = parse("--solver dopri5 --rtol 1e-4").unwrap();
+        assert_eq!((adaptive.config().tolerances, config.tolerances), (Some((1e-4, 1e-5)), None));
+        assert!(adaptive.check().is_ok() && parse("--atol 1e-4 --adjoint unrolled").unwrap().check().is_err());
     }
 
     #[test]

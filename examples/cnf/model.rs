@@ -67,11 +67,14 @@ impl Flow {
             AdjointName::Unrolled => Adjoint::from(Unrolled),
         };
         let ode = Ode::new(&field)
-            .steps(config.steps as usize)
             .precision(precision)
             .adjoint(adjoint)
             .scaling(scaling.clone())
             .on_overflow(OnOverflow::Retry);
+        let ode = match config.tolerances {
+            Some((rtol, atol)) => ode.tolerances(rtol, atol),
+            None => ode.steps(config.steps as usize),
+        };
         let (ode, device) = (with_solver(ode, config.solver), device.clone());
         Ok(Self { ode, device, dim, precision: config.precision, scaling })
     }

@@ -169,8 +169,8 @@ fn step(
         }
         let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
         let earlier = || found.iter().enumerate().filter_map(|(j, found)| found.as_ref().map(|found| (j, found)));
-        let of_y: Vec<_> = earlier().map(|(j, found)| (h * tableau.a(i, j), &found.k.0)).collect();
-        let of_lambda: Vec<_> = earlier().map(|(j, found)| (tableau.a(i, j) / weight(j), &found.mu.0)).collect();
+        let of_y: Vec<_> = earlier().map(|(j, found)| (h * tableau.a(i, j), found.k.state())).collect();
+        let of_lambda: Vec<_> = earlier().map(|(j, found)| (tableau.a(i, j) / weight(j), found.mu.state())).collect();
         let linearization = stages.linearize(at, i, &sum(Some(y), &of_y, at.dtype)?)?;
         let here = sum(Some(lambda), &of_lambda, accumulate)?;
         let kappa = sum(None, &[(-h * weight(i), &here)], accumulate)?;
@@ -178,12 +178,12 @@ fn step(
             true => pullbacks.pull_state(linearization.as_ref(), at, i, &kappa)?,
             false => pullbacks.pull(linearization.as_ref(), at, i, &kappa)?,
         };
-        let k = Slope::owned(linearization.value().clone(), Category::Stages);
-        found.push(Some(Found { k, mu: Slope::owned(mu, Category::Cotangents) }));
+        let k = Slope::new(linearization.value().clone(), Category::Stages);
+        found.push(Some(Found { k, mu: Slope::new(mu, Category::Cotangents) }));
     }
     let all = || b.iter().zip(&found).filter(|(b, _)| **b != 0.0).filter_map(|(b, found)| Some((*b, found.as_ref()?)));
-    let of_y: Vec<_> = all().map(|(b, found)| (h * b, &found.k.0)).collect();
-    let of_lambda: Vec<_> = all().map(|(_, found)| (1.0, &found.mu.0)).collect();
+    let of_y: Vec<_> = all().map(|(b, found)| (h * b, found.k.state())).collect();
+    let of_lambda: Vec<_> = all().map(|(_, found)| (1.0, found.mu.state())).collect();
     Ok((sum(Some(y), &of_y, accumulate)?, sum(Some(lambda), &of_lambda, accumulate)?))
 }
 

@@ -6,6 +6,7 @@ mod drift;
 mod lambda;
 mod passes;
 mod reconstruct;
+mod times;
 
 pub use backsolve::Backsolve;
 pub(crate) use backsolve::Backsolved;
@@ -13,6 +14,7 @@ pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
 pub use reconstruct::Reconstruct;
 pub(crate) use reconstruct::{Anchors, Reconstructed};
+pub(crate) use times::Moments;
 
 use crate::State;
 use crate::error::Result;

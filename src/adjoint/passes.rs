@@ -2,12 +2,13 @@
 //! a pass that overflows is done again.
 
 use super::Reversed;
+use super::times::{Moments, gradients};
 use crate::State;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
-use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages, StepAt, largest};
+use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages, StepAt, StepTimes, largest};
 use crate::stats::{Counters, count};
 use candle_core::DType;
 use std::collections::BTreeSet;
@@ -24,6 +25,8 @@ pub(crate) struct Passes {
     pub(crate) dtypes: Vec<DType>,
     pub(crate) precision: Precision,
     pub(crate) scaling: AdjointScaling,
+    /// Tensors of times whose gradients are wanted; their slots come last.
+    pub(crate) moments: Vec<Moments>,
     pub(crate) counters: Arc<Counters>,
     /// What the first finished pass had to do; later ones do the same, to the same bits.
     pub(crate) redo: Mutex<Option<Redo>>,
@@ -57,9 +60,10 @@ impl Passes {
                 dynamic: None,
                 gradients: self.no_gradients(),
                 flags: vec![],
+                times: vec![],
             };
             let y0 = walk(&mut pass)?;
-            let (gradients, flags) = (pass.gradients, pass.flags);
+            let Pass { gradients: sums, flags, times, .. } = pass;
             let (places, flags): (Vec<_>, Vec<_>) = flags.into_iter().unzip();
             let read = Finite::read(&flags)?;
             let bad: Vec<(usize, usize)> =
@@ -69,7 +73,9 @@ impl Passes {
                 (None, Some(y0)) => {
                     self.scaling.learn(headroom);
                     *self.redo.lock().unwrap_or_else(PoisonError::into_inner) = Some(Redo { headroom, widened });
-                    return Ok(Reversed { y0, sums: gradients.into_sums() });
+                    let mut sums = sums.into_sums();
+                    sums.extend(gradients(&self.moments, self.dtypes.len(), &times)?);
+                    return Ok(Reversed { y0, sums });
                 }
                 (None, None) => None,
             };
@@ -101,6 +107,10 @@ impl Passes {
     }
 }
 
+/// What an attempt at a step gives: what was asked for, per pullback the stage and whether it is finite, and the cotangents
+/// of the step's times, if any are wanted.
+type Attempt<T> = (T, Vec<(usize, Finite)>, Option<StepTimes>);
+
 /// One walk over the steps.
 pub(crate) struct Pass<'a, 'b> {
     passes: &'a Passes,
@@ -111,6 +121,8 @@ pub(crate) struct Pass<'a, 'b> {
     gradients: Gradients,
     /// (step, stage) and whether what came out of it is finite, in the order of the walk; without those known to be.
     flags: Vec<((usize, usize), Finite)>,
+    /// Per step, the cotangents of its times, if any are wanted.
+    times: Vec<(usize, StepTimes)>,
 }
 
 impl Pass<'_, '_> {
@@ -164,10 +176,11 @@ impl Pass<'_, '_> {
         };
         for _ in 0..Dynamic::ATTEMPTS {
             let mut of_step = passes.no_gradients();
-            let (pulled, finite) = self.pulled(at, StageScale::Fixed(rule.scale), &mut of_step, pull)?;
+            let (pulled, finite, times) = self.pulled(at, StageScale::Fixed(rule.scale), &mut of_step, pull)?;
             let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
             if Finite::read(&flags)?.into_iter().all(|ok| ok) {
                 self.gradients.absorb(of_step)?;
+                self.times.extend(times.map(|times| (at.index, times)));
                 if rule.finished_step(size) {
                     count(&passes.counters.scale_changes);
                 }
@@ -191,7 +204,8 @@ impl Pass<'_, '_> {
         let mut gradients = std::mem::take(&mut self.gradients);
         let pulled = self.pulled(at, scale, &mut gradients, pull);
         self.gradients = gradients;
-        let (pulled, finite) = pulled?;
+        let (pulled, finite, times) = pulled?;
+        self.times.extend(times.map(|times| (at.index, times)));
         let open = finite.into_iter().filter(|(_, finite)| !finite.known_good());
         self.flags.extend(open.map(|(stage, finite)| ((at.index, stage), finite)));
         Ok(pulled)
@@ -203,13 +217,16 @@ impl Pass<'_, '_> {
         scale: StageScale,
         gradients: &mut Gradients,
         pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
-    ) -> Result<(T, Vec<(usize, Finite)>)> {
+    ) -> Result<Attempt<T>> {
         let passes = self.passes;
         let field = self.opened.get(at.dtype)?;
         gradients.bind(field.leaves());
+        let times = !passes.moments.is_empty();
         let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
-        let mut pullbacks = Pullbacks::new(gradients, scale, &passes.counters);
+        let stages = stages.with_times(times);
+        let mut pullbacks = Pullbacks::new(gradients, scale, &passes.counters).with_times(times);
         let pulled = pull(&stages, at, &mut pullbacks)?;
-        Ok((pulled, pullbacks.into_finite()))
+        let (finite, times) = pullbacks.finish();
+        Ok((pulled, finite, times))
     }
 }

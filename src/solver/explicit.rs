@@ -6,10 +6,10 @@
 
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
-use super::{Solver, Step};
+use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
-use crate::account::{Category, Owned};
-use crate::error::Result;
+use crate::account::Category;
+use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
 use crate::field::{Finite, Linearization};
 use candle_core::DType;
@@ -65,13 +65,38 @@ impl<M: ExplicitRungeKutta> Solver for M {
 
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
         let tableau = ExplicitRungeKutta::tableau(self);
-        let mut finite = vec![Finite::default(); tableau.stages()];
-        let slopes = slopes(tableau, stages, at, y, tableau.stages(), |i, point, k| {
-            finite[i] = finite_stage(at, point, k)?;
-            Ok(())
-        })?;
-        let terms = weighted(at.h, tableau.weights().iter().copied(), slopes.iter().map(|k| k.as_ref().map(|k| &k.0)));
-        Ok(Step { y: sum(Some(y), &terms, stages.accumulate())?, finite })
+        Ok(stepped(tableau, stages, at, y, None, &used(tableau))?.0)
+    }
+
+    fn estimate_order(&self) -> Option<usize> {
+        ExplicitRungeKutta::tableau(self)
+            .embedded_order()
+            .map(|order| order.min(ExplicitRungeKutta::tableau(self).order()))
+    }
+
+    fn estimated_step(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+    ) -> Result<EstimatedStep> {
+        let tableau = ExplicitRungeKutta::tableau(self);
+        let Some(embedded) = tableau.embedded() else {
+            return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
+        };
+        let weights: Vec<f64> = tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect();
+        let mut matter = used(tableau);
+        matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
+        let (step, slopes) = stepped(tableau, stages, at, y, first, &matter)?;
+        let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
+        let error = sum(None, &terms, stages.accumulate())?.detach();
+        let first_same_as_last = tableau.is_fsal() && slopes.last().is_some_and(Option::is_some);
+        Ok(EstimatedStep { step, error, weights, slopes, first_same_as_last })
+    }
+
+    fn interpolated(&self, theta: f64) -> Option<Tableau> {
+        Some(ExplicitRungeKutta::tableau(self).interpolated(theta))
     }
 
     fn pullback(
@@ -105,19 +130,19 @@ pub(super) fn pull(
         let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
         let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
         let of_lambda = std::iter::once((factor * tableau.weights()[i], Some(lambda)));
-        let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(|mu| &mu.0)));
+        let of_later = (i + 1..tableau.stages()).map(|j| (tableau.a(j, i), mus[j].as_ref().map(Slope::state)));
         let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
         let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
-        let kappa = Slope::owned(kappa, Category::Cotangents);
-        let mu = pullbacks.pull(linearization.as_ref(), at, i, &kappa.0)?;
-        mus[i] = Some(Slope::owned(mu, Category::Cotangents));
+        let kappa = Slope::new(kappa, Category::Cotangents);
+        let mu = pullbacks.pull(linearization.as_ref(), at, i, kappa.state())?;
+        mus[i] = Some(Slope::new(mu, Category::Cotangents));
     }
     Ok(mus)
 }
 
 /// The terms of Σ μᵢ.
 pub(super) fn cotangents(mus: &[Option<Slope>]) -> Vec<(f64, &State)> {
-    mus.iter().flatten().map(|mu| (1.0, &mu.0)).collect()
+    mus.iter().flatten().map(|mu| (1.0, mu.state())).collect()
 }
 
 /// The terms of factor · h Σ bᵢ kᵢ.
@@ -130,37 +155,57 @@ pub(super) fn increment<'a>(
     weighted(factor * at.h, tableau.weights().iter().copied(), slopes)
 }
 
-/// A state of ours with its bytes announced.
-#[derive(Debug)]
-pub(crate) struct Slope(pub(crate) State, #[expect(dead_code, reason = "held for its drop")] Owned);
-
-impl Slope {
-    pub(crate) fn owned(state: State, category: Category) -> Self {
-        let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-        Self(state, Owned::new(category, bytes))
-    }
+/// A step by the stages that `matter`, with their slopes.
+fn stepped(
+    tableau: &Tableau,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+    first: Option<&Slope>,
+    matter: &[bool],
+) -> Result<(Step, Vec<Option<Slope>>)> {
+    let mut finite = vec![Finite::default(); tableau.stages()];
+    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, k| {
+        finite[i] = finite_stage(at, point, k)?;
+        Ok(())
+    })?;
+    let terms = weighted(at.h, tableau.weights().iter().copied(), states(&slopes));
+    let y = sum(Some(y), &terms, stages.accumulate())?;
+    Ok((Step { y, finite }, slopes))
 }
 
-/// k₁ … of the stages below `end` that matter; `see` is shown each stage state and its slope.
+pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
+    slopes.iter().map(|k| k.as_ref().map(Slope::state))
+}
+
+/// By stage, whether it matters for y⁺.
+pub(super) fn used(tableau: &Tableau) -> Vec<bool> {
+    (0..tableau.stages()).map(|i| tableau.is_used(i)).collect()
+}
+
+/// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
+/// state and its slope.
 pub(super) fn slopes(
     tableau: &Tableau,
     stages: &Stages<'_>,
     at: &StepAt<'_>,
     y: &State,
-    end: usize,
+    first: Option<&Slope>,
+    matter: &[bool],
     mut see: impl FnMut(usize, &State, &State) -> Result<()>,
 ) -> Result<Vec<Option<Slope>>> {
-    let mut slopes: Vec<Option<Slope>> = Vec::with_capacity(end);
-    for i in 0..end {
-        if !tableau.is_used(i) {
-            slopes.push(None);
+    let mut slopes: Vec<Option<Slope>> = Vec::with_capacity(matter.len());
+    for (i, matters) in matter.iter().enumerate() {
+        let known = first.filter(|_| i == 0);
+        if !matters || known.is_some() {
+            slopes.push(known.cloned());
             continue;
         }
         let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-        let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+        let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(Slope::state))?;
         let k = stages.slope(at, i, &point)?;
         see(i, &point, &k)?;
-        slopes.push(Some(Slope::owned(k, Category::Stages)));
+        slopes.push(Some(Slope::new(k, Category::Stages)));
     }
     Ok(slopes)
 }
@@ -226,9 +271,10 @@ impl Points {
     ) -> Result<Self> {
         Ok(match memory {
             StageMemory::All => Self::All(linearizations(tableau, stages, at, y)?),
-            StageMemory::One => {
-                Self::One { y: y.clone(), slopes: slopes(tableau, stages, at, y, end, |_, _, _| Ok(()))? }
-            }
+            StageMemory::One => Self::One {
+                y: y.clone(),
+                slopes: slopes(tableau, stages, at, y, None, &used(tableau)[..end], |_, _, _| Ok(()))?,
+            },
         })
     }
 
@@ -236,7 +282,7 @@ impl Points {
     pub(super) fn slopes(&self) -> Vec<Option<&State>> {
         match self {
             Self::All(all) => all.iter().map(|f| f.as_ref().map(|f| f.value())).collect(),
-            Self::One { slopes, .. } => slopes.iter().map(|k| k.as_ref().map(|k| &k.0)).collect(),
+            Self::One { slopes, .. } => slopes.iter().map(|k| k.as_ref().map(Slope::state)).collect(),
         }
     }
 
@@ -252,7 +298,7 @@ impl Points {
             Self::All(all) => Ok(all[i].take()),
             Self::One { y, slopes } => {
                 slopes.truncate(i);
-                let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(|k| &k.0))?;
+                let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(Slope::state))?;
                 stages.linearize(at, i, &point).map(Some)
             }
         }

@@ -1,11 +1,12 @@
 //! The explicit Runge–Kutta methods that come with the crate: a tableau and a unit struct each.
 
 use super::explicit::ExplicitRungeKutta;
+use super::interpolant::quartic;
 use super::tableau::Tableau;
 use std::sync::LazyLock;
 
 macro_rules! method {
-    ($(#[$doc:meta])* $name:ident, $order:literal, $rows:expr, $b:expr $(, embedded $embedded:expr)?) => {
+    ($(#[$doc:meta])* $name:ident, $order:literal, $rows:expr, $b:expr $(, embedded $embedded:expr)? $(, interpolant $interpolant:expr)?) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct $name;
@@ -16,6 +17,10 @@ macro_rules! method {
                     let rows: &[&[f64]] = $rows;
                     let tableau = Tableau::new(stringify!($name), $order, rows, &$b);
                     $(let tableau = tableau.and_then(|tableau| tableau.with_embedded(&$embedded));)?
+                    $(let tableau = tableau.and_then(|tableau| {
+                        let polynomials = $interpolant(tableau.weights());
+                        tableau.with_interpolant(&polynomials.iter().map(|row| &row[..]).collect::<Vec<_>>())
+                    });)?
                     // The tableaus of this file are constants, each checked by `every_tableau_checks` below.
                     tableau.unwrap_or_else(|error| unreachable!("{error}"))
                 });
@@ -81,7 +86,8 @@ method! {
     /// Dormand and Prince's method, order 5, seven stages (the last is the first of the next step), embedded order 4.
     ///
     /// # Reference
-    /// J. R. Dormand, P. J. Prince, *J. Comput. Appl. Math.* 6 (1980).
+    /// J. R. Dormand, P. J. Prince, *J. Comput. Appl. Math.* 6 (1980); interpolant of order 4: L. F. Shampine, *Math. Comp.*
+    /// 46 (1986).
     Dopri5, 5,
     &[
         &[1.0 / 5.0],
@@ -94,13 +100,17 @@ method! {
     [35.0 / 384.0, 0.0, 500.0 / 1113.0, 125.0 / 192.0, -2187.0 / 6784.0, 11.0 / 84.0, 0.0],
     embedded [
         5179.0 / 57600.0, 0.0, 7571.0 / 16695.0, 393.0 / 640.0, -92097.0 / 339200.0, 187.0 / 2100.0, 1.0 / 40.0
-    ]
+    ],
+    interpolant |b: &[f64]| quartic(b, &[
+        -12715105075.0 / 11282082432.0, 0.0, 87487479700.0 / 32700410799.0, -10690763975.0 / 1880347072.0,
+        701980252875.0 / 199316789632.0, -1453857185.0 / 822651844.0, 69997945.0 / 29380423.0,
+    ])
 }
 method! {
     /// Tsitouras's method, order 5, seven stages (the last is the first of the next step), embedded order 4.
     ///
     /// # Reference
-    /// Ch. Tsitouras, *Comput. Math. Appl.* 62 (2011), Table 1.
+    /// Ch. Tsitouras, *Comput. Math. Appl.* 62 (2011), Table 1; interpolant of order 4 from there.
     Tsit5, 5,
     &[
         &[0.161],
@@ -119,8 +129,20 @@ method! {
         0.09646076681806523 - 0.001_780_011_052_225_777, 0.01 - 0.0008164344596567469,
         0.4798896504144996 + 0.007880878010261995, 1.379008574103742 - 0.1447110071732629,
         -3.290069515436081 + 0.5823571654525552, 2.324710524099774 - 0.45808210592918697, 1.0 / 66.0
-    ]
+    ],
+    interpolant |_: &[f64]| TSIT5
 }
+
+/// Tsit5's interpolant, in powers of θ.
+const TSIT5: [[f64; 4]; 7] = [
+    [1.0, -2.763706197274826, 2.9132554618219126, -1.0530884977290216],
+    [0.0, 0.13169999999999998, -0.2234, 0.1017],
+    [0.0, 3.9302962368947516, -5.941033872131505, 2.490627285651253],
+    [0.0, -12.411077166933676, 30.33818863028232, -16.548102889244902],
+    [0.0, 37.50931341651104, -88.1789048947664, 47.37952196281928],
+    [0.0, -27.896526289197286, 65.09189467479366, -34.87065786149661],
+    [0.0, 1.5, -4.0, 2.5],
+];
 
 #[cfg(test)]
 mod tests {

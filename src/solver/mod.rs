@@ -2,24 +2,27 @@
 
 mod carried;
 mod explicit;
+mod interpolant;
 mod methods;
 mod reversible;
 mod reversible_heun;
+mod slope;
 mod stages;
 mod tableau;
 
 pub(crate) use carried::{carry, fold, lift, visible};
 pub use explicit::{ExplicitRungeKutta, StageMemory};
-pub(crate) use explicit::{Slope, all_finite, sum};
+pub(crate) use explicit::{all_finite, sum};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
 pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;
+pub use slope::Slope;
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
-pub(crate) use stages::{Slopes, StageScale, largest, zeros_like};
+pub(crate) use stages::{Slopes, StageScale, StepTimes, largest, zeros_like};
 pub use tableau::Tableau;
 
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::field::Finite;
 use std::fmt::Debug;
 
@@ -30,6 +33,21 @@ pub struct Step {
     pub y: State,
     /// Per stage, whether its slope is finite.
     pub finite: Vec<Finite>,
+}
+
+/// A step with an estimate of its error: what a controller needs.
+#[derive(Debug)]
+pub struct EstimatedStep {
+    /// The step.
+    pub step: Step,
+    /// y⁺ − ŷ⁺ = h Σ dᵢ kᵢ, in the accumulate dtype, out of Candle's graph.
+    pub error: State,
+    /// dᵢ = bᵢ − b̂ᵢ by stage: how rounding of the slopes enters the estimate.
+    pub weights: Vec<f64>,
+    /// f at the stages that were evaluated, by stage, in the dtype of the step. The first is f(t, y).
+    pub slopes: Vec<Option<Slope>>,
+    /// Whether the last of the slopes is f(t + h, y⁺), to the bit: it is then the first of the next step.
+    pub first_same_as_last: bool,
 }
 
 /// Makes one step, and pulls a cotangent back through it.
@@ -66,6 +84,33 @@ pub trait Solver: Debug + Send + Sync + 'static {
     /// # Errors
     /// Whatever the vector field reports, with its place.
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step>;
+
+    /// The order of the weaker of the two solutions whose difference estimates the error of a step; `None` for a method
+    /// without an estimate, which cannot choose its steps.
+    fn estimate_order(&self) -> Option<usize> {
+        None
+    }
+
+    /// One step with an estimate of its error. `first` is f(t, y) where it is known already: it is not evaluated again.
+    ///
+    /// # Errors
+    /// [`OdeError::NoErrorEstimate`] from a method without one; whatever the vector field reports, with its place.
+    fn estimated_step(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+    ) -> Result<EstimatedStep> {
+        let _ = (stages, at, y, first);
+        Err(OdeError::NoErrorEstimate { solver: self.name().to_owned() })
+    }
+
+    /// The method whose step from y gives y(t + θh) inside a step of this one: dense output. `None` if there is none.
+    fn interpolated(&self, theta: f64) -> Option<Tableau> {
+        let _ = theta;
+        None
+    }
 
     /// dL/dy at the start of the step from `lambda` = dL/dy at its end; contributions to dL/dθ go through `pullbacks`.
     /// `y`, the state at the start, is given away so that it can be dropped once all stages are linearised.

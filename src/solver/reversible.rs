@@ -9,7 +9,7 @@
 
 use super::carried::{joined, split};
 use super::explicit::{
-    ExplicitRungeKutta, Points, Slope, StageMemory, cotangents, finite_stage, increment, pull, slopes, sum,
+    ExplicitRungeKutta, Points, StageMemory, cotangents, finite_stage, increment, pull, slopes, states, sum, used,
 };
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{Solver, Step};
@@ -180,18 +180,18 @@ impl<M: ExplicitRungeKutta> Solver for Reversible<M> {
         let [y, z] = split(y);
         let mut finite = vec![Finite::default(); self.nodes.len()];
         let (ahead_finite, back_finite) = finite.split_at_mut(tableau.stages());
-        let k = slopes(tableau, stages, at, &z, tableau.stages(), |i, point, k| {
+        let k = slopes(tableau, stages, at, &z, None, &used(tableau), |i, point, k| {
             ahead_finite[i] = finite_stage(at, point, k)?;
             Ok(())
         })?;
-        let y = self.ahead(stages, at, &y, &z, states(&k))?;
+        let y = self.ahead(stages, at, &y, &z, states(&k).collect())?;
         drop(k);
         let back = self.back(at);
-        let k = slopes(tableau, stages, &back, &y, tableau.stages(), |i, point, k| {
+        let k = slopes(tableau, stages, &back, &y, None, &used(tableau), |i, point, k| {
             back_finite[i] = finite_stage(&back, point, k)?;
             Ok(())
         })?;
-        let z = self.across(stages, &back, &z, -1.0, states(&k))?;
+        let z = self.across(stages, &back, &z, -1.0, states(&k).collect())?;
         Ok(Step { y: joined([y, z]), finite })
     }
 
@@ -251,8 +251,4 @@ impl<M: ExplicitRungeKutta> Reversal for Reversible<M> {
     fn growth(&self) -> f64 {
         1.0 / self.coupling
     }
-}
-
-fn states(slopes: &[Option<Slope>]) -> Vec<Option<&State>> {
-    slopes.iter().map(|k| k.as_ref().map(|k| &k.0)).collect()
 }

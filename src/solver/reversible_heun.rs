@@ -4,8 +4,9 @@
 //! z̄* = z̄⁺ + h/2 J⁺ᵀȳ⁺, ȳ = ȳ⁺ + 2 z̄*, z̄ = Jᵀ(h/2 ȳ⁺ + h z̄*) − z̄*.
 
 use super::carried::{joined, split};
-use super::explicit::{Slope, StageMemory, finite_stage, sum};
+use super::explicit::{StageMemory, finite_stage, sum};
 use super::reversible::Reversal;
+use super::slope::Slope;
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{Solver, Step};
 use crate::State;
@@ -48,9 +49,9 @@ impl ReversibleHeun {
         [y_bar, z_bar]: &[State; 2],
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
-        let kappa = Slope::owned(sum(None, &[(at.h / 2.0, y_bar)], stages.accumulate())?, Category::Cotangents);
-        let mu = Slope::owned(pullbacks.pull(end, at, 1, &kappa.0)?, Category::Cotangents);
-        sum(Some(z_bar), &[(1.0, &mu.0)], stages.accumulate())
+        let kappa = Slope::new(sum(None, &[(at.h / 2.0, y_bar)], stages.accumulate())?, Category::Cotangents);
+        let mu = Slope::new(pullbacks.pull(end, at, 1, kappa.state())?, Category::Cotangents);
+        sum(Some(z_bar), &[(1.0, mu.state())], stages.accumulate())
     }
 
     /// (ȳ, z̄).
@@ -63,10 +64,10 @@ impl ReversibleHeun {
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
         let kappa = sum(None, &[(at.h / 2.0, y_bar), (at.h, star)], stages.accumulate())?;
-        let kappa = Slope::owned(kappa, Category::Cotangents);
-        let mu = Slope::owned(pullbacks.pull(start, at, 0, &kappa.0)?, Category::Cotangents);
+        let kappa = Slope::new(kappa, Category::Cotangents);
+        let mu = Slope::new(pullbacks.pull(start, at, 0, kappa.state())?, Category::Cotangents);
         let y_bar = sum(Some(y_bar), &[(2.0, star)], stages.accumulate())?;
-        Ok(joined([y_bar, sum(None, &[(1.0, &mu.0), (-1.0, star)], stages.accumulate())?]))
+        Ok(joined([y_bar, sum(None, &[(1.0, mu.state()), (-1.0, star)], stages.accumulate())?]))
     }
 }
 
@@ -97,13 +98,13 @@ impl Solver for ReversibleHeun {
             let point = sum(Some(z), &[], at.dtype)?;
             let k = stages.slope(at, stage, &point)?;
             let finite = finite_stage(at, &point, &k)?;
-            Ok::<_, crate::OdeError>((Slope::owned(k, Category::Stages), finite))
+            Ok::<_, crate::OdeError>((Slope::new(k, Category::Stages), finite))
         };
         let [y, z] = split(y);
         let (start, start_finite) = slope(0, &z)?;
-        let z = Self::across(stages, at.h, &y, &z, &start.0)?;
+        let z = Self::across(stages, at.h, &y, &z, start.state())?;
         let (end, end_finite) = slope(1, &z)?;
-        let y = Self::trapezoid(stages, at.h, &y, [&start.0, &end.0])?;
+        let y = Self::trapezoid(stages, at.h, &y, [start.state(), end.state()])?;
         Ok(Step { y: joined([y, z]), finite: vec![start_finite, end_finite] })
     }
 
@@ -155,10 +156,10 @@ impl Reversal for ReversibleHeun {
         let end = Self::linearize(stages, at, 1, &z)?;
         let z = Self::across(stages, -at.h, &ahead, &z, end.value())?;
         let star = Self::pull_end(stages, at, end.as_ref(), &bars, pullbacks)?;
-        let of_end = Slope::owned(end.value().clone(), Category::Stages);
+        let of_end = Slope::new(end.value().clone(), Category::Stages);
         drop(end);
         let start = Self::linearize(stages, at, 0, &z)?;
-        let y = Self::trapezoid(stages, -at.h, &ahead, [start.value(), &of_end.0])?;
+        let y = Self::trapezoid(stages, -at.h, &ahead, [start.value(), of_end.state()])?;
         let lambda = Self::pull_start(stages, at, start.as_ref(), &bars[0], &star, pullbacks)?;
         Ok((joined([y, z]), lambda))
     }

@@ -10,27 +10,67 @@ use candle_core::{DType, Device, Tensor};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// The times of all stages of all steps, uploaded once.
+/// The times of all stages of consecutive steps, and of the end of each, uploaded once.
 #[derive(Clone, Debug)]
 pub struct Clock {
     grid: TimeGrid,
+    first: usize,
     stages: usize,
     table: Arc<TimeTable>,
 }
 
 impl Clock {
-    /// Every t_n + c_i·h_n of a grid.
+    /// Every t_n + c_i·h_n of a grid; c = 1 is the end of the step to the bit.
     pub fn new(grid: &TimeGrid, nodes: &[f64], device: &Device) -> Self {
+        Self::with_breaks(grid, nodes, &[], device)
+    }
+
+    /// As [`new`](Self::new), where f jumps at `breaks`: the steps on both sides see times strictly on their own side.
+    pub(crate) fn with_breaks(grid: &TimeGrid, nodes: &[f64], breaks: &[f64], device: &Device) -> Self {
         let steps = grid.times().windows(2);
-        let times = steps.flat_map(|pair| nodes.iter().map(|c| pair[0] + c * (pair[1] - pair[0]))).collect();
-        Self { grid: grid.clone(), stages: nodes.len(), table: Arc::new(TimeTable::new(times, device)) }
+        let times = steps.flat_map(|pair| stage_times(pair[0], pair[1], nodes, breaks)).collect();
+        let table = Arc::new(TimeTable::new(times, device));
+        Self { grid: grid.clone(), first: 0, stages: nodes.len() + 1, table }
+    }
+
+    /// The same steps, the first of which has `index`: one step that is tried, say.
+    pub(crate) fn starting_at(self, index: usize) -> Self {
+        Self { first: index, ..self }
     }
 
     /// Step `index`, with `dtype` for its evaluations.
     pub fn step(&self, index: usize, dtype: DType) -> StepAt<'_> {
-        let (t, end) = (self.grid.times()[index], self.grid.times()[index + 1]);
+        let row = index - self.first;
+        let (t, end) = (self.grid.times()[row], self.grid.times()[row + 1]);
         StepAt { index, t, h: end - t, dtype, first_stage: 0, clock: self }
     }
+
+    /// The ends of the steps, the start included.
+    pub(crate) fn times(&self) -> &[f64] {
+        self.grid.times()
+    }
+
+    /// The same as a grid.
+    pub(crate) fn grid(&self) -> &TimeGrid {
+        &self.grid
+    }
+}
+
+/// t + c·h for each node and for the end, kept off an end at which f jumps.
+fn stage_times<'a>(t: f64, end: f64, nodes: &'a [f64], breaks: &[f64]) -> impl Iterator<Item = f64> + use<'a> {
+    let inward = |time: f64, up: bool| match (breaks.contains(&time), up) {
+        (false, _) => None,
+        (true, true) => Some(time.next_up()),
+        (true, false) => Some(time.next_down()),
+    };
+    let forwards = end > t;
+    let (from, to) = (inward(t, forwards), inward(end, !forwards));
+    let (least, most) = if forwards { (from, to) } else { (to, from) };
+    nodes.iter().copied().chain([1.0]).map(move |c| {
+        let time = if c == 1.0 { end } else { t + c * (end - t) };
+        let time = least.map_or(time, |least| time.max(least));
+        most.map_or(time, |most| time.min(most))
+    })
 }
 
 /// One step of a grid.
@@ -55,9 +95,10 @@ impl StepAt<'_> {
         Self { t: self.t + self.h, h: -self.h, first_stage: self.first_stage + first, ..*self }
     }
 
-    /// The time of stage `stage`.
+    /// The time of stage `stage`; the one after the last stage is the end of the step.
     pub fn time(&self, stage: usize) -> Time {
-        self.clock.table.time(self.index * self.clock.stages + self.first_stage + stage)
+        let row = self.index - self.clock.first;
+        self.clock.table.time(row * self.clock.stages + self.first_stage + stage)
     }
 
     /// Where in the solve stage `stage` of this step is.
@@ -73,6 +114,7 @@ pub struct Stages<'a> {
     accumulate: DType,
     counters: &'a Counters,
     slopes: Slopes,
+    times: bool,
 }
 
 /// What becomes of a slope that Candle tracks.
@@ -88,7 +130,12 @@ pub(crate) enum Slopes {
 
 impl<'a> Stages<'a> {
     pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, slopes: Slopes) -> Self {
-        Self { field, accumulate, counters, slopes }
+        Self { field, accumulate, counters, slopes, times: false }
+    }
+
+    /// The same, with linearisations that give the cotangent of the time if `wanted`.
+    pub(crate) fn with_times(self, wanted: bool) -> Self {
+        Self { times: wanted, ..self }
     }
 
     /// The dtype in which y, λ and the cotangents are summed.
@@ -122,7 +169,8 @@ impl<'a> Stages<'a> {
         let _span = tracing::trace_span!(target: "candle_ode", "linearise").entered();
         count(&self.counters.linearizations);
         let place = at.place(stage);
-        let linearization = self.field.linearize(&at.time(stage), y).map_err(|error| from_field(error, place))?;
+        let time = if self.times { at.time(stage).tracked() } else { at.time(stage) };
+        let linearization = self.field.linearize(&time, y).map_err(|error| from_field(error, place))?;
         check_slope(y, linearization.value(), place)?;
         Ok(linearization)
     }
@@ -179,6 +227,45 @@ pub(crate) enum StageScale {
     Fixed(f64),
 }
 
+/// The cotangents of a step's start and length, 0-d in the accumulate dtype; `None` for zero.
+#[derive(Debug, Default)]
+pub(crate) struct StepTimes {
+    /// dL/dt at constant h: Σ t̄ᵢ.
+    pub(crate) start: Option<Tensor>,
+    /// dL/dh = Σ ⟨κᵢ, kᵢ⟩/h + Σ cᵢ t̄ᵢ, since κᵢ = h (bᵢ λ + Σ aⱼᵢ μⱼ).
+    pub(crate) length: Option<Tensor>,
+}
+
+impl StepTimes {
+    /// Those that are not zero, the start first.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.start.iter().chain(&self.length)
+    }
+
+    /// Adds what stage i, at the fraction cᵢ of the step, contributes.
+    fn add(&mut self, t: Option<Tensor>, c: f64, h: f64, kappa: &State, slope: &State) -> Result<()> {
+        for (kappa, k) in kappa.tensors().iter().zip(slope.tensors()) {
+            let product = (kappa * k.to_dtype(kappa.dtype())?)?.sum_all()?;
+            add(&mut self.length, 1.0 / h, &product)?;
+        }
+        if let Some(t) = t {
+            add(&mut self.length, c, &t)?;
+            add(&mut self.start, 1.0, &t)?;
+        }
+        Ok(())
+    }
+}
+
+/// sum += c·x.
+fn add(sum: &mut Option<Tensor>, c: f64, x: &Tensor) -> Result<()> {
+    let term = (x * c)?;
+    *sum = Some(match sum.take() {
+        None => term,
+        Some(sum) => (sum + term)?,
+    });
+    Ok(())
+}
+
 /// Where a solver takes the cotangents of a step: scales them, pulls them back, sums dL/dθ, notes overflow.
 pub struct Pullbacks<'a> {
     gradients: &'a mut Gradients,
@@ -186,11 +273,17 @@ pub struct Pullbacks<'a> {
     counters: &'a Counters,
     /// Per pullback, in the order they were made: the stage, and whether the result is finite.
     finite: Vec<(usize, Finite)>,
+    times: Option<StepTimes>,
 }
 
 impl<'a> Pullbacks<'a> {
     pub(crate) fn new(gradients: &'a mut Gradients, scale: StageScale, counters: &'a Counters) -> Self {
-        Self { gradients, scale, counters, finite: vec![] }
+        Self { gradients, scale, counters, finite: vec![], times: None }
+    }
+
+    /// The same, summing the cotangents of the times of the step if `wanted`.
+    pub(crate) fn with_times(self, wanted: bool) -> Self {
+        Self { times: wanted.then(StepTimes::default), ..self }
     }
 
     /// (∂f/∂y)ᵀκ in the accumulate dtype; (∂f/∂θ)ᵀκ is added to the sums.
@@ -240,12 +333,16 @@ impl<'a> Pullbacks<'a> {
         let pulled =
             linearization.pull(kappa, &scale, self.gradients).map_err(|error| from_field(error, at.place(stage)))?;
         self.finite.push((at.place(stage).stage, pulled.finite));
+        if let Some(times) = &mut self.times {
+            let c = (at.time(stage).value() - at.t) / at.h;
+            times.add(pulled.t, c, at.h, kappa, linearization.value())?;
+        }
         Ok(pulled.y)
     }
 
-    /// Per pullback, the stage and whether the result is finite.
-    pub(crate) fn into_finite(self) -> Vec<(usize, Finite)> {
-        self.finite
+    /// Per pullback, the stage and whether the result is finite; and the cotangents of the times, if they are wanted.
+    pub(crate) fn finish(self) -> (Vec<(usize, Finite)>, Option<StepTimes>) {
+        (self.finite, self.times)
     }
 }
 

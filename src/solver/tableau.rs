@@ -21,6 +21,8 @@ pub struct Tableau {
     b: Vec<f64>,
     c: Vec<f64>,
     embedded: Option<Vec<f64>>,
+    /// By stage, the coefficients of θ, θ², … in the weights of dense output.
+    pub(super) interpolant: Option<Vec<Vec<f64>>>,
 }
 
 /// How far a sum of coefficients may be off.
@@ -36,10 +38,17 @@ impl Tableau {
     pub fn new(name: &str, order: usize, rows: &[&[f64]], b: &[f64]) -> Result<Self> {
         let mut a = vec![vec![]];
         a.extend(rows.iter().map(|row| row.to_vec()));
-        let c = a.iter().map(|row| row.iter().sum()).collect();
-        let tableau = Self { name: name.to_owned(), order, a, b: b.to_vec(), c, embedded: None };
+        // A stage at the end of the step is there to the bit, whatever rounding made of its row.
+        let snap = |c: f64| if (c - 1.0).abs() < TOLERANCE { 1.0 } else { c };
+        let c = a.iter().map(|row| snap(row.iter().sum())).collect();
+        let tableau = Self { name: name.to_owned(), order, a, b: b.to_vec(), c, embedded: None, interpolant: None };
         tableau.check()?;
         Ok(tableau)
+    }
+
+    /// Coefficients (a, b, c) of another kind, b not summing to 1, which come from a tableau that has been checked.
+    pub(super) fn unchecked(name: String, order: usize, (a, b, c): (Vec<Vec<f64>>, Vec<f64>, Vec<f64>)) -> Self {
+        Self { name, order, a, b, c, embedded: None, interpolant: None }
     }
 
     /// The same method with the weights of an embedded solution.
@@ -93,6 +102,19 @@ impl Tableau {
         self.embedded.as_deref()
     }
 
+    /// The order of the embedded solution, as far as its weights show: from order 4 on, one less than that of the method
+    /// (but at least 4).
+    pub fn embedded_order(&self) -> Option<usize> {
+        let embedded = self.embedded.as_ref()?;
+        let broken = |(order, _, value, expected): &(usize, &str, f64, f64)| {
+            ((value - expected).abs() > TOLERANCE).then_some(*order)
+        };
+        match self.order_conditions(embedded).iter().filter_map(broken).min() {
+            Some(order) => Some(order - 1),
+            None => Some((self.order - 1).max(4)),
+        }
+    }
+
     /// First same as last: the last stage is the first of the next step.
     pub fn is_fsal(&self) -> bool {
         let last = self.stages() - 1;
@@ -126,7 +148,7 @@ impl Tableau {
         if self.order == 0 {
             return Err(self.wrong("order 0 does not converge".into()));
         }
-        for (order, condition, value, expected) in self.order_conditions() {
+        for (order, condition, value, expected) in self.order_conditions(&self.b) {
             if order <= self.order && (value - expected).abs() > TOLERANCE {
                 return Err(self.wrong(format!("{condition} = {value}, but order {order} needs {expected}")));
             }
@@ -135,9 +157,9 @@ impl Tableau {
     }
 
     /// The conditions up to order 4 (Hairer, Nørsett, Wanner, *Solving ODEs I*, II.1–II.2).
-    fn order_conditions(&self) -> Vec<(usize, &'static str, f64, f64)> {
+    fn order_conditions(&self, b: &[f64]) -> Vec<(usize, &'static str, f64, f64)> {
         let s = self.stages();
-        let weighted = |of: &dyn Fn(usize) -> f64| (0..s).map(|i| self.b[i] * of(i)).sum::<f64>();
+        let weighted = |of: &dyn Fn(usize) -> f64| (0..s).map(|i| b[i] * of(i)).sum::<f64>();
         let inner = |i: usize, of: &dyn Fn(usize) -> f64| (0..i).map(|j| self.a[i][j] * of(j)).sum::<f64>();
         let c = &self.c;
         vec![
@@ -152,7 +174,7 @@ impl Tableau {
         ]
     }
 
-    fn wrong(&self, reason: String) -> OdeError {
+    pub(super) fn wrong(&self, reason: String) -> OdeError {
         OdeError::Tableau { name: self.name.clone(), reason }
     }
 }
