@@ -271,6 +271,24 @@ pub enum OdeError {
         /// Its dtype.
         dtype: DType,
     },
+    /// A schedule asked for something that cannot be done.
+    #[error("action {index} of the schedule, `{action}`, is not legal: {why}")]
+    IllegalAction {
+        /// Where in the schedule.
+        index: usize,
+        /// What it asked for.
+        action: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A backward pass over a trajectory that an earlier one has freed.
+    #[error(
+        "the trajectory of this solve ({steps} steps) was freed by its first backward pass; solve again, or leave out .consume() to go through it more than once"
+    )]
+    Consumed {
+        /// Steps of the solve.
+        steps: usize,
+    },
     /// The divergence was asked of a field without a tangent.
     #[error(
         "{field} has no tangent (J·v), which {wanted} needs; build it from candle_ode::ops layers (Mlp, Sequential) or implement `Tangent` for it"

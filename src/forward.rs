@@ -16,7 +16,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
 use crate::time::TimeGrid;
-use crate::trajectory::{Codec, Trajectory};
+use crate::trajectory::{Encodes, Keeping, Trajectory};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -95,7 +95,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) casts: Fallback,
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
-    pub(crate) codec: Option<Arc<dyn Codec>>,
+    pub(crate) keeping: Option<Keeping>,
     /// After how many steps what is carried is kept, and the end, for those who go backwards from it.
     pub(crate) anchors: Option<usize>,
     pub(crate) overflow: OnOverflow,
@@ -109,9 +109,9 @@ pub(crate) struct Walked {
     /// (grid index, state), in the order of the grid; the last one always.
     pub(crate) outputs: Vec<(usize, State)>,
     pub(crate) trajectory: Option<Trajectory>,
+    pub(crate) anchors: Option<Anchors>,
     /// The steps that were taken.
     pub(crate) clock: Clock,
-    pub(crate) anchors: Option<Anchors>,
     dtypes: Vec<DType>,
 }
 
@@ -132,21 +132,19 @@ impl Forward<'_> {
         scaling: AdjointScaling,
         moments: Vec<Moments>,
     ) -> Result<Box<dyn Reverse>> {
-        let (solver, start, steps) = (self.solver.clone(), start.detach(), walked.dtypes.len());
-        Ok(match (adjoint, walked) {
-            (
-                Adjoint::Discrete(Discrete { stage_memory, .. }),
-                Walked { trajectory: Some(trajectory), clock, dtypes, .. },
-            ) => {
+        let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
+        let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
+        Ok(match (adjoint, trajectory, anchors) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
                 let passes = self.passes(clock, dtypes, scaling, moments);
-                Box::new(Recorded { passes, solver, trajectory, memory: *stage_memory })
+                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
             }
-            (Adjoint::Reconstruct(adjoint), Walked { anchors: Some(anchors), clock, dtypes, .. }) => {
+            (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
                 let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
             }
-            (Adjoint::Backsolve(adjoint), Walked { anchors: Some(end), clock, dtypes, .. }) => {
-                let back = adjoint.back(solver.as_ref(), clock.grid(), steps)?;
+            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
+                let back = adjoint.back(solver.as_ref(), &times)?;
                 let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
                 let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
                 let passes = self.passes(clock, dtypes, scaling, moments);
@@ -213,8 +211,10 @@ impl<'a> Forward<'a> {
     ) -> Result<Walked> {
         let solver = self.solver.as_ref();
         let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
-        let mut trajectory = self.codec.clone().map(|codec| Trajectory::new(codec, y.clone()));
-        let mut anchors = self.anchors.map(|every| Anchors::new(every, self.precision.accumulate_dtype()));
+        let (steps, accumulate) = (self.course.steps(), self.precision.accumulate_dtype());
+        let keeping = self.keeping.clone();
+        let mut trajectory = keeping.map(|keeping| Trajectory::new(keeping, &y, steps, accumulate));
+        let mut anchors = self.anchors.map(|every| Anchors::new(every, accumulate));
         let mut reached: Vec<(usize, State)> = vec![];
         if self.every || outputs.contains(&self.course.ends().0) {
             reached.push((0, visible(solver, &y)));
@@ -225,12 +225,11 @@ impl<'a> Forward<'a> {
             Course::Adaptive(adaptive) => Pace::Adaptive(Stepper::new(self, adaptive, opened, &y)?),
         };
         for n in 0.. {
-            let error;
-            (y, error) = match &mut pace {
+            let (after, error) = match &mut pace {
                 Pace::Grid(clock) => {
-                    let next = self.step(opened, clock, n, &y, wide, suspects)?;
+                    let after = self.step(opened, clock, n, &y, wide, suspects)?;
                     dtypes.push(self.dtype(n, wide));
-                    (next, None)
+                    (after, None)
                 }
                 Pace::Adaptive(stepper) => {
                     let accepted = stepper.step(self, opened, &y, &reached)?;
@@ -240,27 +239,38 @@ impl<'a> Forward<'a> {
             };
             count(&self.counters.accepted_steps);
             let (from, t) = pace.ends(n);
+            let whole = |after: &State| match &trajectory {
+                Some(trajectory) => Ok(visible(solver, &trajectory.whole(after)?)),
+                None => Ok::<_, OdeError>(visible(solver, after)),
+            };
             let stop = match self.observer {
-                Some(observer) => {
-                    observer(StepInfo { index: n, t, h: t - from, y: &visible(solver, &y), error }).is_break()
-                }
+                Some(observer) => observer(StepInfo { index: n, t, h: t - from, y: &whole(&after)?, error }).is_break(),
                 None => false,
             };
             let is_last = stop || Some(t) == pace.end();
             if is_last || self.every || outputs.contains(&t) {
-                reached.push((n + 1, visible(solver, &y)));
+                reached.push((n + 1, whole(&after)?));
             }
             if let Some(anchors) = &mut anchors {
-                anchors.see(n + 1, &y, is_last);
+                anchors.see(n + 1, &after, is_last);
             }
-            if is_last {
-                break;
-            }
-            if let Some(trajectory) = &mut trajectory {
-                self.keep(trajectory, (n, &pace), &y, dtypes[n], wide, suspects)?;
-            }
+            y = match &mut trajectory {
+                Some(trajectory) => {
+                    let taken = Taken { n, pace: &pace, dtypes: &dtypes };
+                    if is_last {
+                        self.finish(trajectory, &taken, &y, wide, suspects)?;
+                        break;
+                    }
+                    let next = self.keep(trajectory, &taken, &y, after, wide, suspects)?;
+                    pace.goes_on_from(trajectory.encodes());
+                    next
+                }
+                None if is_last => break,
+                None => after,
+            };
         }
-        Ok(Walked { outputs: reached, trajectory, anchors, clock: pace.into_clock(self, start.device())?, dtypes })
+        let clock = pace.into_clock(self, start.device())?;
+        Ok(Walked { outputs: reached, trajectory, anchors, clock, dtypes })
     }
 
     /// One step; again in F32 if it is known to overflow and that is wanted.
@@ -301,27 +311,53 @@ impl<'a> Forward<'a> {
         self.opening == Opening::Track
     }
 
-    /// Keeps the state after step `n`; in F32 if it is known not to fit and that is wanted.
+    /// Goes on from the state `after` the step just taken, which started at `before`, and keeps it if the schedule says
+    /// so.
     fn keep(
         &self,
         trajectory: &mut Trajectory,
-        (n, pace): (usize, &Pace<'_>),
-        y: &State,
-        dtype: DType,
+        taken: &Taken<'_>,
+        before: &State,
+        after: State,
+        wide: &mut Wide,
+        suspects: &mut Vec<(Suspect, Finite)>,
+    ) -> Result<State> {
+        let (n, dtype) = (taken.n, trajectory.dtype());
+        let exactly = |finite: &Finite| self.exactly(n, taken, dtype, finite, wide);
+        let (y, finite) = trajectory.reach(n + 1, before, after, exactly)?;
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step: n }, finite));
+        }
+        Ok(y)
+    }
+
+    /// Keeps the state from which the last step has started.
+    fn finish(
+        &self,
+        trajectory: &mut Trajectory,
+        taken: &Taken<'_>,
+        before: &State,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
     ) -> Result<()> {
-        let finite = trajectory.push(y)?;
-        if finite.known_bad() && !wide.entries.contains(&n) {
-            self.widen_entry(n, pace.ends(n).1, wide)?;
-        }
-        let was_widened = dtype != self.precision.compute_dtype();
-        if wide.entries.contains(&n) || was_widened && trajectory.dtype().size_in_bytes() < 4 {
-            trajectory.push_instead(y, self.precision.accumulate_dtype())?;
-        } else if !finite.known_good() {
-            suspects.push((Suspect::Entry { step: n }, finite));
+        let Some(step) = taken.n.checked_sub(1) else { return Ok(()) };
+        let dtype = trajectory.dtype();
+        let exactly = |finite: &Finite| self.exactly(step, taken, dtype, finite, wide);
+        let finite = trajectory.finish(taken.n, before, exactly)?;
+        if !finite.known_good() {
+            suspects.push((Suspect::Entry { step }, finite));
         }
         Ok(())
+    }
+
+    /// Whether what step `n` left behind is kept in the accumulate dtype: it does not fit the codec, or the step itself
+    /// needed more than the compute dtype.
+    fn exactly(&self, n: usize, taken: &Taken<'_>, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
+        if finite.known_bad() && !wide.entries.contains(&n) {
+            self.widen_entry(n, taken.pace.ends(n).1, wide)?;
+        }
+        let was_widened = taken.dtypes[n] != self.precision.compute_dtype();
+        Ok(wide.entries.contains(&n) || was_widened && kept.size_in_bytes() < 4)
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
@@ -350,7 +386,9 @@ impl<'a> Forward<'a> {
             wide.entries.insert(step);
             return Ok(());
         }
-        let dtype = self.codec.as_ref().map_or(DType::F32, |codec| codec.dtype());
+        // Integers have scales in F32.
+        let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
+        let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
         Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
     }
 
@@ -396,6 +434,13 @@ impl<'a> Forward<'a> {
     }
 }
 
+/// A step that was taken, after those before it.
+struct Taken<'a> {
+    n: usize,
+    pace: &'a Pace<'a>,
+    dtypes: &'a [DType],
+}
+
 /// The steps of one walk.
 enum Pace<'a> {
     Grid(&'a Clock),
@@ -417,6 +462,13 @@ impl Pace<'_> {
         match self {
             Self::Grid(clock) => clock.times().last().copied(),
             Self::Adaptive(stepper) => Some(stepper.end()),
+        }
+    }
+
+    /// The next step starts where a codec of that kind lets it.
+    fn goes_on_from(&mut self, encodes: Encodes) {
+        if let (Self::Adaptive(stepper), Encodes::Increments) = (self, encodes) {
+            stepper.forget_first();
         }
     }
 

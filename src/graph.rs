@@ -1,9 +1,11 @@
 //! Joins a finished solve to Candle's own graph, so that `loss.backward()` just works.
 //!
-//! One node takes y0 and a token and has the states as its value; when Candle reaches it with their cotangents it runs
-//! the whole reverse pass. A custom op takes at most three tensors, so the parameters are collected by a tree of token
-//! ops; Candle reaches the node first, which leaves each dL/dθᵢ in a cell of that backward, and the tokens hand theirs
-//! out. Backward passes on different threads have cells of their own.
+//! A custom op takes at most three tensors, so y0 and the parameters are collected by a tree of token ops, whose values
+//! are 0-d zeros. The solve node takes the root of the tree, and each state that is handed out is a node of its own on
+//! top of the solve node, so that a loss over many of them costs no more than they do. On its way down Candle's backward
+//! meets the outputs, which leave their cotangents in cells of that backward; then the solve node, which runs the whole
+//! reverse pass and leaves dL/dy0 and each dL/dθᵢ there; then the tokens, which hand those out. Backward passes on
+//! different threads have cells of their own.
 
 use crate::State;
 use crate::adjoint::{Reverse, Reversed};
@@ -17,6 +19,33 @@ use candle_core::{
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ThreadId;
+
+/// The forward pass of an op whose value is a 0-d zero.
+macro_rules! zero_forward {
+    ($name:literal $($argument:ident)*) => {
+        fn name(&self) -> &'static str {
+            $name
+        }
+
+        fn cpu_fwd(&self, first: &CpuStorage, _: &Layout $(, $argument: &CpuStorage, _: &Layout)*)
+            -> candle_core::Result<(CpuStorage, Shape)> {
+            $(let _ = $argument;)*
+            zero_beside(first)
+        }
+
+        fn cuda_fwd(&self, first: &CudaStorage, _: &Layout $(, $argument: &CudaStorage, _: &Layout)*)
+            -> candle_core::Result<(CudaStorage, Shape)> {
+            $(let _ = $argument;)*
+            zero_beside(first)
+        }
+
+        fn metal_fwd(&self, first: &MetalStorage, _: &Layout $(, $argument: &MetalStorage, _: &Layout)*)
+            -> candle_core::Result<(MetalStorage, Shape)> {
+            $(let _ = $argument;)*
+            zero_beside(first)
+        }
+    };
+}
 
 /// y0 in the accumulate dtype, tracked if y0 is: its gradient is checked when it is rounded back to y0's dtype.
 pub(crate) fn widen(y0: &State, accumulate: DType) -> Result<State> {
@@ -37,177 +66,175 @@ pub(crate) fn attach(
     trainable: Vec<Option<Tensor>>,
     recorded: Box<dyn Reverse>,
 ) -> Result<Vec<State>> {
-    let device = y0.device().clone();
-    let shapes: Vec<Shape> = y0.tensors().iter().map(|x| x.shape().clone()).collect();
     let cells = Arc::new(Cells::default());
-    let leaves = trainable.into_iter().enumerate().filter_map(|(slot, tensor)| tensor.map(|x| (Arg::Slot(slot), x)));
-    let token = match token_tree(leaves.collect(), &cells)? {
-        Some(token) => token,
-        None => Tensor::zeros((), DType::F32, &device)?,
-    };
+    let start = y0.tensors().iter().enumerate().filter(|(_, x)| x.track_op());
+    let start = start.map(|(tensor, x)| (Arg::Start(tensor), x.clone()));
+    let slots = trainable.into_iter().enumerate().filter_map(|(slot, tensor)| tensor.map(|x| (Arg::Slot(slot), x)));
     let (at, states): (Vec<usize>, Vec<State>) = outputs.into_iter().unzip();
-    let value = pack(states.iter().flat_map(State::tensors))?;
-    drop(states);
-    let layout = Packing { outputs: at.len(), shapes };
-    let node = SolveNode { value: Mutex::new(Some(value)), at, layout: layout.clone(), recorded, cells };
-    let packed = pack(y0.tensors())?.apply_op2(&token, node)?;
-    layout.unpack(&packed)
+    let Some(root) = token_tree(start.chain(slots).collect(), &cells)? else { return Ok(states) };
+    let solve = root.apply_op1(SolveNode { at, like: y0.detach(), recorded, cells: cells.clone() })?;
+    let attached = states.into_iter().enumerate().map(|(output, state)| {
+        let mut tensor = 0;
+        state.try_map(|x| {
+            let value = Mutex::new(Some(x.contiguous()?));
+            let node = OutputNode { value, output, tensor, cells: cells.clone() };
+            tensor += 1;
+            solve.apply_op1(node)
+        })
+    });
+    Ok(attached.collect::<candle_core::Result<_>>()?)
 }
 
-/// One tensor for all: itself if it is alone, else everything flattened in a row.
-fn pack<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> candle_core::Result<Tensor> {
-    let tensors: Vec<&Tensor> = tensors.into_iter().collect();
-    match tensors.as_slice() {
-        [only] => only.contiguous(),
-        several => Tensor::cat(&several.iter().map(|x| x.flatten_all()).collect::<candle_core::Result<Vec<_>>>()?, 0),
-    }
-}
-
-/// Where the tensors of several states lie in a packed one.
-#[derive(Clone, Debug)]
-struct Packing {
-    outputs: usize,
-    shapes: Vec<Shape>,
-}
-
-impl Packing {
-    fn unpack(&self, packed: &Tensor) -> Result<Vec<State>> {
-        if self.outputs == 1 && self.shapes.len() == 1 {
-            return Ok(vec![packed.into()]);
-        }
-        let mut from = 0;
-        let mut states = Vec::with_capacity(self.outputs);
-        for _ in 0..self.outputs {
-            let mut tensors = Vec::with_capacity(self.shapes.len());
-            for shape in &self.shapes {
-                tensors.push(packed.narrow(0, from, shape.elem_count())?.reshape(shape)?);
-                from += shape.elem_count();
-            }
-            states.push(State::from(tensors));
-        }
-        Ok(states)
-    }
-}
-
-/// The gradients that a reverse pass has left for the tokens, per thread that runs a backward.
+/// What the nodes of one backward leave for each other.
 #[derive(Debug, Default)]
-struct Cells(Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>);
+struct Left {
+    /// (output, tensor of its state, cotangent), in the order they came.
+    cotangents: Vec<(usize, usize, Tensor)>,
+    /// dL/dy0, by tensor.
+    start: Vec<Option<Tensor>>,
+    /// dL/dθ, by slot.
+    sums: Vec<Option<Tensor>>,
+}
+
+/// What has been left, per thread that runs a backward.
+#[derive(Debug, Default)]
+struct Cells(Mutex<HashMap<ThreadId, Left>>);
 
 impl Cells {
-    fn leave(&self, sums: Vec<Option<Tensor>>) {
+    fn leave_cotangent(&self, output: usize, tensor: usize, cotangent: Tensor) {
         let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cells.insert(std::thread::current().id(), sums);
+        cells.entry(std::thread::current().id()).or_default().cotangents.push((output, tensor, cotangent));
+    }
+
+    /// The last `count` cotangents. A backward that failed half way may have left others before them.
+    fn take_cotangents(&self, count: usize) -> Vec<(usize, usize, Tensor)> {
+        let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut left) = cells.remove(&std::thread::current().id()) else { return vec![] };
+        left.cotangents.split_off(left.cotangents.len().saturating_sub(count))
+    }
+
+    fn leave(&self, Reversed { y0, sums }: Reversed) {
+        let start = y0.into_tensors().into_iter().map(Some).collect();
+        let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cells.insert(std::thread::current().id(), Left { cotangents: vec![], start, sums });
     }
 
     /// Takes one out; the last one out clears up.
-    fn take(&self, slot: usize) -> Option<Tensor> {
+    fn take(&self, arg: Arg) -> Option<Tensor> {
         let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let id = std::thread::current().id();
         let mine = cells.get_mut(&id)?;
-        let taken = mine.get_mut(slot).and_then(Option::take);
-        if mine.iter().all(Option::is_none) {
+        let taken = match arg {
+            Arg::Start(tensor) => mine.start.get_mut(tensor),
+            Arg::Slot(slot) => mine.sums.get_mut(slot),
+            Arg::Token => None,
+        };
+        let taken = taken.and_then(Option::take);
+        if mine.start.iter().chain(&mine.sums).all(Option::is_none) {
             cells.remove(&id);
         }
         taken
     }
 }
 
-/// The whole solve as one op of Candle's graph.
+/// The whole solve as one op of Candle's graph. Its value is a 0-d zero, its cotangent the number of tensors whose
+/// cotangents have been left.
 struct SolveNode {
-    /// The packed states, until the op has run.
-    value: Mutex<Option<Tensor>>,
     at: Vec<usize>,
-    layout: Packing,
+    /// A state of the right shapes.
+    like: State,
     recorded: Box<dyn Reverse>,
     cells: Arc<Cells>,
 }
 
 impl SolveNode {
-    /// A copy of the packed states, made by `copy` from the storage of the device and the layout in it.
+    fn reverse(&self, count: usize) -> Result<Reversed> {
+        let mut states: Vec<Option<Vec<Option<Tensor>>>> = vec![None; self.at.len()];
+        for (output, tensor, cotangent) in self.cells.take_cotangents(count) {
+            states[output].get_or_insert_with(|| vec![None; self.like.len()])[tensor] = Some(cotangent);
+        }
+        let known = self.at.iter().zip(states).filter_map(|(at, state)| state.map(|state| (*at, state)));
+        let cotangents = known.map(|(at, state)| {
+            let tensors = state.into_iter().zip(self.like.tensors());
+            let tensors = tensors.map(|(cotangent, like)| cotangent.map_or_else(|| like.zeros_like(), Ok));
+            Ok((at, State::from(tensors.collect::<candle_core::Result<Vec<_>>>()?)))
+        });
+        self.recorded.reverse(&cotangents.collect::<Result<Vec<_>>>()?)
+    }
+}
+
+impl CustomOp1 for SolveNode {
+    zero_forward!("ode-solve");
+
+    fn bwd(&self, root: &Tensor, _: &Tensor, count: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let count = count.detach().to_scalar::<f32>()?;
+        self.cells.leave(self.reverse(count as usize)?);
+        root.zeros_like().map(Some)
+    }
+}
+
+/// One tensor of a state that is handed out.
+struct OutputNode {
+    /// Its value, until the op has run.
+    value: Mutex<Option<Tensor>>,
+    output: usize,
+    tensor: usize,
+    cells: Arc<Cells>,
+}
+
+impl OutputNode {
+    /// A copy of the value, made by `copy` from the storage of the device and the layout in it.
     fn value<S>(
         &self,
         copy: impl Fn(&Storage, &Layout) -> Option<candle_core::Result<S>>,
     ) -> candle_core::Result<(S, Shape)> {
         let taken = self.value.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(value) = taken else { candle_core::bail!("a solve node is evaluated once") };
+        let Some(value) = taken else { candle_core::bail!("an output of a solve is evaluated once") };
         let (storage, layout) = value.storage_and_layout();
         match copy(&storage, layout) {
             Some(copy) => Ok((copy?, value.shape().clone())),
             None => candle_core::bail!("a solve's states left the device of y0"),
         }
     }
-
-    fn reverse(&self, cotangent: &Tensor) -> Result<Reversed> {
-        let cotangents: Vec<(usize, State)> =
-            self.at.iter().copied().zip(self.layout.unpack(&cotangent.detach())?).collect();
-        self.recorded.reverse(&cotangents)
-    }
 }
 
-impl CustomOp2 for SolveNode {
+impl CustomOp1 for OutputNode {
     fn name(&self) -> &'static str {
-        "ode-solve"
+        "ode-output"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         self.value(|storage, layout| match storage {
             Storage::Cpu(own) => Some(own.to_dtype(layout, own.dtype())),
             _ => None,
         })
     }
 
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         self.value(|storage, layout| match storage {
             Storage::Cuda(own) => Some(own.to_dtype(layout, own.dtype())),
             _ => None,
         })
     }
 
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
         self.value(|storage, layout| match storage {
             Storage::Metal(own) => Some(combine::copy_on_metal(own, layout, own.dtype())),
             _ => None,
         })
     }
 
-    fn bwd(
-        &self,
-        y0: &Tensor,
-        token: &Tensor,
-        _: &Tensor,
-        cotangent: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let Reversed { y0: lambda, sums } = self.reverse(cotangent)?;
-        let of_y0 = if y0.track_op() { Some(pack(lambda.tensors())?) } else { None };
-        if !token.track_op() {
-            return Ok((of_y0, None));
-        }
-        self.cells.leave(sums);
-        Ok((of_y0, Some(token.zeros_like()?)))
+    fn bwd(&self, solve: &Tensor, _: &Tensor, cotangent: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.cells.leave_cotangent(self.output, self.tensor, cotangent.detach());
+        solve.ones_like().map(Some)
     }
 }
 
 /// What an argument of a token op is.
 #[derive(Clone, Copy, Debug)]
 enum Arg {
+    /// A tensor of y0.
+    Start(usize),
     /// A parameter or input.
     Slot(usize),
     /// A token below.
@@ -235,7 +262,7 @@ fn token_tree(mut level: Vec<(Arg, Tensor)>, cells: &Arc<Cells>) -> candle_core:
     }
 }
 
-/// Hands out gradients that the solve node has left. Its value is a 0-d zero.
+/// Hands out gradients that the solve node has left.
 struct Token {
     args: Vec<Arg>,
     cells: Arc<Cells>,
@@ -245,7 +272,7 @@ impl Token {
     fn gradient(&self, n: usize, of: &Tensor) -> candle_core::Result<Option<Tensor>> {
         match self.args[n] {
             Arg::Token => Ok(Some(of.zeros_like()?)),
-            Arg::Slot(slot) => match self.cells.take(slot) {
+            arg => match self.cells.take(arg) {
                 Some(sum) if sum.dtype() == of.dtype() => Ok(Some(sum)),
                 Some(sum) => {
                     let narrow = sum.to_dtype(of.dtype())?;
@@ -262,34 +289,8 @@ impl Token {
     }
 }
 
-macro_rules! token_forward {
-    ($($argument:ident)*) => {
-        fn name(&self) -> &'static str {
-            "ode-token"
-        }
-
-        fn cpu_fwd(&self, first: &CpuStorage, _: &Layout $(, $argument: &CpuStorage, _: &Layout)*)
-            -> candle_core::Result<(CpuStorage, Shape)> {
-            $(let _ = $argument;)*
-            zero_beside(first)
-        }
-
-        fn cuda_fwd(&self, first: &CudaStorage, _: &Layout $(, $argument: &CudaStorage, _: &Layout)*)
-            -> candle_core::Result<(CudaStorage, Shape)> {
-            $(let _ = $argument;)*
-            zero_beside(first)
-        }
-
-        fn metal_fwd(&self, first: &MetalStorage, _: &Layout $(, $argument: &MetalStorage, _: &Layout)*)
-            -> candle_core::Result<(MetalStorage, Shape)> {
-            $(let _ = $argument;)*
-            zero_beside(first)
-        }
-    };
-}
-
 impl CustomOp1 for Token {
-    token_forward!();
+    zero_forward!("ode-token");
 
     fn bwd(&self, a: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
         self.gradient(0, a)
@@ -297,7 +298,7 @@ impl CustomOp1 for Token {
 }
 
 impl CustomOp2 for Token {
-    token_forward!(second);
+    zero_forward!("ode-token" second);
 
     fn bwd(
         &self,
@@ -311,7 +312,7 @@ impl CustomOp2 for Token {
 }
 
 impl CustomOp3 for Token {
-    token_forward!(second third);
+    zero_forward!("ode-token" second third);
 
     fn bwd(
         &self,

@@ -85,7 +85,8 @@ pub use solver::{
 pub use state::State;
 pub use stats::Stats;
 pub use time::{Time, TimeGrid};
-pub use trajectory::{Codec, Entry, States};
+pub use trajectory::schedule::{self, Checkpoints, InputOnly, KeepAll, Schedule};
+pub use trajectory::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
 
 /// What most programs need: `use candle_ode::prelude::*`.
 pub mod prelude {

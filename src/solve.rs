@@ -4,7 +4,7 @@ mod dense;
 mod moments;
 
 use crate::State;
-use crate::adjoint::{Adjoint, Discrete};
+use crate::adjoint::Adjoint;
 use crate::controller::{Controller, Tolerance, Tolerances};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
@@ -16,7 +16,6 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
 use crate::stats::{Counters, Stats, add};
 use crate::time::TimeGrid;
-use crate::trajectory::States;
 use candle_core::{DType, Tensor};
 use dense::Dense;
 use moments::TimeTensors;
@@ -30,7 +29,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps) or [`tolerances`](Self::tolerances), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`] |
+/// | adjoint | [`Discrete`](crate::Discrete) |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -227,7 +226,7 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
     /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
@@ -316,12 +315,7 @@ impl Ode {
             self.field.params().cast(&self.inputs, compute, &device)?
         };
         add(&counters.casts, casts.count());
-        let codec = match &self.adjoint {
-            Adjoint::Discrete(Discrete { codec, .. }) => {
-                Some(codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))))
-            }
-            _ => None,
-        };
+        let keeping = self.adjoint.keeping(precision)?;
         let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let forward = Forward {
             field: self.field.clone(),
@@ -332,7 +326,7 @@ impl Ode {
             seed: self.seed,
             casts: Fallback::new(casts, self.inputs.clone()),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
-            codec: codec.filter(|_| tracked),
+            keeping: keeping.filter(|_| tracked),
             anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
             checked: Checked { determinism: self.check_determinism },
@@ -458,7 +452,7 @@ impl Ode {
             let what = format!("planning the memory of {what}");
             Err(OdeError::Unsupported {
                 what,
-                instead: "plan Discrete over given steps, or measure it with MemoryProfiler",
+                instead: "plan Discrete with every state kept over given steps, or measure it with MemoryProfiler",
             })
         };
         if self.is_adaptive() {
@@ -475,16 +469,20 @@ impl Ode {
             Adjoint::Unrolled(_) => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
-        let codec = discrete.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype())));
+        let mut outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        outputs.push(grid.steps());
+        outputs.sort_unstable();
+        outputs.dedup();
+        let Some(keeping) = self.adjoint.keeping(precision)? else { return unplanned("this adjoint") };
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),
             grid: &grid,
-            outputs: self.save_at.len().max(1),
+            outputs,
             precision,
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
             memory: discrete.stage_memory,
-            codec: codec.as_ref(),
+            keeping,
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),

@@ -199,3 +199,48 @@ fn masters_changed_between_solve_and_backward_follow_candles_rule() {
     assert_eq!(seen(DType::F32, Precision::F16), 0.5);
     assert_eq!(seen(DType::F64, Precision::F32), 0.5);
 }
+
+#[test]
+fn a_backward_that_fails_leaves_nothing_to_the_next() {
+    /// Passes a value on and refuses its cotangent as long as it is told to.
+    struct Refuse(std::sync::Arc<std::sync::atomic::AtomicBool>);
+    impl candle_core::CustomOp1 for Refuse {
+        fn name(&self) -> &'static str {
+            "refuse"
+        }
+
+        fn cpu_fwd(
+            &self,
+            storage: &candle_core::CpuStorage,
+            layout: &candle_core::Layout,
+        ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
+            use candle_core::backend::BackendStorage;
+            Ok((storage.to_dtype(layout, storage.dtype())?, layout.shape().clone()))
+        }
+
+        fn bwd(&self, _: &Tensor, _: &Tensor, cotangent: &Tensor) -> candle_core::Result<Option<Tensor>> {
+            match self.0.load(std::sync::atomic::Ordering::Relaxed) {
+                true => candle_core::bail!("refused"),
+                false => Ok(Some(cotangent.clone())),
+            }
+        }
+    }
+    let (vars, field) = small(DType::F64);
+    let y0 = variable(2, &[4, 3], DType::F64);
+    let solution = odeint(&field, y0.as_tensor(), &[0.0, 0.2, 0.5, 1.0], Heun).unwrap();
+    let loss = |n: usize| solution.states()[n][0].sqr().unwrap().mean_all().unwrap();
+    let gradients = |of: &Tensor| {
+        let grads = of.backward().unwrap();
+        sorted(&vars).into_values().chain([y0.clone()]).map(|var| bits(grads.get(&var).unwrap())).collect::<Vec<_>>()
+    };
+    let alone = gradients(&loss(1));
+    // Both outputs are in the loss: one leaves its cotangent, then the other's is refused on the way.
+    let refusing = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    for (first, second) in [(2, 3), (3, 2)] {
+        let refused = loss(second).apply_op1(Refuse(refusing.clone())).unwrap();
+        assert!((refused + loss(first)).unwrap().backward().is_err());
+        let refused = loss(second).apply_op1(Refuse(refusing.clone())).unwrap();
+        assert!((loss(first) + refused).unwrap().backward().is_err());
+        assert_eq!(gradients(&loss(1)), alone);
+    }
+}

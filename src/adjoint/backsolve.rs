@@ -67,12 +67,12 @@ impl Backsolve {
         }
     }
 
-    /// The way back over the first `steps` steps of `grid`.
-    pub(crate) fn back(&self, solver: &dyn Solver, grid: &TimeGrid, steps: usize) -> Result<Back> {
+    /// The way back over steps whose ends are `times`.
+    pub(crate) fn back(&self, solver: &dyn Solver, times: &[f64]) -> Result<Back> {
         let part = |pair: &[f64], n: usize| pair[1] + (pair[0] - pair[1]) * (n as f64 / self.substeps as f64);
-        let pairs = grid.times()[..=steps].windows(2).rev();
+        let pairs = times.windows(2).rev();
         let inner = pairs.flat_map(|pair| (0..self.substeps).map(move |n| part(pair, n)));
-        let grid = TimeGrid::new(inner.chain([grid.times()[0]]).collect())?;
+        let grid = TimeGrid::new(inner.chain([times[0]]).collect())?;
         Ok(Back { grid, tableau: self.tableau(solver)?, substeps: self.substeps })
     }
 }

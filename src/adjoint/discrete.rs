@@ -1,58 +1,125 @@
-//! The discrete adjoint: walks the kept steps backwards.
+//! The discrete adjoint: reverses the steps that were taken, from states that were kept or are computed again.
 
 use super::lambda::Lambda;
 use super::passes::{Pass, Passes};
 use super::{Reverse, Reversed};
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::solver::{Solver, StageMemory, fold, lift, zeros_like};
-use crate::trajectory::Trajectory;
-use std::sync::Arc;
+use crate::trajectory::schedule::Action;
+use crate::trajectory::{AtHand, Keeping, Slots, Trajectory};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Everything the backward pass needs of a finished forward pass.
 pub(crate) struct Recorded {
-    pub(crate) passes: Passes,
-    pub(crate) solver: Arc<dyn Solver>,
-    pub(crate) trajectory: Trajectory,
-    pub(crate) memory: StageMemory,
+    passes: Passes,
+    solver: Arc<dyn Solver>,
+    memory: StageMemory,
+    keeping: Keeping,
+    start: State,
+    /// Nothing once it has been consumed.
+    kept: Mutex<Option<Slots>>,
+    scheduled: Vec<usize>,
+}
+
+impl Recorded {
+    pub(crate) fn new(passes: Passes, solver: Arc<dyn Solver>, trajectory: Trajectory, memory: StageMemory) -> Self {
+        let Trajectory { keeping, start, slots, scheduled, .. } = trajectory;
+        Self { passes, solver, memory, keeping, start, kept: Mutex::new(Some(slots)), scheduled }
+    }
 }
 
 impl Reverse for Recorded {
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
-        self.passes.run(|pass| self.walk(pass, cotangents))
+        let share = || -> Result<Slots> {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let slots = if self.keeping.consume { kept.take() } else { kept.as_ref().map(Slots::share) };
+            slots.ok_or(OdeError::Consumed { steps: self.passes.dtypes.len() })
+        };
+        let mut first = Some(share()?);
+        let emptied = first.as_ref().map(Slots::emptied);
+        self.passes.run(|pass| {
+            // A pass that is done again after its trajectory was freed computes it again.
+            let slots = match (first.take(), &emptied) {
+                (Some(slots), _) => slots,
+                (None, Some(emptied)) if self.keeping.consume => emptied.emptied(),
+                (None, _) => share()?,
+            };
+            self.walk(pass, slots, cotangents)
+        })
     }
 
     fn bytes(&self) -> usize {
-        self.trajectory.bytes()
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Slots::bytes)
     }
 }
 
 impl Recorded {
-    fn walk(&self, pass: &mut Pass<'_, '_>, cotangents: &[(usize, State)]) -> Result<Option<State>> {
+    /// `None` if a value is already known not to be finite: the rest of the walk would be wasted.
+    fn walk(&self, pass: &mut Pass<'_, '_>, mut slots: Slots, cotangents: &[(usize, State)]) -> Result<Option<State>> {
         let (solver, accumulate) = (self.solver.as_ref(), self.passes.precision.accumulate_dtype());
         let mut lambda = Lambda::default();
         let mut waiting = cotangents.iter().rev().peekable();
-        for n in (0..=self.passes.dtypes.len()).rev() {
-            while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n) {
-                lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
+        // The steps after the last output used by the loss cost nothing.
+        let steps = cotangents.last().map_or(0, |(at, _)| *at);
+        let held = slots.states();
+        let kept: Vec<usize> = self.scheduled.iter().copied().filter(|n| *n < steps && held.contains(n)).collect();
+        let last = steps.saturating_sub(1);
+        let is_at_last = steps > 0 && (last == 0 || held.contains(&last));
+        let mut at_hand = if is_at_last { Some(self.restore(&mut slots, last)?) } else { None };
+        if !kept.contains(&last) {
+            slots.drop_state(last)?;
+        }
+        let mut actions = self.keeping.schedule.reversal(&kept, steps, is_at_last).peekable();
+        while let Some(action) = actions.next() {
+            match action {
+                Action::Advance { from, to } => {
+                    let _span = tracing::debug_span!(target: "candle_ode", "recompute", from, to).entered();
+                    let mut y = self.expect(at_hand.take(), action)?.state()?;
+                    for n in from..to {
+                        let after = pass.advance(solver, n, &y)?;
+                        let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
+                        let (next, finite) = slots.reach(n + 1, &y, after, keep, |finite| Ok(finite.known_bad()))?;
+                        pass.note(n, finite);
+                        y = next;
+                    }
+                    at_hand = Some(AtHand::State(y));
+                }
+                // Kept as it was reached.
+                Action::Keep(_) => {}
+                Action::Restore(n) => at_hand = Some(self.restore(&mut slots, n)?),
+                Action::Drop(n) => slots.drop_state(n)?,
+                Action::Reverse(n) => {
+                    while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n + 1) {
+                        lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
+                    }
+                    let y = self.expect(at_hand.take(), action)?;
+                    let Some(state) = lambda.take() else { continue };
+                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
+                        solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks)
+                    })?);
+                    if pass.is_lost() {
+                        return Ok(None);
+                    }
+                }
             }
-            if n == 0 {
-                break;
-            }
-            // Nothing has reached this time yet: the steps after the last output used by the loss cost nothing.
-            let Some(state) = lambda.take() else { continue };
-            lambda.set(pass.step(n - 1, &state, |stages, at, pullbacks| {
-                let y = self.trajectory.state(n - 1, accumulate)?;
-                solver.pullback(stages, at, y, &state, self.memory, pullbacks)
-            })?);
-            if pass.is_lost() {
-                return Ok(None);
-            }
+        }
+        for (_, cotangent) in waiting {
+            lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
         }
         let lambda = match lambda.take() {
             Some(state) => state,
-            None => zeros_like(&self.trajectory.state(0, accumulate)?, accumulate)?,
+            None => zeros_like(&self.start, accumulate)?,
         };
         fold(solver, &lambda, accumulate).map(Some)
+    }
+
+    fn restore(&self, slots: &mut Slots, n: usize) -> Result<AtHand> {
+        if n == 0 { Ok(AtHand::State(self.start.clone())) } else { slots.restore(n) }
+    }
+
+    fn expect(&self, at_hand: Option<AtHand>, action: Action) -> Result<AtHand> {
+        let why = "no state is at hand; check the schedule with candle_ode::schedule::simulate";
+        at_hand.ok_or_else(|| OdeError::IllegalAction { index: 0, action: action.to_string(), why })
     }
 }

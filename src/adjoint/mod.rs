@@ -16,11 +16,13 @@ pub use reconstruct::Reconstruct;
 pub(crate) use reconstruct::{Anchors, Reconstructed};
 pub(crate) use times::Moments;
 
+use crate::Precision;
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::solver::{Solver, StageMemory};
-use crate::trajectory::Codec;
-use candle_core::Tensor;
+use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule, Slot};
+use crate::trajectory::{Codec, Keeping, States, kept_bytes};
+use candle_core::{Shape, Tensor};
 use std::sync::Arc;
 
 /// A finished forward pass that can be gone through backwards, as often as Candle asks.
@@ -43,14 +45,34 @@ pub(crate) struct Reversed {
     pub(crate) sums: Vec<Option<Tensor>>,
 }
 
-/// The gradient of the steps that were taken (discretise-then-optimise): each step is linearised again at its kept
-/// state and pulled back, last step first.
+/// The gradient of the steps that were taken (discretise-then-optimise): each step is linearised again at its start and
+/// pulled back, last step first.
 ///
-/// Keeps (N − 1) states in the storage dtype. Costs s linearisations and s pullbacks a step.
+/// By default the start of every step but the first is kept, in the storage dtype: N − 1 states. A codec keeps them in
+/// fewer bytes, a schedule keeps fewer of them and computes the others again, in the dtype in which they were computed
+/// first. Costs s linearisations and s pullbacks a step, and s evaluations for each step computed again.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_ode::prelude::*;
+/// use candle_ode::Increments8;
+///
+/// let field = FnField::new(|_: &Time, y: &Tensor| y.neg()?.tanh());
+/// let y0 = Var::ones((4, 100), DType::F32, &Device::Cpu)?;
+/// let ode = Ode::new(&field).span(0.0, 1.0).steps(32);
+/// let bytes = |adjoint: Discrete| Ok::<_, OdeError>(ode.clone().adjoint(adjoint).solve(y0.as_tensor())?.trajectory_bytes());
+///
+/// assert_eq!(bytes(Discrete::default())?, 31 * 400 * 4);
+/// assert_eq!(bytes(Discrete::default().codec(Increments8))?, 30 * (400 + 4 * 4) + 400 * 4);
+/// assert_eq!(bytes(Discrete::default().checkpoints(5))?, (5 + 1) * 400 * 4);
+/// # Ok::<(), OdeError>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Discrete {
     pub(crate) stage_memory: StageMemory,
-    pub(crate) codec: Option<Arc<dyn Codec>>,
+    codec: Option<Arc<dyn Codec>>,
+    schedule: Option<Arc<dyn Schedule>>,
+    consume: bool,
 }
 
 impl Discrete {
@@ -60,10 +82,50 @@ impl Discrete {
         self
     }
 
-    /// How kept states are encoded; by default [`States`](crate::States) in the storage dtype of the precision.
+    /// How kept states are encoded; by default [`States`] in the storage dtype of the precision.
     pub fn codec(mut self, codec: impl Codec) -> Self {
         self.codec = Some(Arc::new(codec));
         self
+    }
+
+    /// Which states are kept; by default all of them.
+    pub fn schedule(mut self, schedule: impl Schedule) -> Self {
+        self.schedule = Some(Arc::new(schedule));
+        self
+    }
+
+    /// Keeps at most `slots` states, and the start of the last step, and computes as few steps again as that allows: see
+    /// [`Checkpoints`].
+    pub fn checkpoints(self, slots: usize) -> Self {
+        self.schedule(Checkpoints::new(slots))
+    }
+
+    /// Frees each entry of the trajectory as soon as the backward pass has used it. A second backward pass over the same
+    /// solve is [`OdeError::Consumed`](crate::OdeError::Consumed) then; a pass that overflows and has to be done again
+    /// goes forward from y0 once more.
+    pub fn consume(mut self) -> Self {
+        self.consume = true;
+        self
+    }
+
+    /// Bytes of the trajectory at the end of a forward pass of `steps` equal or given steps, for a state of tensors of
+    /// these shapes: what [`Solution::trajectory_bytes`](crate::Solution::trajectory_bytes) will say, if nothing
+    /// overflows.
+    pub fn trajectory_bytes(&self, shapes: &[Shape], steps: usize, precision: Precision) -> usize {
+        kept_bytes(&self.keeping(precision), shapes, steps, true, precision.accumulate_dtype())
+    }
+
+    /// The same where the steps are as many as a controller needs, and turn out to be `steps`.
+    pub fn trajectory_bytes_online(&self, shapes: &[Shape], steps: usize, precision: Precision) -> usize {
+        kept_bytes(&self.keeping(precision), shapes, steps, false, precision.accumulate_dtype())
+    }
+
+    pub(crate) fn keeping(&self, precision: Precision) -> Keeping {
+        Keeping {
+            codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),
+            schedule: self.schedule.clone().unwrap_or_else(|| Arc::new(KeepAll)),
+            consume: self.consume,
+        }
     }
 }
 
@@ -87,6 +149,19 @@ pub enum Adjoint {
 }
 
 impl Adjoint {
+    /// How the forward pass keeps states, for those that go back over them; checks that they can.
+    pub(crate) fn keeping(&self, precision: Precision) -> Result<Option<Keeping>> {
+        let Self::Discrete(discrete) = self else { return Ok(None) };
+        let keeping = discrete.keeping(precision);
+        match keeping.schedule.slot() {
+            Slot::State => Ok(Some(keeping)),
+            Slot::Stages => Err(OdeError::Unsupported {
+                what: "a backward pass from slots that hold stages".into(),
+                instead: "keep states alone: leave out .with_stages(), which is there to be counted and simulated",
+            }),
+        }
+    }
+
     /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.
     pub(crate) fn anchors(&self, solver: &dyn Solver) -> Result<Option<usize>> {
         match self {

@@ -8,7 +8,7 @@ use crate::error::{OdeError, PassKind, Result};
 use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
-use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages, StepAt, StepTimes, largest};
+use crate::solver::{Clock, Pullbacks, Slopes, Solver, StageScale, Stages, StepAt, StepTimes, largest};
 use crate::stats::{Counters, count};
 use candle_core::DType;
 use std::collections::BTreeSet;
@@ -129,6 +129,24 @@ impl Pass<'_, '_> {
     /// Whether a value is already known not to be finite: the rest of the walk would be wasted.
     pub(crate) fn is_lost(&self) -> bool {
         self.flags.last().is_some_and(|(_, finite)| finite.known_bad())
+    }
+
+    /// A step of the forward pass once more, from `y` and in the dtype in which it was taken.
+    pub(crate) fn advance(&mut self, solver: &dyn Solver, index: usize, y: &State) -> Result<State> {
+        let passes = self.passes;
+        let dtype = passes.dtypes[index];
+        let at = passes.clock.step(index, dtype);
+        let _span =
+            tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
+        count(&passes.counters.recomputed_steps);
+        let field = self.opened.get(dtype)?;
+        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
+        Ok(solver.step(&stages, &at, y)?.y)
+    }
+
+    /// Notes whether something that step `index` left behind is finite.
+    pub(crate) fn note(&mut self, index: usize, finite: Finite) {
+        self.flags.push(((index, 0), finite));
     }
 
     /// Pulls `lambda` back through a step: `pull` is given the stages, the step and a place to take its cotangents to,

@@ -101,6 +101,11 @@ impl<'a> Stepper<'a> {
         &self.times
     }
 
+    /// The next step does not start quite where the last one ended: f is to be evaluated there.
+    pub(super) fn forget_first(&mut self) {
+        self.first = None;
+    }
+
     /// Where the solve ends.
     pub(super) fn end(&self) -> f64 {
         self.course.end

@@ -49,11 +49,6 @@ impl Clock {
     pub(crate) fn times(&self) -> &[f64] {
         self.grid.times()
     }
-
-    /// The same as a grid.
-    pub(crate) fn grid(&self) -> &TimeGrid {
-        &self.grid
-    }
 }
 
 /// t + c·h for each node and for the end, kept off an end at which f jumps.

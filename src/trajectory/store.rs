@@ -1,74 +1,87 @@
-//! The kept entries of one solve: y₁ … y_{N−1}. y₀ is the layer's input and costs nothing; y_N is its output.
+//! What a forward pass keeps as it goes, and hands over to the backward pass.
 
-use super::codec::{Codec, Entry, States};
+use super::Keeping;
+use super::codec::Encodes;
+use super::schedule::{Action, Sweep};
+use super::slots::Slots;
 use crate::State;
-use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
 use crate::field::Finite;
 use candle_core::DType;
-use std::sync::Arc;
 
-/// A trajectory that keeps every state.
+/// The trajectory of one forward pass.
+///
+/// y₀ is the layer's input and costs nothing; the end of the last step is the solve's output.
 #[derive(Debug)]
 pub(crate) struct Trajectory {
-    codec: Arc<dyn Codec>,
-    start: State,
-    kept: Vec<Kept>,
-}
-
-#[derive(Debug)]
-struct Kept {
-    entry: Entry,
-    codec: Option<Arc<dyn Codec>>,
-    owned: Owned,
+    pub(crate) keeping: Keeping,
+    pub(crate) start: State,
+    pub(crate) slots: Slots,
+    /// States that the schedule keeps; the start of the last step may be in `slots` beside them.
+    pub(crate) scheduled: Vec<usize>,
+    sweep: Box<dyn Sweep>,
 }
 
 impl Trajectory {
-    /// An empty one that starts at `start` (accumulate dtype).
-    pub(crate) fn new(codec: Arc<dyn Codec>, start: State) -> Self {
-        Self { codec, start: start.detach(), kept: vec![] }
+    /// An empty one from `start` (accumulate dtype) over `steps` steps, if they are known.
+    pub(crate) fn new(keeping: Keeping, start: &State, steps: Option<usize>, accumulate: DType) -> Self {
+        let slots = Slots::new(keeping.codec.clone(), accumulate);
+        let sweep = keeping.schedule.sweep(steps);
+        Self { keeping, start: start.detach(), slots, scheduled: vec![], sweep }
     }
 
-    /// Keeps the next state, and says whether its encoding is finite.
-    pub(crate) fn push(&mut self, state: &State) -> Result<Finite> {
-        let (entry, finite) = self.codec.encode(state)?;
-        self.keep(entry, None);
-        Ok(finite)
+    /// What is handed out for a step that has led to `after`.
+    pub(crate) fn whole(&self, after: &State) -> Result<State> {
+        self.slots.whole(after)
     }
 
-    /// Keeps the last pushed state again, in `dtype`: it did not fit the codec.
-    pub(crate) fn push_instead(&mut self, state: &State, dtype: DType) -> Result<()> {
-        self.kept.pop();
-        let codec = Arc::new(States(dtype));
-        let (entry, _) = codec.encode(state)?;
-        self.keep(entry, Some(codec));
-        Ok(())
+    /// The step from `before` has led to `after`, state `n`, and another step follows: gives the state to go on from,
+    /// and whether its encoding is finite. `exactly` is asked whether to keep it without rounding.
+    pub(crate) fn reach(
+        &mut self,
+        n: usize,
+        before: &State,
+        after: State,
+        exactly: impl FnMut(&Finite) -> Result<bool>,
+    ) -> Result<(State, Finite)> {
+        let mut keep = false;
+        for action in self.sweep.reached(n) {
+            match action {
+                Action::Drop(dropped) => {
+                    self.slots.drop_state(dropped)?;
+                    self.scheduled.retain(|state| *state != dropped);
+                }
+                Action::Keep(state) if state == n => keep = true,
+                other => {
+                    let why = "a forward pass drops states and keeps the one it has reached";
+                    return Err(OdeError::IllegalAction { index: n, action: other.to_string(), why });
+                }
+            }
+        }
+        self.scheduled.extend(keep.then_some(n));
+        self.slots.reach(n, before, after, keep, exactly)
     }
 
-    /// y_n, in `accumulate`.
-    pub(crate) fn state(&self, n: usize, accumulate: DType) -> Result<State> {
-        let Some(before) = n.checked_sub(1) else { return Ok(self.start.clone()) };
-        let Some(kept) = self.kept.get(before) else {
-            return Err(OdeError::Unsupported {
-                what: format!("state {n} of a trajectory that keeps {}", self.kept.len()),
-                instead: "this is a bug of candle-ode, please report it",
-            });
-        };
-        kept.codec.as_ref().unwrap_or(&self.codec).decode(&kept.entry, accumulate)
+    /// The last step was that from `before`, state `n`: keeps it, if it is wanted and not kept yet.
+    pub(crate) fn finish(
+        &mut self,
+        n: usize,
+        before: &State,
+        exactly: impl FnMut(&Finite) -> Result<bool>,
+    ) -> Result<Finite> {
+        match n > 0 && self.keeping.schedule.keeps_last() {
+            true => self.slots.keep(n, before, exactly),
+            false => Ok(Finite::default()),
+        }
     }
 
-    /// Bytes of all kept entries.
-    pub(crate) fn bytes(&self) -> usize {
-        self.kept.iter().map(|kept| kept.owned.bytes()).sum()
+    /// What the codec is given.
+    pub(crate) fn encodes(&self) -> Encodes {
+        self.keeping.codec.encodes()
     }
 
     /// The dtype entries are kept in.
     pub(crate) fn dtype(&self) -> DType {
-        self.codec.dtype()
-    }
-
-    fn keep(&mut self, entry: Entry, codec: Option<Arc<dyn Codec>>) {
-        let owned = Owned::new(Category::Trajectory, entry.bytes());
-        self.kept.push(Kept { entry, codec, owned });
+        self.slots.dtype()
     }
 }

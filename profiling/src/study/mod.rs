@@ -1,5 +1,6 @@
 //! Studies: what the methods of candle-ode do, as tables, CSV files and plots.
 
+mod codecs;
 mod pareto;
 mod plot;
 mod reversal;
@@ -18,6 +19,8 @@ pub(crate) struct Study {
 
 #[derive(Subcommand)]
 enum Which {
+    /// Gradient errors of the codecs of the trajectory against F64, as CSV.
+    Codecs(codecs::Codecs),
     /// Solves three equations backwards, which cannot be: where the continuous adjoint fails and the discrete does not.
     Reversal(Output),
     /// How long the steps of reversible solvers may be, found by solving and from the roots of the step matrix.
@@ -36,13 +39,20 @@ struct Output {
 
 impl Study {
     pub(crate) fn run(&self) -> Result<()> {
-        let (Which::Reversal(output) | Which::Stability(output) | Which::Pareto(output)) = &self.which;
-        std::fs::create_dir_all(&output.out).map_err(|error| format!("{}: {error}", output.out.display()))?;
         match &self.which {
-            Which::Reversal(output) => reversal::run(&output.out),
-            Which::Stability(output) => stability::run(&output.out),
-            Which::Pareto(output) => pareto::run(&output.out),
+            Which::Codecs(codecs) => crate::print(codecs.table()?.as_bytes()),
+            Which::Reversal(output) => reversal::run(output.folder()?),
+            Which::Stability(output) => stability::run(output.folder()?),
+            Which::Pareto(output) => pareto::run(output.folder()?),
         }
+    }
+}
+
+impl Output {
+    /// The folder, made if need be.
+    fn folder(&self) -> Result<&Path> {
+        std::fs::create_dir_all(&self.out).map_err(|error| format!("{}: {error}", self.out.display()))?;
+        Ok(&self.out)
     }
 }
 

@@ -312,6 +312,14 @@ pub fn finite(x: &Tensor) -> Result<Finite> {
     Ok(Finite::Host(zero == 0.0))
 }
 
+/// Whether every element of all tensors is finite.
+///
+/// # Errors
+/// When the device fails.
+pub fn all_finite(tensors: &[Tensor]) -> Result<Finite> {
+    tensors.iter().try_fold(Finite::default(), |all, x| Ok(all.and(finite(x)?)))
+}
+
 /// max |x| on the host. NaN if any element is not finite.
 ///
 /// # Errors

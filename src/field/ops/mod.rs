@@ -39,6 +39,7 @@ mod norm;
 mod precomputed;
 mod product;
 mod real;
+pub(crate) mod rows;
 mod sequential;
 mod softmax;
 mod weight;

@@ -4,7 +4,10 @@
 //! linearisation and its pullback at y0 (no step is made). The two are put together by walking through both passes
 //! without allocating anything.
 
+mod ghost;
 mod probe;
+mod slots;
+mod step;
 mod tally;
 mod walk;
 
@@ -20,12 +23,12 @@ use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Solver, StageMemory};
 use crate::time::TimeGrid;
-use crate::trajectory::Codec;
-use candle_core::Tensor;
+use crate::trajectory::{Encodes, Keeping};
+use candle_core::{Shape, Tensor};
 use probe::Probed;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
-use walk::{Sizes, Walk};
+use walk::{Counts, Sizes, Solve};
 
 /// Predicted bytes of one solve and its backward pass, above what is live before it, and how often the field is called.
 ///
@@ -109,11 +112,12 @@ pub(crate) struct Planned<'a> {
     pub(crate) field: &'a dyn Field,
     pub(crate) solver: &'a dyn Solver,
     pub(crate) grid: &'a TimeGrid,
-    pub(crate) outputs: usize,
+    /// Grid points that are handed out, the last of them the end.
+    pub(crate) outputs: Vec<usize>,
     pub(crate) precision: Precision,
     pub(crate) scaling: AdjointScaling,
     pub(crate) memory: StageMemory,
-    pub(crate) codec: &'a dyn Codec,
+    pub(crate) keeping: Keeping,
     pub(crate) inputs: &'a [Tensor],
     pub(crate) seed: u64,
     /// Whether a backward pass follows.
@@ -136,32 +140,57 @@ impl Planned<'_> {
         let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
         let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
         let costs = self.costs(&start, &clock)?;
-        let numel = start.numel();
+        let shapes: Vec<Shape> = start.tensors().iter().map(|x| x.shape().clone()).collect();
+        let Keeping { codec, schedule, consume } = &self.keeping;
+        let entry = codec.bytes(&shapes);
+        let ((kept, _), encoded) = held(|| codec.encode(&start))?;
+        let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
+        drop((kept, decoded));
+        let encodes = codec.encodes();
+        // Anything else makes an entry of its own.
+        let entry_is_state =
+            encodes == Encodes::States && codec.dtype() == accumulate && entry == start.bytes(accumulate);
         let sizes = Sizes {
             accumulate: start.bytes(accumulate),
             compute: start.bytes(compute),
-            entry: self.codec.bytes(numel),
-            entry_is_state: self.codec.dtype() == accumulate,
+            entry,
+            entry_beside: encoded.kept.saturating_sub(entry),
+            encoding: encoded.most,
+            decoding: decoding.most,
+            entry_is_state,
             same_dtype: compute == accumulate,
             widened: widened.kept,
             clock: clocked.kept + self.grid.times().len() * (8 + self.solver.nodes().len() * compute.size_in_bytes()),
         };
-        let mut walk = Walk::new(tableau, self.memory, costs, sizes, self.grid.steps());
-        walk.forward(self.outputs, self.tracked, self.checks);
+        let mut solve = Solve {
+            tableau,
+            memory: self.memory,
+            schedule: schedule.as_ref(),
+            encodes,
+            consume: *consume,
+            costs,
+            sizes,
+            steps: self.grid.steps(),
+            heap: Default::default(),
+            counts: Counts::default(),
+            sums: None,
+        };
+        let mut walked = solve.forward(&self.outputs, self.tracked, self.checks);
+        let trajectory = walked.trajectory();
         if self.tracked {
-            walk.backward(self.outputs);
+            solve.backward(&mut walked, &self.outputs);
         }
         let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
-        let tally = &walk.tally;
+        let (tally, counts) = (solve.heap.tally(), solve.counts);
         Ok(MemoryPlan {
             peak: counts_heap.then_some(tally.highest().total() as u64),
             at_peak: tally.highest(),
             owned_peak: tally.owned_total_peak(),
-            trajectory: walk.trajectory as u64,
-            evaluations: walk.counts.evaluations,
-            linearizations: walk.counts.linearizations,
-            pullbacks: walk.counts.pullbacks,
-            recomputed_steps: walk.counts.recomputed_steps,
+            trajectory: trajectory as u64,
+            evaluations: counts.evaluations,
+            linearizations: counts.linearizations,
+            pullbacks: counts.pullbacks,
+            recomputed_steps: counts.recomputed_steps,
             owned: Category::ALL.map(|category| tally.owned_peak(category)),
         })
     }

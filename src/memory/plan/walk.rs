@@ -1,13 +1,13 @@
-//! The walk forward and the walk back, in bytes: takes and gives what the passes would, in their order.
-//!
-//! An explicit step of u used stages holds, beside y: forward up to u slopes and a stage state in the compute dtype;
-//! backward u linearisations (or one, and the slopes below it), κ, the μᵢ and both λ.
+//! The walk forward and the walk back, in bytes: makes and drops the buffers that the passes would, in their order.
 
+use super::ghost::{Announced, Ghost, Heap};
 use super::probe::Costs;
-use super::tally::Tally;
+use super::slots::{AtHand, Slots};
 use crate::account::Category;
 use crate::memory::composition::Part;
 use crate::solver::{StageMemory, Tableau};
+use crate::trajectory::Encodes;
+use crate::trajectory::schedule::{Action, Schedule};
 
 /// The shape of a solve, in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -16,8 +16,12 @@ pub(super) struct Sizes {
     pub(super) accumulate: usize,
     /// A state in the compute dtype.
     pub(super) compute: usize,
-    /// A kept entry.
+    /// A kept entry, and what it takes beside its elements.
     pub(super) entry: usize,
+    pub(super) entry_beside: usize,
+    /// At most while an entry is encoded or decoded.
+    pub(super) encoding: usize,
+    pub(super) decoding: usize,
     /// Whether an entry is the state itself, not a copy of it.
     pub(super) entry_is_state: bool,
     /// Whether a stage state without terms is the state itself.
@@ -38,215 +42,167 @@ pub(super) struct Counts {
 }
 
 /// One imagined solve with its backward pass.
-pub(super) struct Walk<'a> {
+pub(super) struct Solve<'a> {
     pub(super) tableau: &'a Tableau,
     pub(super) memory: StageMemory,
+    pub(super) schedule: &'a dyn Schedule,
+    pub(super) encodes: Encodes,
+    pub(super) consume: bool,
     pub(super) costs: Costs,
     pub(super) sizes: Sizes,
     pub(super) steps: usize,
-    pub(super) tally: Tally,
+    pub(super) heap: Heap,
     pub(super) counts: Counts,
-    /// Bytes of the entries at the end of the forward pass.
-    pub(super) trajectory: usize,
-    sums_made: bool,
+    /// The sums of dL/dθ, once a pullback has made them.
+    pub(super) sums: Option<(Ghost, Announced)>,
 }
 
-const STAGES: Part = Part::Owned(Category::Stages);
-const COTANGENTS: Part = Part::Owned(Category::Cotangents);
-const TRAJECTORY: Part = Part::Owned(Category::Trajectory);
-const GRADIENTS: Part = Part::Owned(Category::Gradients);
+/// What a forward pass leaves behind.
+pub(super) struct Walked {
+    start: Ghost,
+    slots: Slots,
+    scheduled: Vec<usize>,
+    /// Casts, times, y0 in the accumulate dtype, what is handed out.
+    _held: Vec<Ghost>,
+    _casts: Announced,
+}
 
-/// Bytes that a pass notes for each evaluation until its end: where it was, and whether it was finite.
+impl Walked {
+    /// Bytes of the entries.
+    pub(super) fn trajectory(&self) -> usize {
+        self.slots.bytes()
+    }
+}
+
+/// Bytes that the forward pass notes for each stage and step until its end, and the backward pass for each pullback: where
+/// it was, and whether it was finite.
 const FLAG: usize = 48;
+const FLAG_BACK: usize = 40;
 
-impl<'a> Walk<'a> {
-    pub(super) fn new(tableau: &'a Tableau, memory: StageMemory, costs: Costs, sizes: Sizes, steps: usize) -> Self {
-        let (tally, counts) = (Tally::default(), Counts::default());
-        Self { tableau, memory, costs, sizes, steps, tally, counts, trajectory: 0, sums_made: false }
-    }
-
-    /// The forward pass; `outputs` states are handed out, the last of them the end. `keep` says whether a backward pass
-    /// follows.
-    pub(super) fn forward(&mut self, outputs: usize, keep: bool, checks: usize) {
-        let Sizes { accumulate, compute, .. } = self.sizes;
-        self.tally.take(Part::Owned(Category::Casts), self.costs.casts);
-        self.tally.take(Part::Other, self.costs.casts_beside + self.sizes.widened + self.sizes.clock);
-        self.tally.take(Part::Field, self.costs.evaluated_model);
+impl Solve<'_> {
+    /// The forward pass; `outputs` are the grid points handed out, the last of them the end. `keep` says whether a backward
+    /// pass follows.
+    pub(super) fn forward(&mut self, outputs: &[usize], keep: bool, checks: usize) -> Walked {
+        let casts = self.heap.buffer(Part::Other, self.costs.casts + self.costs.casts_beside);
+        let owned = casts.announce(Category::Casts, self.costs.casts);
+        let mut held = vec![casts, self.heap.buffer(Part::Other, self.sizes.clock)];
+        // y0 is the caller's, or a copy.
+        let start = self.heap.buffer(Part::Other, self.sizes.widened);
+        let model = self.heap.buffer(Part::Field, self.costs.evaluated_model);
         for n in 0..checks {
-            self.tally.pass(Part::Field, (n + 1) * compute + self.costs.evaluation);
+            self.heap.pass(Part::Field, (n + 1) * self.sizes.compute + self.costs.evaluation);
             self.counts.evaluations += 1;
         }
-        let mut is_own = false;
-        for n in 1..=self.steps {
-            self.step();
-            self.flags(n);
-            if is_own {
-                self.give_state();
+        let mut sweep = self.schedule.sweep(Some(self.steps));
+        let (mut slots, mut scheduled, mut reached) = (Slots::default(), vec![], vec![]);
+        let mut flags = vec![];
+        let mut y = start.clone();
+        for n in 0..self.steps {
+            let after = self.step();
+            self.flag(n, FLAG * (self.tableau.stages() + 1), &mut flags);
+            let is_last = n + 1 == self.steps;
+            if is_last || outputs.contains(&(n + 1)) {
+                reached.push(slots.whole(self, &after));
             }
-            is_own = true;
-            if keep && n < self.steps {
-                is_own = !self.keep();
+            if is_last {
+                if keep && n > 0 && self.schedule.keeps_last() {
+                    slots.keep(self, n, &y);
+                }
+                break;
             }
-        }
-        self.tally.give(Part::Other, self.flags_room(self.steps));
-        self.tally.give(Part::Field, self.costs.evaluated_model);
-        // Handed out as copies.
-        self.tally.take(Part::Outside, outputs * (accumulate + self.costs.state_beside));
-        self.give_state();
-    }
-
-    /// The backward pass, for one cotangent of each of `outputs`.
-    pub(super) fn backward(&mut self, outputs: usize) {
-        let Sizes { accumulate, .. } = self.sizes;
-        self.tally.take(Part::Outside, outputs * (accumulate + self.costs.state_beside));
-        self.tally.take(Part::Field, self.costs.linearised_model);
-        // λ is Candle's cotangent at first, then a sum of ours.
-        self.tally.rename(Part::Outside, COTANGENTS, accumulate);
-        for n in (0..self.steps).rev() {
-            let decoded = n > 0 && !self.sizes.entry_is_state;
-            if decoded {
-                self.tally.take(Part::Other, accumulate + self.costs.state_beside);
-            }
-            self.pullback(decoded);
-            // The new λ is announced before the old one is let go.
-            self.tally.rename(Part::Other, COTANGENTS, accumulate);
-            if n + 1 == self.steps {
-                self.tally.rename(COTANGENTS, Part::Outside, accumulate);
-            } else {
-                self.tally.give(COTANGENTS, accumulate);
-                self.tally.give(Part::Other, self.costs.state_beside);
+            y = after;
+            if keep {
+                let mut wanted = false;
+                for action in sweep.reached(n + 1) {
+                    match action {
+                        Action::Drop(dropped) => {
+                            slots.drop_state(self, dropped);
+                            scheduled.retain(|state| *state != dropped);
+                        }
+                        _ => wanted = true,
+                    }
+                }
+                scheduled.extend(wanted.then_some(n + 1));
+                y = slots.reach(self, n + 1, y, wanted);
             }
         }
-        self.tally.give(COTANGENTS, accumulate);
-        self.tally.give(GRADIENTS, self.costs.sums);
-        self.tally.take(Part::Outside, accumulate + self.costs.sums);
-        self.tally.give(Part::Field, self.costs.linearised_model);
-    }
-
-    /// One step: from a state that is held to another.
-    fn step(&mut self) {
-        let slopes = self.slopes(self.tableau.stages());
-        self.tally.take(Part::Other, self.sizes.accumulate + self.costs.state_beside);
-        self.give_slopes(slopes);
-    }
-
-    /// The slopes of the used stages below `end`; says how many.
-    fn slopes(&mut self, end: usize) -> usize {
-        let used: Vec<usize> = self.used().into_iter().filter(|i| *i < end).collect();
-        for i in &used {
-            let point = self.point(*i);
-            self.tally.pass(Part::Field, self.costs.evaluation);
-            self.tally.take(Part::Field, self.sizes.compute + self.costs.state_beside);
-            self.tally.rename(Part::Field, STAGES, self.sizes.compute);
-            self.tally.give(Part::Other, point);
-            self.counts.evaluations += 1;
+        drop((y, flags, model));
+        // Handed out as copies, one after another.
+        for state in reached {
+            held.push(self.outside());
+            drop(state);
         }
-        used.len()
+        Walked { start, slots, scheduled, _held: held, _casts: owned }
     }
 
-    fn give_slopes(&mut self, slopes: usize) {
-        self.tally.give(STAGES, slopes * self.sizes.compute);
-        self.tally.give(Part::Field, slopes * self.costs.state_beside);
-    }
-
-    /// The pullback of one step; `own` says whether the state at its start is freed on the way.
-    fn pullback(&mut self, own: bool) {
-        let used = self.used();
-        let mut slopes = 0;
-        match self.memory {
-            StageMemory::All => {
-                used.iter().for_each(|i| self.linearise(*i));
-                if own {
-                    self.give_state();
+    /// The backward pass, for one cotangent of each of the outputs.
+    pub(super) fn backward(&mut self, walked: &mut Walked, outputs: &[usize]) {
+        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
+        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        let mut slots = if self.consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
+        let held = slots.states();
+        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| held.contains(n)).collect();
+        let last = self.steps - 1;
+        let is_at_last = last == 0 || held.contains(&last);
+        let mut at_hand = if is_at_last { self.restore(walked, &mut slots, last) } else { None };
+        if !kept.contains(&last) {
+            slots.drop_state(self, last);
+        }
+        let mut lambda: Option<(Ghost, Announced)> = None;
+        let mut flags = vec![];
+        let mut actions = self.schedule.reversal(&kept, self.steps, is_at_last).peekable();
+        while let Some(action) = actions.next() {
+            match action {
+                Action::Advance { from, to } => {
+                    let Some(mut y) = at_hand.take().map(|at_hand: AtHand| at_hand.state(self)) else { continue };
+                    for n in from..to {
+                        let after = self.step();
+                        self.counts.recomputed_steps += 1;
+                        let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
+                        y = slots.reach(self, n + 1, after, keep);
+                    }
+                    at_hand = Some(AtHand::State(y));
+                }
+                Action::Keep(_) => {}
+                Action::Restore(n) => at_hand = self.restore(walked, &mut slots, n),
+                Action::Drop(n) => slots.drop_state(self, n),
+                Action::Reverse(n) => {
+                    if let Some(at) = outputs.iter().position(|output| *output == n + 1) {
+                        let sum = if lambda.is_some() { self.state() } else { cotangents[at].clone() };
+                        self.set(&mut lambda, sum);
+                    }
+                    let Some(y) = at_hand.take() else { continue };
+                    let start = y.state(self);
+                    let pulled = self.pullback(start);
+                    self.flag(last - n, FLAG_BACK * self.tableau.stages(), &mut flags);
+                    self.set(&mut lambda, pulled);
                 }
             }
-            StageMemory::One => slopes = self.slopes(used.last().copied().unwrap_or(0)),
         }
-        for i in used.iter().rev() {
-            if self.memory == StageMemory::One {
-                let below = used.iter().filter(|j| *j < i).count();
-                self.give_slopes(slopes - slopes.min(below));
-                slopes = slopes.min(below);
-                self.linearise(*i);
-            }
-            self.pull();
-        }
-        self.give_slopes(slopes);
-        if own && self.memory == StageMemory::One {
-            self.give_state();
-        }
-        self.tally.take(Part::Other, self.sizes.accumulate + self.costs.state_beside);
-        self.tally.give(COTANGENTS, used.len() * self.sizes.accumulate);
-        self.tally.give(Part::Other, used.len() * self.costs.state_beside);
+        drop((model, flags));
+        // dL/dy0 and the sums are handed over, and added up by Candle.
+        drop(self.sums.take().map(|(sums, _)| sums));
     }
 
-    fn linearise(&mut self, stage: usize) {
-        let point = self.point(stage);
-        self.tally.pass(Part::Field, self.costs.linearisation);
-        self.tally.take(Part::Field, self.costs.linearised);
-        self.tally.give(Part::Other, point);
-        self.counts.linearizations += 1;
+    fn restore(&self, walked: &Walked, slots: &mut Slots, n: usize) -> Option<AtHand> {
+        if n == 0 { Some(AtHand::State(walked.start.clone())) } else { slots.restore(self, n) }
     }
 
-    /// One pullback; its linearisation is dropped after it, and μ stays.
-    fn pull(&mut self) {
-        let Sizes { accumulate, .. } = self.sizes;
-        self.tally.take(COTANGENTS, accumulate);
-        self.tally.take(Part::Other, self.costs.state_beside);
-        if !std::mem::replace(&mut self.sums_made, true) {
-            self.tally.take(GRADIENTS, self.costs.sums);
-            self.tally.take(Part::Other, self.costs.sums_beside);
-        }
-        self.tally.pass(Part::Pullback, self.costs.pullback);
-        self.tally.take(COTANGENTS, accumulate);
-        self.tally.take(Part::Other, self.costs.state_beside);
-        self.tally.give(COTANGENTS, accumulate);
-        self.tally.give(Part::Other, self.costs.state_beside);
-        self.tally.give(Part::Field, self.costs.linearised);
-        self.counts.pullbacks += 1;
+    /// The new λ is announced before the old one is let go.
+    fn set(&self, lambda: &mut Option<(Ghost, Announced)>, state: Ghost) {
+        let owned = state.announce(Category::Cotangents, self.sizes.accumulate);
+        *lambda = Some((state, owned));
     }
 
-    /// A stage state: says what it takes.
-    fn point(&mut self, stage: usize) -> usize {
-        let has_terms = (0..stage).any(|j| self.tableau.a(stage, j) != 0.0);
-        if self.sizes.same_dtype && !has_terms {
-            return 0;
-        }
-        let bytes = self.sizes.compute + self.costs.state_beside;
-        self.tally.take(Part::Other, bytes);
-        bytes
+    /// A state in Candle's hands.
+    fn outside(&self) -> Ghost {
+        self.heap.buffer(Part::Outside, self.sizes.accumulate + self.costs.state_beside)
     }
 
-    /// The state at hand is kept; says whether it is now the trajectory's.
-    fn keep(&mut self) -> bool {
-        self.trajectory += self.sizes.entry;
-        if self.sizes.entry_is_state {
-            self.tally.rename(Part::Other, TRAJECTORY, self.sizes.entry);
-        } else {
-            self.tally.take(TRAJECTORY, self.sizes.entry);
-            self.tally.take(Part::Other, self.costs.state_beside);
-        }
-        self.sizes.entry_is_state
-    }
-
-    fn give_state(&mut self) {
-        self.tally.give(Part::Other, self.sizes.accumulate + self.costs.state_beside);
-    }
-
-    /// After step `n`, a growing list of flags may have doubled.
-    fn flags(&mut self, n: usize) {
-        let grown = self.flags_room(n) - self.flags_room(n - 1);
-        self.tally.take(Part::Other, grown);
-    }
-
-    fn flags_room(&self, steps: usize) -> usize {
-        match steps * (self.tableau.stages() + 1) {
-            0 => 0,
-            flags => FLAG * flags.next_power_of_two().max(4),
-        }
-    }
-
-    fn used(&self) -> Vec<usize> {
-        (0..self.tableau.stages()).filter(|i| self.tableau.is_used(*i)).collect()
+    /// After `n` steps of a pass the list of flags, `bytes` a step, may have to grow for one more: it doubles.
+    fn flag(&self, n: usize, bytes: usize, flags: &mut Vec<Ghost>) {
+        let room = |steps: usize| if steps == 0 { 0 } else { bytes * steps.next_power_of_two() };
+        let grown = room(n + 1) - room(n);
+        flags.extend((grown > 0).then(|| self.heap.buffer(Part::Other, grown)));
     }
 }

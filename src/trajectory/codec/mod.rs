@@ -1,0 +1,117 @@
+//! How a kept entry is encoded.
+//!
+//! A codec turns the tensors of a state into fewer bytes and back, and says what it is to be given: the states
+//! themselves, or the increments between neighbouring ones. The walk does the rest for increments: with Δ = the step's
+//! increment and e = what rounding has left over so far,
+//!
+//! q = Q(Δ + e), y⁺ = y + q, e⁺ = Δ + e − q
+//!
+//! so that the forward pass goes on from y⁺, what is handed out is y⁺ + e⁺, and backwards y = y⁺ − q, exact to the
+//! rounding of the accumulate dtype. |e| stays below one quantum of Δ: rounding perturbs the solution by O(h·u_Q) and
+//! does not add up. The earliest state after which steps follow one another without a gap in what is kept, and the
+//! latest, are kept as they are.
+
+mod increments;
+mod states;
+
+pub use increments::{Increments4, Increments8, Increments16};
+pub use states::States;
+
+use crate::State;
+use crate::error::Result;
+use crate::field::Finite;
+use candle_core::{DType, Shape, Tensor};
+use std::fmt::Debug;
+
+/// One kept state or increment, encoded.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The encoded tensors.
+    pub tensors: Vec<Tensor>,
+    /// The shapes of the tensors that were encoded.
+    pub shapes: Vec<Shape>,
+}
+
+impl Entry {
+    /// The encoded `tensors` of `state`.
+    pub fn new(tensors: Vec<Tensor>, state: &State) -> Self {
+        Self { tensors, shapes: state.tensors().iter().map(|x| x.shape().clone()).collect() }
+    }
+
+    /// Bytes it occupies.
+    pub fn bytes(&self) -> usize {
+        self.tensors.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
+    }
+}
+
+/// What a codec is given to encode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encodes {
+    /// States: each entry can be decoded by itself.
+    States,
+    /// Increments between neighbouring states, with error feedback: entries are decoded last first.
+    Increments,
+}
+
+/// Encodes kept states, or the increments between them. Rounding to fewer bits happens here and nowhere else.
+///
+/// ```
+/// use candle_core::{DType, Shape, Tensor};
+/// use candle_ode::field::ops::combine::{self, Finite};
+/// use candle_ode::prelude::*;
+/// use candle_ode::{Codec, Encodes, Entry, Result};
+///
+/// /// Increments in BF16.
+/// #[derive(Debug)]
+/// struct Brief;
+///
+/// impl Codec for Brief {
+///     fn encodes(&self) -> Encodes {
+///         Encodes::Increments
+///     }
+///     fn encode(&self, values: &State) -> Result<(Entry, Finite)> {
+///         let kept = values.try_map(|x| x.to_dtype(DType::BF16))?;
+///         let finite = combine::all_finite(kept.tensors())?;
+///         Ok((Entry::new(kept.into_tensors(), values), finite))
+///     }
+///     fn decode(&self, entry: &Entry, dtype: DType) -> Result<State> {
+///         Ok(State::from(entry.tensors.clone()).try_map(|x| x.to_dtype(dtype))?)
+///     }
+///     fn bytes(&self, shapes: &[Shape]) -> usize {
+///         shapes.iter().map(|shape| 2 * shape.elem_count()).sum()
+///     }
+///     fn dtype(&self) -> DType {
+///         DType::BF16
+///     }
+/// }
+///
+/// let field = FnField::new(|_: &Time, y: &Tensor| y.neg());
+/// let y0 = candle_core::Var::ones(8, DType::F32, &candle_core::Device::Cpu)?;
+/// let ode = Ode::new(&field).span(0.0, 1.0).steps(16).adjoint(Discrete::default().codec(Brief));
+/// assert_eq!(ode.solve(y0.as_tensor())?.trajectory_bytes(), 14 * 8 * 2 + 8 * 4);
+/// # Ok::<(), OdeError>(())
+/// ```
+pub trait Codec: Debug + Send + Sync + 'static {
+    /// What it is given.
+    fn encodes(&self) -> Encodes {
+        Encodes::States
+    }
+
+    /// Encodes a state or an increment (accumulate dtype), and says whether all of it came out finite.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn encode(&self, values: &State) -> Result<(Entry, Finite)>;
+
+    /// The state or increment again, in `dtype` (F32 or F64). The same entry gives the same bits.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn decode(&self, entry: &Entry, dtype: DType) -> Result<State>;
+
+    /// Bytes of one entry for tensors of these shapes, to the byte.
+    fn bytes(&self, shapes: &[Shape]) -> usize;
+
+    /// The dtype of most of an entry.
+    fn dtype(&self) -> DType;
+}
