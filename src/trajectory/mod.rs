@@ -11,7 +11,7 @@ pub(crate) use forecast::kept_bytes;
 pub(crate) use slots::{AtHand, Slots};
 pub(crate) use store::Trajectory;
 
-use schedule::{Schedule, kept};
+use schedule::Schedule;
 use std::sync::Arc;
 
 /// How a solve keeps its trajectory.
@@ -21,12 +21,4 @@ pub(crate) struct Keeping {
     pub(crate) schedule: Arc<dyn Schedule>,
     /// Whether the first backward pass frees the trajectory as it walks over it.
     pub(crate) consume: bool,
-}
-
-impl Keeping {
-    /// Whether a solve of so many steps keeps the start of each of them but the first, each by itself.
-    pub(crate) fn is_every_state(&self, steps: usize) -> bool {
-        let scheduled = || kept(self.schedule.as_ref(), steps, Some(steps)).0;
-        self.codec.encodes() == Encodes::States && scheduled().into_iter().eq(1..steps)
-    }
 }
