@@ -116,8 +116,8 @@ impl Ode {
     ///
     /// The gradient is that of the steps: the ends of equal steps move with both ends of the span; of adaptive steps the
     /// first and the last move and the others are constant. f must depend on its time through
-    /// [`Time::tensor`](crate::Time::tensor) or [`Time::like`](crate::Time::like). Needs [`Discrete`] and an explicit
-    /// Runge–Kutta method.
+    /// [`Time::tensor`](crate::Time::tensor) or [`Time::like`](crate::Time::like). Needs
+    /// [`Discrete`](crate::Discrete) and an explicit Runge–Kutta method.
     ///
     /// ```
     /// use candle_core::{Device, Tensor, Var};
@@ -442,7 +442,7 @@ impl Ode {
     ///
     /// # Errors
     /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit,
-    /// adaptive steps, dense output, and adjoints other than [`Discrete`].
+    /// adaptive steps, dense output, and adjoints other than [`Discrete`](crate::Discrete).
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));

@@ -122,3 +122,20 @@ fn is_the_same_on_every_backward_pass() {
     let again: Tensor = ode.solve(y0.as_tensor()).unwrap().last().sqr().unwrap().sum_all().unwrap();
     assert_eq!(gradient(), bits(again.backward().unwrap().get(&y0).unwrap()));
 }
+
+#[test]
+fn is_the_same_to_the_bit_where_steps_are_computed_again() {
+    let (vars, field, y0) = mlp();
+    let run = |adjoint: Discrete| {
+        let ode = Ode::new(&field).solver(Dopri5).span(0.0, 2.0).tolerances(1e-6, 1e-6).adjoint(adjoint);
+        let solution = ode.solve(y0.as_tensor()).unwrap();
+        let grads = solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let found: Vec<_> = sorted(&vars).values().chain([&y0]).map(|x| bits(grads.get(x).unwrap())).collect();
+        (found, solution.stats())
+    };
+    let (all, kept) = run(Discrete::default());
+    let (few, again) = run(Discrete::default().checkpoints(2));
+    assert_eq!(all, few);
+    assert_eq!((kept.recomputed_steps, kept.accepted_steps), (0, again.accepted_steps));
+    assert!(again.recomputed_steps > again.accepted_steps / 2, "{again:?}");
+}

@@ -1,7 +1,7 @@
 //! A cell of a matrix: one choice of everything. Its flags, its settings in the report, its folder.
 
 use crate::failure::Result;
-use crate::names::{ADJOINTS, CODECS, PRECISIONS, SOLVERS, parser};
+use crate::names::{ADJOINTS, CODECS, PRECISIONS, SOLVERS, adjoint_word, parser};
 use crate::problem::FIELDS;
 use clap::Args;
 use serde_json::Value;
@@ -24,8 +24,8 @@ pub(crate) struct Lists {
     /// How kept states are encoded.
     #[arg(long, value_delimiter = ',', default_value = "storage", value_parser = parser(CODECS))]
     codec: Vec<String>,
-    /// How gradients come back.
-    #[arg(long, value_delimiter = ',', default_value = "discrete", value_parser = parser(ADJOINTS))]
+    /// How gradients come back: a name, and a number for those that take one (checkpoints:8).
+    #[arg(long, value_delimiter = ',', default_value = "discrete", value_parser = adjoint_word, long_help = adjoints())]
     adjoint: Vec<String>,
     /// Rows of the batch.
     #[arg(long, value_delimiter = ',', default_value = "256", value_parser = at_least_one)]
@@ -33,6 +33,12 @@ pub(crate) struct Lists {
     /// Where tensors live: cpu, cuda:0 …
     #[arg(long, value_delimiter = ',', default_value = "cpu")]
     device: Vec<String>,
+}
+
+/// What `--help` says of adjoints, whose words clap does not list since some have a number.
+fn adjoints() -> String {
+    let rows = ADJOINTS.iter().map(|row| format!("- {}: {}", row.name, row.says));
+    format!("How gradients come back\n\nPossible values:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
 /// clap's range parsers know no `usize`.

@@ -2,7 +2,7 @@
 
 use crate::cell::Cell;
 use crate::failure::Result;
-use crate::names::{ADJOINTS, CODECS, PRECISIONS, SOLVERS, find};
+use crate::names::{CODECS, PRECISIONS, SOLVERS, adjoint, find};
 use crate::problem::{FIELDS, Problem};
 use candle_core::Device;
 use candle_ode::memory::{MemoryProfiler, MemoryReport, cuda_device};
@@ -100,7 +100,7 @@ pub(crate) fn device(name: &str) -> Result<Device> {
 impl Cell {
     /// The solve of this cell.
     pub(crate) fn ode(&self, problem: &Problem) -> Result<Ode> {
-        let adjoint = find(ADJOINTS, &self.adjoint)?(find(CODECS, &self.codec)?);
+        let adjoint = adjoint(&self.adjoint, find(CODECS, &self.codec)?)?;
         let (from, to) = problem.span;
         let ode =
             Ode::new(&problem.field).span(from, to).steps(self.steps).precision(find(PRECISIONS, &self.precision)?);

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use candle_ode::prelude::*;
-use candle_ode::{StageMemory, States};
+use candle_ode::{Increments4, Increments8, Increments16, InputOnly, StageMemory, States};
 
 /// What a name stands for.
 pub(crate) struct Named<T: 'static> {
@@ -48,24 +48,77 @@ pub(crate) const CODECS: &[Named<WithCodec>] = &[
     named("f32", "states in F32", |discrete| discrete.codec(States(DType::F32))),
     named("bf16", "states in BF16", |discrete| discrete.codec(States(DType::BF16))),
     named("f16", "states in F16", |discrete| discrete.codec(States(DType::F16))),
+    named("increments16", "increments in F16", |discrete| discrete.codec(Increments16)),
+    named("increments8", "increments in 8 bits", |discrete| discrete.codec(Increments8)),
+    named("increments4", "increments in 4 bits", |discrete| discrete.codec(Increments4)),
 ];
 
-/// Makes an adjoint of a codec.
-pub(crate) type WithAdjoint = fn(WithCodec) -> Adjoint;
+/// Makes an adjoint of a codec, and of the number behind the name for those that take one.
+#[derive(Clone, Copy)]
+pub(crate) enum WithAdjoint {
+    Plain(fn(WithCodec) -> Adjoint),
+    Numbered(fn(WithCodec, usize) -> Adjoint),
+}
+
+use WithAdjoint::{Numbered, Plain};
 
 pub(crate) const ADJOINTS: &[Named<WithAdjoint>] = &[
-    named("discrete", "every step's start is kept, all stages of a step live", |codec| {
-        codec(Discrete::default()).into()
-    }),
-    named("discrete-one-stage", "every step's start is kept, one stage of a step lives", |codec| {
-        codec(Discrete::default().stage_memory(StageMemory::One)).into()
-    }),
-    named("reconstruct", "steps of a reversible solver are undone: nothing is kept", |_| Reconstruct::default().into()),
-    named("backsolve", "the ODE is solved backwards from its end: nothing is kept, y drifts", |_| {
-        Backsolve::default().into()
-    }),
-    named("unrolled", "Candle's own graph through every step", |_| Unrolled.into()),
+    named(
+        "discrete",
+        "every step's start is kept, all stages of a step live",
+        Plain(|codec| codec(Discrete::default()).into()),
+    ),
+    named(
+        "discrete-one-stage",
+        "every step's start is kept, one stage of a step lives",
+        Plain(|codec| codec(Discrete::default().stage_memory(StageMemory::One)).into()),
+    ),
+    named(
+        "consume",
+        "every step's start is kept until it has been used",
+        Plain(|codec| codec(Discrete::default()).consume().into()),
+    ),
+    named(
+        "checkpoints",
+        "at most so many states are kept (checkpoints:8), the other steps are done again",
+        Numbered(|codec, slots| codec(Discrete::default()).checkpoints(slots).into()),
+    ),
+    named(
+        "input-only",
+        "y0 is kept, all steps are done again",
+        Plain(|codec| codec(Discrete::default()).schedule(InputOnly).into()),
+    ),
+    named(
+        "reconstruct",
+        "steps of a reversible solver are undone: nothing is kept",
+        Plain(|_| Reconstruct::default().into()),
+    ),
+    named(
+        "backsolve",
+        "the ODE is solved backwards from its end: nothing is kept, y drifts",
+        Plain(|_| Backsolve::default().into()),
+    ),
+    named("unrolled", "Candle's own graph through every step", Plain(|_| Unrolled.into())),
 ];
+
+/// The adjoint of a word such as `discrete` or `checkpoints:8`.
+pub(crate) fn adjoint(word: &str, codec: WithCodec) -> Result<Adjoint, String> {
+    let (name, number) = word.split_once(':').map_or((word, None), |(name, number)| (name, Some(number)));
+    match (find(ADJOINTS, name)?, number) {
+        (Plain(makes), None) => Ok(makes(codec)),
+        (Plain(_), Some(_)) => Err(format!("`{name}` takes no number")),
+        (Numbered(_), None) => Err(format!("`{name}` needs a number, as in `{name}:8`")),
+        (Numbered(makes), Some(number)) => match number.parse() {
+            Ok(number) if number > 0 => Ok(makes(codec, number)),
+            _ => Err(format!("`{word}`: behind the colon belongs a number from 1 on, as in `{name}:8`")),
+        },
+    }
+}
+
+/// For clap: a word that makes an adjoint.
+pub(crate) fn adjoint_word(word: &str) -> Result<String, String> {
+    adjoint(word, |discrete| discrete).map(|_| word.to_owned())
+}
 
 /// What the row of that name makes.
 pub(crate) fn find<T: Copy>(rows: &'static [Named<T>], name: &str) -> Result<T, String> {

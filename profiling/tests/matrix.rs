@@ -119,6 +119,22 @@ fn a_cell_that_cannot_be_says_why_and_the_others_are_there() {
 }
 
 #[test]
+fn codecs_and_checkpoints_keep_less() {
+    let flags =
+        ["--codec", "storage,increments8", "--adjoint", "discrete,checkpoints:3", "--steps", "16", "--batch", "32"];
+    let (folder, output) = run("keeping", &flags);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let reports = cells(&folder).into_iter().map(|cell| MemoryReport::load(cell.join("report.json")).unwrap());
+    // At the end of the forward pass.
+    let kept = reports.map(|report| report.environment.settings["trajectory_bytes"].as_u64().unwrap());
+    let kept: Vec<_> = kept.collect();
+    let state = 32 * 64 * 4;
+    // Storage, increments8, and both with three checkpoints and the start of the last step.
+    assert_eq!((kept[0], kept[2]), (15 * state, 4 * state));
+    assert!(kept[1] < kept[0] / 2 && kept[3] <= kept[2], "{kept:?}");
+}
+
+#[test]
 fn cells_of_another_matrix_are_not_mixed_in() {
     let flags = ["--steps", "2", "--batch", "4"];
     let (folder, output) = run("twice", &flags);
@@ -175,6 +191,12 @@ fn mistakes_are_told_with_what_to_write() {
     };
     let stderr = complaint(&["run", "--solver", "rk5", "--out", "nowhere"]);
     assert!(stderr.contains("'rk5'") && stderr.contains("dopri5"), "{stderr}");
+    for (word, says) in
+        [("checkpoints", "needs a number"), ("discrete:3", "takes no number"), ("checkpoints:0", "from 1 on")]
+    {
+        let stderr = complaint(&["run", "--adjoint", word, "--out", "nowhere"]);
+        assert!(stderr.contains(says), "{stderr}");
+    }
     let stderr = complaint(&["run", "--in-process", "--steps", "1,2", "--out", "nowhere"]);
     assert!(stderr.contains("measures one cell, and these flags make 2"), "{stderr}");
     let stderr = complaint(&["run", "--in-process", "--device", "gpu", "--out", "nowhere"]);

@@ -58,7 +58,7 @@ pub struct Controller {
 /// What to do where a step's error estimate is made of the rounding of f, so that shorter steps cannot reach the tolerance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AtFloor {
-    /// [`OdeError::ErrorFloor`], with the tolerance that could be reached.
+    /// [`OdeError::ErrorFloor`], which says how many tolerances the rounding makes up.
     #[default]
     Error,
     /// The step is accepted, and counted in [`Stats::floored_steps`](crate::Stats::floored_steps); steps become as long as
