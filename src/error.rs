@@ -425,6 +425,18 @@ pub enum OdeError {
         /// What does not hold, with values.
         reason: String,
     },
+    /// Nothing there is fits a memory budget.
+    #[error(
+        "no choice fits a budget of {budget} bytes: the least is {smallest} ({choice}); allow that much, keep increments (.codec(Increments8)), or take a smaller batch"
+    )]
+    Budget {
+        /// The budget in bytes.
+        budget: u64,
+        /// The smallest that would do.
+        smallest: u64,
+        /// What it would do with it.
+        choice: String,
+    },
     /// A setting that makes no sense.
     #[error("{setting} = {value}: {hint}")]
     Setting {

@@ -4,13 +4,13 @@ mod dense;
 mod moments;
 
 use crate::State;
-use crate::adjoint::Adjoint;
+use crate::adjoint::{Adjoint, Discrete};
 use crate::controller::{Controller, Tolerance, Tolerances};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
 use crate::forward::{Adaptive, Checked, Course, Forward, Observer, OnOverflow, StepInfo};
-use crate::memory::MemoryPlan;
 use crate::memory::plan::{Known, Planned};
+use crate::memory::{Choice, Choices, MemoryPlan};
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Rk4, Solver};
@@ -29,7 +29,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps) or [`tolerances`](Self::tolerances), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`](crate::Discrete) |
+/// | adjoint | [`Discrete`] |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -226,7 +226,7 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
+    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
     /// [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
@@ -290,6 +290,9 @@ impl Ode {
     }
 
     fn solve_from(&self, y0: State) -> Result<Solution> {
+        if let Some(fitting) = self.within_budget(&y0)? {
+            return fitting.solve_from(y0);
+        }
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check(y0.device())?;
         check_start(&y0)?;
@@ -448,13 +451,6 @@ impl Ode {
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check(y0.device())?;
         check_start(&y0)?;
-        let unplanned = |what: &str| {
-            let what = format!("planning the memory of {what}");
-            Err(OdeError::Unsupported {
-                what,
-                instead: "plan Discrete with every state kept over given steps, or measure it with MemoryProfiler",
-            })
-        };
         if self.is_adaptive() {
             return unplanned("adaptive steps");
         }
@@ -492,6 +488,52 @@ impl Ode {
         planned.plan(&y0)
     }
 
+    /// The choices that a [`budget`](Discrete::budget) has, each with its plan: the fewest calls of the field first.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.tanh());
+    /// let y0 = Var::ones((64, 32), candle_core::DType::F32, &Device::Cpu)?;
+    /// let choices = Ode::new(&field).span(0.0, 1.0).steps(64).choices(y0.as_tensor())?;
+    /// println!("{choices}");
+    /// let (first, last) = (&choices.0[0], choices.0.last().unwrap());
+    /// assert!(first.calls() < last.calls());
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn choices(&self, y0: impl Into<State>) -> Result<Choices> {
+        let y0: State = y0.into();
+        if self.is_adaptive() {
+            return unplanned("adaptive steps");
+        }
+        let steps = self.with_times_read()?.time_grid()?.steps();
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete.take_budget().map_or_else(|| discrete.clone(), |(_, plain)| plain),
+            _ => Discrete::default(),
+        };
+        let planned = discrete.choices(steps).into_iter().map(|(name, adjoint)| {
+            let plan = self.clone().adjoint(adjoint.clone()).plan(&y0)?;
+            Ok(Choice { name, adjoint, plan })
+        });
+        Ok(Choices::new(planned.collect::<Result<_>>()?))
+    }
+
+    /// Itself with what fits the budget, if there is one.
+    fn within_budget(&self, y0: &State) -> Result<Option<Self>> {
+        let Adjoint::Discrete(discrete) = &self.adjoint else { return Ok(None) };
+        let Some((budget, plain)) = discrete.take_budget() else { return Ok(None) };
+        let shapes: Vec<_> = y0.tensors().iter().map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
+        let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
+        let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
+        let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {:?} {plain:?} {budget}", self.save_at);
+        let chosen = self.known.choose(settings, || Ok(self.choices(y0)?.within(budget)?.adjoint.clone()))?;
+        Ok(Some(self.clone().adjoint(chosen)))
+    }
+
     fn time_grid(&self) -> Result<TimeGrid> {
         match (&self.grid, self.span) {
             (Some(times), _) => TimeGrid::new(times.clone()),
@@ -503,6 +545,12 @@ impl Ode {
             }),
         }
     }
+}
+
+/// What a plan does not know.
+fn unplanned<T>(what: &str) -> Result<T> {
+    let what = format!("planning the memory of {what}");
+    Err(OdeError::Unsupported { what, instead: "plan Discrete over given steps, or measure it with MemoryProfiler" })
 }
 
 /// F64 for a state in F64, else F32.

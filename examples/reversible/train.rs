@@ -37,16 +37,18 @@ pub struct Outcome {
     pub drift: Option<f64>,
 }
 
-/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself.
+/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself, every state kept or √N.
 ///
 /// # Errors
 /// Whatever a solve reports.
 pub fn compare(base: impl ExplicitRungeKutta + Clone, problem: &Problem, settings: &Settings) -> Result<Vec<Outcome>> {
     let reversible = Reversible::new(base.clone());
+    let slots = (problem.steps as f64).sqrt().ceil() as usize;
     Ok(vec![
         run("Reconstruct", reversible.clone(), Reconstruct::default(), problem, settings)?,
         run("Discrete", reversible, Discrete::default(), problem, settings)?,
-        run("Discrete", base, Discrete::default(), problem, settings)?,
+        run("Discrete", base.clone(), Discrete::default(), problem, settings)?,
+        run(&format!("{slots} checkpoints"), base, Discrete::default().checkpoints(slots), problem, settings)?,
     ])
 }
 

@@ -73,6 +73,7 @@ pub struct Discrete {
     codec: Option<Arc<dyn Codec>>,
     schedule: Option<Arc<dyn Schedule>>,
     consume: bool,
+    budget: Option<u64>,
 }
 
 impl Discrete {
@@ -98,6 +99,38 @@ impl Discrete {
     /// [`Checkpoints`].
     pub fn checkpoints(self, slots: usize) -> Self {
         self.schedule(Checkpoints::new(slots))
+    }
+
+    /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: all stage
+    /// linearisations of a step at once or one at a time, and every state kept or as many checkpoints as there is room
+    /// for. The codec, and a schedule that was asked for, stay what they are. The peak is that of
+    /// [`Ode::plan`](crate::Ode::plan); where the heap is not counted the owned bytes have to fit. The choice is made once
+    /// per shape.
+    pub fn budget(mut self, bytes: u64) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// The budget, and itself without one.
+    pub(crate) fn take_budget(&self) -> Option<(u64, Self)> {
+        self.budget.map(|bytes| (bytes, Self { budget: None, ..self.clone() }))
+    }
+
+    /// The choices a budget has for `steps` steps, with their names.
+    pub(crate) fn choices(&self, steps: usize) -> Vec<(String, Self)> {
+        let mut schedules = vec![("as asked for".to_owned(), self.clone())];
+        if self.schedule.is_none() {
+            schedules[0].0 = "every state kept".into();
+            // A ladder of slots: each rung about half as many again.
+            let ladder = std::iter::successors(Some(1_usize), |slots| Some(slots + slots.div_ceil(2)));
+            let rungs = ladder.take_while(|slots| slots + 2 < steps);
+            schedules.extend(rungs.map(|slots| (format!("{slots} checkpoints"), self.clone().checkpoints(slots))));
+        }
+        let stages = [(StageMemory::All, "all stages at once"), (StageMemory::One, "one stage at a time")];
+        let both = schedules.into_iter().flat_map(|(name, discrete)| {
+            stages.map(|(memory, words)| (format!("{name}, {words}"), discrete.clone().stage_memory(memory)))
+        });
+        both.collect()
     }
 
     /// Frees each entry of the trajectory as soon as the backward pass has used it. A second backward pass over the same

@@ -9,7 +9,7 @@ use crate::error::{Interrupted, OdeError, Result};
 use crate::field::ops::combine;
 use crate::field::{Finite, Opened};
 use crate::precision::unit_roundoff;
-use crate::solver::{Clock, EstimatedStep, Slope};
+use crate::solver::{Clock, EstimatedStep, Slope, visible};
 use crate::stats::count;
 use crate::time::TimeGrid;
 use candle_core::{DType, Device};
@@ -90,7 +90,7 @@ impl<'a> Stepper<'a> {
         };
         stepper.h = match course.controller.first_step {
             Some(h) => h.min(longest),
-            None => stepper.hairer(forward, opened, y, longest)?,
+            None => stepper.hairer(forward, opened, &visible(solver, y), longest)?,
         };
         stepper.h = stepper.h.max(stepper.least_step());
         Ok(stepper)
@@ -140,7 +140,7 @@ impl<'a> Stepper<'a> {
             let bound = (floor / EXPLAINED).max(1.0);
             if trial.error > 1.0 && trial.error <= bound {
                 if controller.floor == AtFloor::Error {
-                    let reached = self.interrupted(&trial, y, self.t(), outputs)?;
+                    let reached = self.interrupted(forward, &trial, y, self.t(), outputs)?;
                     return Err(OdeError::ErrorFloor { h, error: trial.error, floor, dtype: trial.dtype, reached });
                 }
                 count(&forward.counters.floored_steps);
@@ -149,7 +149,7 @@ impl<'a> Stepper<'a> {
             let accept = error <= 1.0;
             if self.tried == controller.max_steps && !(accept && end == course.end) {
                 let time = if accept { end } else { self.t() };
-                let reached = self.interrupted(&trial, y, time, outputs)?;
+                let reached = self.interrupted(forward, &trial, y, time, outputs)?;
                 return Err(OdeError::StepLimit { steps: self.tried, reached });
             }
             if accept {
@@ -172,7 +172,7 @@ impl<'a> Stepper<'a> {
             let least = self.least_step();
             // The length of a step is rounded to the resolution of the time.
             if h <= 1.5 * least {
-                let reached = self.interrupted(&trial, y, self.t(), outputs)?;
+                let reached = self.interrupted(forward, &trial, y, self.t(), outputs)?;
                 return Err(OdeError::StepTooSmall { h: h.min(least), reached });
             }
             self.h = (h * Memory::rejected(controller, self.k, error)).max(least);
@@ -232,7 +232,8 @@ impl<'a> Stepper<'a> {
         let mut step = forward.solver.estimated_step(&stages, &at, y, first)?;
         let finite = with_end(std::mem::take(&mut step.step.finite), &step.step.y)?;
         let finite = finite.into_iter().fold(Finite::default(), Finite::and);
-        let error = self.course.tolerances.measure(&step.error, y, &step.step.y, finite)?;
+        let seen = |carried: &State| visible(forward.solver.as_ref(), carried);
+        let error = self.course.tolerances.measure(&step.error, &seen(y), &seen(&step.step.y), finite)?;
         Ok(Trial { step, dtype, error })
     }
 
@@ -259,7 +260,10 @@ impl<'a> Stepper<'a> {
             noise = Some(State::from(sizes));
         }
         match noise {
-            Some(noise) => self.course.tolerances.measure(&noise, y, &step.y, Finite::default()),
+            Some(noise) => {
+                let seen = |carried: &State| visible(forward.solver.as_ref(), carried);
+                self.course.tolerances.measure(&noise, &seen(y), &seen(&step.y), Finite::default())
+            }
             None => Ok(0.0),
         }
     }
@@ -291,8 +295,16 @@ impl<'a> Stepper<'a> {
     }
 
     /// What a solve that cannot go on has to show; `time` is the end of the trial if that was accepted.
-    fn interrupted(&self, trial: &Trial, y: &State, time: f64, outputs: &[(usize, State)]) -> Result<Box<Interrupted>> {
-        let (before, after) = (y.detach(), trial.step.step.y.detach());
+    fn interrupted(
+        &self,
+        forward: &Forward<'_>,
+        trial: &Trial,
+        y: &State,
+        time: f64,
+        outputs: &[(usize, State)],
+    ) -> Result<Box<Interrupted>> {
+        let seen = |carried: &State| visible(forward.solver.as_ref(), carried).detach();
+        let (before, after) = (seen(y), seen(&trial.step.step.y));
         let worst = self.course.tolerances.worst(&trial.step.error, &before, &after)?;
         let (times, states) = outputs.iter().map(|(n, y)| (self.times[*n], y.detach())).unzip();
         let state = if time == self.t() { before } else { after };

@@ -52,7 +52,7 @@ pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
 pub use meter::{CudaDeviceMeter, CudaPoolMeter};
 pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
-pub use plan::MemoryPlan;
+pub use plan::{Choice, Choices, MemoryPlan};
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{

@@ -82,12 +82,7 @@ impl<M: ExplicitRungeKutta> Solver for M {
         first: Option<&Slope>,
     ) -> Result<EstimatedStep> {
         let tableau = ExplicitRungeKutta::tableau(self);
-        let Some(embedded) = tableau.embedded() else {
-            return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
-        };
-        let weights: Vec<f64> = tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect();
-        let mut matter = used(tableau);
-        matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
+        let (weights, matter) = estimate(tableau)?;
         let (step, slopes) = stepped(tableau, stages, at, y, first, &matter)?;
         let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
         let error = sum(None, &terms, stages.accumulate())?.detach();
@@ -176,6 +171,17 @@ fn stepped(
 
 pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
     slopes.iter().map(|k| k.as_ref().map(Slope::state))
+}
+
+/// By stage, dᵢ = bᵢ − b̂ᵢ, and whether it matters for y⁺ or for the estimate of its error.
+pub(super) fn estimate(tableau: &Tableau) -> Result<(Vec<f64>, Vec<bool>)> {
+    let Some(embedded) = tableau.embedded() else {
+        return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
+    };
+    let weights: Vec<f64> = tableau.weights().iter().zip(embedded).map(|(b, embedded)| b - embedded).collect();
+    let mut matter = used(tableau);
+    matter.iter_mut().zip(&weights).for_each(|(matters, weight)| *matters |= *weight != 0.0);
+    Ok((weights, matter))
 }
 
 /// By stage, whether it matters for y⁺.
@@ -317,7 +323,7 @@ fn stage_state<'a>(
 }
 
 /// The terms h·c·x that are not structurally zero.
-fn weighted<'a>(
+pub(super) fn weighted<'a>(
     h: f64,
     coefficients: impl IntoIterator<Item = f64>,
     states: impl IntoIterator<Item = Option<&'a State>>,

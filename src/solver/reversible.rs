@@ -9,10 +9,11 @@
 
 use super::carried::{joined, split};
 use super::explicit::{
-    ExplicitRungeKutta, Points, StageMemory, cotangents, finite_stage, increment, pull, slopes, states, sum, used,
+    ExplicitRungeKutta, Points, StageMemory, cotangents, estimate, finite_stage, increment, pull, slopes, states, sum,
+    used, weighted,
 };
 use super::stages::{Pullbacks, Stages, StepAt};
-use super::{Solver, Step};
+use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::error::{OdeError, Result};
 use crate::field::Finite;
@@ -97,6 +98,33 @@ impl<M: ExplicitRungeKutta> Reversible<M> {
         at.reversed(self.base.tableau().stages())
     }
 
+    /// A step, with the slopes of Ψ_h at the stages that `matter`, the first taken from `first` if it is known.
+    fn stepped(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+        matter: &[bool],
+    ) -> Result<(Step, Vec<Option<Slope>>)> {
+        let tableau = self.base.tableau();
+        let [y, z] = split(y);
+        let mut finite = vec![Finite::default(); self.nodes.len()];
+        let (ahead_finite, back_finite) = finite.split_at_mut(tableau.stages());
+        let of_ahead = slopes(tableau, stages, at, &z, first, matter, |i, point, k| {
+            ahead_finite[i] = finite_stage(at, point, k)?;
+            Ok(())
+        })?;
+        let y = self.ahead(stages, at, &y, &z, states(&of_ahead).collect())?;
+        let back = self.back(at);
+        let of_back = slopes(tableau, stages, &back, &y, None, &used(tableau), |i, point, k| {
+            back_finite[i] = finite_stage(&back, point, k)?;
+            Ok(())
+        })?;
+        let z = self.across(stages, &back, &z, -1.0, states(&of_back).collect())?;
+        Ok((Step { y: joined([y, z]), finite }, of_ahead))
+    }
+
     /// y⁺ from the slopes at z. Written as y + (1 − c)(z − y) + Ψ, where z − y is small, it loses less to rounding.
     fn ahead(
         &self,
@@ -176,23 +204,26 @@ impl<M: ExplicitRungeKutta> Solver for Reversible<M> {
     }
 
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
-        let tableau = self.base.tableau();
-        let [y, z] = split(y);
-        let mut finite = vec![Finite::default(); self.nodes.len()];
-        let (ahead_finite, back_finite) = finite.split_at_mut(tableau.stages());
-        let k = slopes(tableau, stages, at, &z, None, &used(tableau), |i, point, k| {
-            ahead_finite[i] = finite_stage(at, point, k)?;
-            Ok(())
-        })?;
-        let y = self.ahead(stages, at, &y, &z, states(&k).collect())?;
-        drop(k);
-        let back = self.back(at);
-        let k = slopes(tableau, stages, &back, &y, None, &used(tableau), |i, point, k| {
-            back_finite[i] = finite_stage(&back, point, k)?;
-            Ok(())
-        })?;
-        let z = self.across(stages, &back, &z, -1.0, states(&k).collect())?;
-        Ok(Step { y: joined([y, z]), finite })
+        Ok(self.stepped(stages, at, y, None, &used(self.base.tableau()))?.0)
+    }
+
+    fn estimate_order(&self) -> Option<usize> {
+        self.base.estimate_order()
+    }
+
+    /// The error is that of Ψ_h(t, z) by the embedded weights of the base method.
+    fn estimated_step(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        y: &State,
+        first: Option<&Slope>,
+    ) -> Result<EstimatedStep> {
+        let (weights, matter) = estimate(self.base.tableau())?;
+        let (step, slopes) = self.stepped(stages, at, y, first, &matter)?;
+        let terms = weighted(at.h, weights.iter().copied(), states(&slopes));
+        let error = sum(None, &terms, stages.accumulate())?.detach();
+        Ok(EstimatedStep { step, error, weights, slopes, first_same_as_last: false })
     }
 
     fn pullback(

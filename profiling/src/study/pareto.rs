@@ -36,7 +36,7 @@ fn ways(field: &ModelField) -> Vec<Way> {
     let halved = Precision::new().storage(DType::F16);
     let reversible = ode.clone().solver(Reversible::new(Rk4));
     let thrifty = Reconstruct::default().stage_memory(StageMemory::One);
-    vec![
+    let mut ways = vec![
         way("keep all", "F32 states", ode.clone()),
         way("keep all", "F32 states, one stage", ode.clone().adjoint(one.clone())),
         way("keep all", "F16 states", ode.clone().precision(halved)),
@@ -45,7 +45,12 @@ fn ways(field: &ModelField) -> Vec<Way> {
         way("reversible", "Reconstruct, one stage", reversible.clone().adjoint(thrifty)),
         way("reversible", "Discrete", reversible),
         way("continuous", "Backsolve", ode.clone().adjoint(Backsolve::default())),
-    ]
+    ];
+    ways.extend([1, 2, 4, 8, 16, 32, 64].map(|slots| {
+        let adjoint = Discrete::default().checkpoints(slots);
+        way("checkpoints", &format!("{slots} F32 states"), ode.clone().adjoint(adjoint))
+    }));
+    ways
 }
 
 /// Seconds, bytes at the peak, bytes kept.

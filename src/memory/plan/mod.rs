@@ -4,6 +4,7 @@
 //! linearisation and its pullback at y0 (no step is made). The two are put together by walking through both passes
 //! without allocating anything.
 
+mod choices;
 mod ghost;
 mod probe;
 mod slots;
@@ -11,12 +12,14 @@ mod step;
 mod tally;
 mod walk;
 
+pub use choices::{Choice, Choices};
 pub(crate) use probe::{Costs, Key};
 
 use super::composition::{Composition, Part};
 use super::meter::{TrackingAllocator, held};
 use crate::State;
 use crate::account::Category;
+use crate::adjoint::Discrete;
 use crate::error::{OdeError, Result};
 use crate::field::Field;
 use crate::precision::Precision;
@@ -103,9 +106,25 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// Costs of a field that are known already.
+/// What is known already: costs of a field, and choices made within a budget.
 #[derive(Debug, Default)]
-pub(crate) struct Known(Mutex<Vec<(Key, Costs)>>);
+pub(crate) struct Known {
+    costs: Mutex<Vec<(Key, Costs)>>,
+    chosen: Mutex<Vec<(String, Discrete)>>,
+}
+
+impl Known {
+    /// The choice for these settings, made when it is first asked for.
+    pub(crate) fn choose(&self, settings: String, choose: impl FnOnce() -> Result<Discrete>) -> Result<Discrete> {
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, discrete)) = chosen.iter().find(|(of, _)| *of == settings) {
+            return Ok(discrete.clone());
+        }
+        let discrete = choose()?;
+        chosen.push((settings, discrete.clone()));
+        Ok(discrete)
+    }
+}
 
 /// The settings of a solve, as far as bytes depend on them.
 pub(crate) struct Planned<'a> {
@@ -209,7 +228,7 @@ impl Planned<'_> {
             tracked: self.tracked,
         };
         let key = probed.key();
-        let mut known = self.known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.costs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, costs)) = known.iter().find(|(of, _)| *of == key) {
             return Ok(*costs);
         }

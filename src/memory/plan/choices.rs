@@ -1,0 +1,65 @@
+//! The choices there are for one solve, each with its plan: what a table shows and a budget picks from.
+
+use super::MemoryPlan;
+use crate::adjoint::Discrete;
+use crate::error::{OdeError, Result};
+use std::fmt;
+
+/// One way of keeping a trajectory, and what it takes.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// What it is, in words.
+    pub name: String,
+    /// The adjoint to ask for.
+    pub adjoint: Discrete,
+    /// What it takes.
+    pub plan: MemoryPlan,
+}
+
+impl Choice {
+    /// The bytes a budget is held against: the peak, or the owned bytes where the heap is not counted.
+    pub fn bytes(&self) -> u64 {
+        self.plan.peak.unwrap_or(self.plan.owned_peak)
+    }
+
+    /// Calls of the field, all alike.
+    pub fn calls(&self) -> usize {
+        self.plan.evaluations + self.plan.linearizations + self.plan.pullbacks
+    }
+}
+
+/// Choices side by side, the one with the fewest calls of the field first; printed, a table.
+#[derive(Clone, Debug)]
+pub struct Choices(pub Vec<Choice>);
+
+impl Choices {
+    pub(crate) fn new(mut choices: Vec<Choice>) -> Self {
+        choices.sort_by_key(|choice| (choice.calls(), choice.bytes()));
+        Self(choices)
+    }
+
+    /// The first that needs at most `budget` bytes.
+    ///
+    /// # Errors
+    /// [`OdeError::Budget`] with the smallest budget that would do.
+    pub fn within(&self, budget: u64) -> Result<&Choice> {
+        if let Some(choice) = self.0.iter().find(|choice| choice.bytes() <= budget) {
+            return Ok(choice);
+        }
+        let least = self.0.iter().min_by_key(|choice| choice.bytes());
+        let (smallest, choice) = least.map_or((0, String::new()), |least| (least.bytes(), least.name.clone()));
+        Err(OdeError::Budget { budget, smallest, choice })
+    }
+}
+
+impl fmt::Display for Choices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:44} {:>14} {:>14} {:>10} {:>10}", "choice", "bytes", "trajectory", "calls of f", "recomputed")?;
+        for choice in &self.0 {
+            let MemoryPlan { trajectory, recomputed_steps, .. } = choice.plan;
+            let (bytes, calls) = (choice.bytes(), choice.calls());
+            write!(f, "\n{:44} {bytes:>14} {trajectory:>14} {calls:>10} {recomputed_steps:>10}", choice.name)?;
+        }
+        Ok(())
+    }
+}

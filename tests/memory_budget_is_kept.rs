@@ -1,0 +1,60 @@
+//! A budget takes the cheapest choice that fits, the measured peak keeps to it, the gradient stays what it is, and a
+//! budget too small is an error that names the smallest that would do. Alone in its process: the counter is process-wide.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::DType;
+use candle_core::backprop::GradStore;
+use candle_nn::VarMap;
+use candle_ode::OdeError;
+use candle_ode::memory::TrackingAllocator;
+use candle_ode::prelude::*;
+use common::{bits, fill, mlp_field, variable};
+
+#[global_allocator]
+static HEAP: TrackingAllocator = TrackingAllocator::system();
+
+fn train(ode: &Ode, y0: &candle_core::Tensor) -> (GradStore, Stats) {
+    let solution = ode.solve(y0).unwrap();
+    let gradients = solution.last().sum_all().unwrap().backward().unwrap();
+    (gradients, solution.stats())
+}
+
+fn peak(ode: &Ode, y0: &candle_core::Tensor) -> u64 {
+    let before = TrackingAllocator::live();
+    TrackingAllocator::reset_peak();
+    drop(train(ode, y0));
+    TrackingAllocator::peak() - before
+}
+
+#[test]
+fn the_cheapest_that_fits_is_taken() {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().unwrap();
+    let vars = VarMap::new();
+    let field = mlp_field(&vars, DType::F32, 64, 64);
+    fill(&vars, 1, 1.0);
+    let y0 = variable(2, &[128, 64], DType::F32);
+    let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(64);
+    let choices = ode.choices(y0.as_tensor()).unwrap();
+    println!("{choices}");
+    assert!(choices.0.len() > 10 && choices.0.is_sorted_by_key(|choice| choice.calls()));
+    let (plain, _) = train(&ode, y0.as_tensor());
+
+    let bytes = || choices.0.iter().map(|choice| choice.bytes());
+    let (least, most) = (bytes().min().unwrap(), bytes().max().unwrap());
+    for budget in [least, least + (most - least) / 4, least + (most - least) / 2, most] {
+        let within = ode.clone().adjoint(Discrete::default().budget(budget));
+        let (gradients, stats) = train(&within, y0.as_tensor());
+        assert_eq!(bits(gradients.get(&y0).unwrap()), bits(plain.get(&y0).unwrap()), "budget {budget}");
+        let fewest = choices.0.iter().filter(|choice| choice.bytes() <= budget).map(|choice| choice.calls()).min();
+        assert_eq!(Some(stats.evaluations + stats.linearizations + stats.pullbacks), fewest, "budget {budget}");
+        let peak = peak(&within, y0.as_tensor());
+        assert!(peak as f64 <= 1.03 * budget as f64, "{peak} bytes within {budget}");
+    }
+
+    match ode.adjoint(Discrete::default().budget(least - 1)).solve(y0.as_tensor()) {
+        Err(OdeError::Budget { smallest, .. }) => assert_eq!(smallest, least),
+        other => panic!("{:?}", other.map(|solution| solution.stats())),
+    }
+}
