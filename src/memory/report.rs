@@ -368,8 +368,8 @@ fn passes(spans: &[SpanReport], complete_from: u64) -> Vec<PassReport> {
         });
     }
     for step in spans.iter().filter(|span| span.is(span::STEP)) {
-        let ancestors = std::iter::successors(step.parent, |id| by_id.get(id)?.parent);
-        // A span's parent is older than itself, so the walk ends.
+        let ancestors = std::iter::successors(step.parent, |id| by_id.get(id)?.parent.filter(|parent| parent < id));
+        // A span's parent is older than itself; where a damaged file says otherwise, the walk ends.
         if let Some(&at) = ancestors.into_iter().find_map(|id| place.get(&id)) {
             passes[at].steps.push(StepReport::new(step));
         }
