@@ -145,7 +145,7 @@ impl Forward<'_> {
             }
             (Adjoint::Backsolve(adjoint), _, Some(end)) => {
                 let back = adjoint.back(solver.as_ref(), &times)?;
-                let clock = Clock::new(&back.grid, back.tableau.nodes(), start.device());
+                let clock = Clock::with_breaks(&back.grid, back.tableau.nodes(), clock.breaks(), start.device());
                 let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
                 let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Backsolved { passes, solver, back, start, end })

@@ -67,12 +67,13 @@ pub(crate) fn attach(
     recorded: Box<dyn Reverse>,
 ) -> Result<Vec<State>> {
     let cells = Arc::new(Cells::default());
+    let tracked = y0.tensors().iter().map(Tensor::track_op).collect();
     let start = y0.tensors().iter().enumerate().filter(|(_, x)| x.track_op());
     let start = start.map(|(tensor, x)| (Arg::Start(tensor), x.clone()));
     let slots = trainable.into_iter().enumerate().filter_map(|(slot, tensor)| tensor.map(|x| (Arg::Slot(slot), x)));
     let (at, states): (Vec<usize>, Vec<State>) = outputs.into_iter().unzip();
     let Some(root) = token_tree(start.chain(slots).collect(), &cells)? else { return Ok(states) };
-    let solve = root.apply_op1(SolveNode { at, like: y0.detach(), recorded, cells: cells.clone() })?;
+    let solve = root.apply_op1(SolveNode { at, like: y0.detach(), tracked, recorded, cells: cells.clone() })?;
     let attached = states.into_iter().enumerate().map(|(output, state)| {
         let mut tensor = 0;
         state.try_map(|x| {
@@ -113,8 +114,9 @@ impl Cells {
         left.cotangents.split_off(left.cotangents.len().saturating_sub(count))
     }
 
-    fn leave(&self, Reversed { y0, sums }: Reversed) {
-        let start = y0.into_tensors().into_iter().map(Some).collect();
+    /// Leaves what will be asked for: of y0 the tensors with a token.
+    fn leave(&self, Reversed { y0, sums }: Reversed, tracked: &[bool]) {
+        let start = y0.into_tensors().into_iter().zip(tracked).map(|(y0, tracked)| tracked.then_some(y0)).collect();
         let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         cells.insert(std::thread::current().id(), Left { cotangents: vec![], start, sums });
     }
@@ -143,6 +145,8 @@ struct SolveNode {
     at: Vec<usize>,
     /// A state of the right shapes.
     like: State,
+    /// Which tensors of y0 have a gradient.
+    tracked: Vec<bool>,
     recorded: Box<dyn Reverse>,
     cells: Arc<Cells>,
 }
@@ -168,7 +172,7 @@ impl CustomOp1 for SolveNode {
 
     fn bwd(&self, root: &Tensor, _: &Tensor, count: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let count = count.detach().to_scalar::<f32>()?;
-        self.cells.leave(self.reverse(count as usize)?);
+        self.cells.leave(self.reverse(count as usize)?, &self.tracked);
         root.zeros_like().map(Some)
     }
 }

@@ -451,13 +451,17 @@ impl Ode {
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         precision.check(y0.device())?;
         check_start(&y0)?;
+        if let Some(chosen) = self.within_budget(&y0)? {
+            return chosen.plan(y0);
+        }
         if self.is_adaptive() {
             return unplanned("adaptive steps");
         }
         if self.dense || self.interpolate {
             return unplanned("dense output");
         }
-        let grid = self.with_times_read()?.time_grid()?;
+        let read = self.with_times_read()?;
+        let grid = read.time_grid()?;
         let discrete = match &self.adjoint {
             Adjoint::Discrete(discrete) => discrete,
             Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
@@ -465,7 +469,7 @@ impl Ode {
             Adjoint::Unrolled(_) => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
-        let mut outputs = self.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
         outputs.push(grid.steps());
         outputs.sort_unstable();
         outputs.dedup();
@@ -481,7 +485,8 @@ impl Ode {
             keeping,
             inputs: &self.inputs,
             seed: self.seed,
-            tracked: self.tracked && (y0.is_tracked() || trainable.iter().any(Option::is_some)),
+            tracked: self.tracked
+                && (y0.is_tracked() || trainable.iter().any(Option::is_some) || self.time_tensors.is_tracked()),
             checks: if self.check_determinism { 2 } else { usize::from(self.field.needs_probe()) },
             known: &self.known,
         };
@@ -525,8 +530,12 @@ impl Ode {
     /// Itself with what fits the budget, if there is one.
     fn within_budget(&self, y0: &State) -> Result<Option<Self>> {
         let Adjoint::Discrete(discrete) = &self.adjoint else { return Ok(None) };
+        if !self.tracked {
+            return Ok(None);
+        }
         let Some((budget, plain)) = discrete.take_budget() else { return Ok(None) };
-        let shapes: Vec<_> = y0.tensors().iter().map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
+        let shapes: Vec<_> =
+            y0.tensors().iter().chain(&self.inputs).map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
         let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
         let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
         let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {:?} {plain:?} {budget}", self.save_at);

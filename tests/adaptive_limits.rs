@@ -168,3 +168,24 @@ fn a_tolerance_below_the_rounding_of_f_is_reported_or_accepted() {
     assert_eq!(half.floored_steps, 0);
     assert!(half.accepted_steps <= wide.accepted_steps + 1, "{half:?} {wide:?}");
 }
+
+/// Times in milliseconds since 1970 resolve no step of 1e-6.
+#[test]
+fn a_start_far_from_zero_is_no_obstacle() {
+    let t = 1.7e12;
+    let field = FnField::new(|_, y: &Tensor| y.affine(-1e-3, 1.0));
+    let y0 = Tensor::zeros(3, DType::F64, &Device::Cpu).unwrap();
+    let solution = Ode::new(&field).solver(Dopri5).span(t, t + 1000.0).tolerances(1e-6, 1e-6).solve(&y0).unwrap();
+    let expected = 1000.0 * (1.0 - (-1f64).exp());
+    assert!(values(solution.last()).iter().all(|y| (y / expected - 1.0).abs() < 1e-5), "{}", solution.last());
+}
+
+/// Of a component that stays 0 the error is 0, not 0/0.
+#[test]
+fn without_an_absolute_tolerance_a_component_may_stay_zero() {
+    let field = FnField::new(|_, y: &Tensor| y.neg());
+    let y0 = Tensor::new(&[0f32, 1.0], &Device::Cpu).unwrap();
+    let solution = Ode::new(&field).solver(Dopri5).span(0.0, 1.0).tolerances(1e-5, 0.0).solve(&y0).unwrap();
+    let [zero, one] = values(solution.last())[..] else { panic!() };
+    assert!(zero == 0.0 && (one - (-1f64).exp()).abs() < 1e-4, "{zero} {one}");
+}

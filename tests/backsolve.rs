@@ -126,3 +126,15 @@ fn drift_shows_that_a_contraction_cannot_be_solved_backwards() {
     assert!(run(Backsolve::default().into()).unwrap() > 1e-2);
     assert_eq!(run(Discrete::default().into()), None);
 }
+
+/// f jumps at t = ½, where the way back has to see each side from its own.
+#[test]
+fn jumps_of_f_are_seen_from_both_sides() {
+    let field = FnField::new(|t: &Time, y: &Tensor| if t.value() < 0.5 { y.neg() } else { y * 2.0 });
+    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
+    let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(64).discontinuities(&[0.5]);
+    let solution = ode.adjoint(Backsolve::default()).solve(y0.as_tensor()).unwrap();
+    let grads = solution.last().sum_all().unwrap().backward().unwrap();
+    let error = values(grads.get(&y0).unwrap())[0] / 0.5f64.exp() - 1.0;
+    assert!(error.abs() < 1e-7, "{error:e}");
+}

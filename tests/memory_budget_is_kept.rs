@@ -49,6 +49,9 @@ fn the_cheapest_that_fits_is_taken() {
         assert_eq!(bits(gradients.get(&y0).unwrap()), bits(plain.get(&y0).unwrap()), "budget {budget}");
         let fewest = choices.0.iter().filter(|choice| choice.bytes() <= budget).map(|choice| choice.calls()).min();
         assert_eq!(Some(stats.evaluations + stats.linearizations + stats.pullbacks), fewest, "budget {budget}");
+        let planned = within.plan(y0.as_tensor()).unwrap();
+        let calls = planned.evaluations + planned.linearizations + planned.pullbacks;
+        assert_eq!(Some(calls), fewest, "the plan is of what the budget takes");
         let peak = peak(&within, y0.as_tensor());
         assert!(peak as f64 <= 1.03 * budget as f64, "{peak} bytes within {budget}");
     }

@@ -10,7 +10,8 @@ use candle_ode::memory::TrackingAllocator;
 use candle_ode::prelude::*;
 use candle_ode::{InputOnly, KeepAll};
 
-const SHAPE: (usize, usize) = (256, 64);
+/// Large enough that what a solve holds besides states, some three KiB, is little beside one.
+const SHAPE: (usize, usize) = (1024, 64);
 const STATE: f64 = (SHAPE.0 * SHAPE.1 * 4) as f64;
 const STEPS: usize = 16;
 

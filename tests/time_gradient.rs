@@ -122,6 +122,9 @@ fn what_has_no_gradient_of_times_is_refused() {
         ode().steps(4).dense(),
         ode().tolerances(1e-3, 1e-3).save_at(&[0.5]).interpolate(),
         ode().steps(4).save_at_tensor(&times),
+        ode().grid(&[0.0, 0.5, 1.0]),
+        ode().grid_tensor(&times),
+        ode().tolerances(1e-3, 1e-3).save_at_tensor(&Var::new(&[0.5, 0.5], &Device::Cpu).unwrap()),
     ] {
         assert!(matches!(fails(ode), OdeError::Unsupported { what, .. } if what.contains("gradient of times")));
     }

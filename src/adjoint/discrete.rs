@@ -71,11 +71,25 @@ impl Recorded {
             slots.drop_state(last)?;
         }
         let mut actions = self.keeping.schedule.reversal(&kept, steps, is_at_last).peekable();
+        // Schedules are an open set: where one stands, and how many steps it has yet to reverse.
+        let (mut position, mut left, mut index) = (is_at_last.then_some(last), steps, 0);
+        let illegal =
+            |index, action: Action, why| Err(OdeError::IllegalAction { index, action: action.to_string(), why });
         while let Some(action) = actions.next() {
+            index += 1;
             match action {
                 Action::Advance { from, to } => {
+                    if position != Some(from) || to <= from || to >= left {
+                        return illegal(
+                            index - 1,
+                            action,
+                            "it goes from the state at hand to one before the last to reverse",
+                        );
+                    }
+                    position = Some(to);
                     let _span = tracing::debug_span!(target: "candle_ode", "recompute", from, to).entered();
-                    let mut y = self.expect(at_hand.take(), action)?.state()?;
+                    let Some(y) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
+                    let mut y = y.state()?;
                     for n in from..to {
                         let after = pass.advance(solver, n, &y)?;
                         let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
@@ -87,13 +101,24 @@ impl Recorded {
                 }
                 // Kept as it was reached.
                 Action::Keep(_) => {}
-                Action::Restore(n) => at_hand = Some(self.restore(&mut slots, n)?),
+                Action::Restore(n) => {
+                    at_hand = Some(self.restore(&mut slots, n)?);
+                    position = Some(n);
+                }
                 Action::Drop(n) => slots.drop_state(n)?,
                 Action::Reverse(n) => {
+                    if position != Some(n) || n + 1 != left {
+                        return illegal(
+                            index - 1,
+                            action,
+                            "it is not the last step to reverse, or does not start at hand",
+                        );
+                    }
+                    (position, left) = (None, n);
                     while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n + 1) {
                         lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
                     }
-                    let y = self.expect(at_hand.take(), action)?;
+                    let Some(y) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
                     let Some(state) = lambda.take() else { continue };
                     lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
                         solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks)
@@ -103,6 +128,9 @@ impl Recorded {
                     }
                 }
             }
+        }
+        if left > 0 {
+            return illegal(index, Action::Reverse(left - 1), "the schedule ends before every step is reversed");
         }
         for (_, cotangent) in waiting {
             lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
@@ -117,9 +145,6 @@ impl Recorded {
     fn restore(&self, slots: &mut Slots, n: usize) -> Result<AtHand> {
         if n == 0 { Ok(AtHand::State(self.start.clone())) } else { slots.restore(n) }
     }
-
-    fn expect(&self, at_hand: Option<AtHand>, action: Action) -> Result<AtHand> {
-        let why = "no state is at hand; check the schedule with candle_ode::schedule::simulate";
-        at_hand.ok_or_else(|| OdeError::IllegalAction { index: 0, action: action.to_string(), why })
-    }
 }
+
+const NOTHING_AT_HAND: &str = "no state is at hand; check the schedule with candle_ode::schedule::simulate";

@@ -143,7 +143,7 @@ impl Discrete {
 
     /// Bytes of the trajectory at the end of a forward pass of `steps` equal or given steps, for a state of tensors of
     /// these shapes: what [`Solution::trajectory_bytes`](crate::Solution::trajectory_bytes) will say, if nothing
-    /// overflows.
+    /// overflows and there is no budget. Reversible solvers carry two states, and keep twice that.
     pub fn trajectory_bytes(&self, shapes: &[Shape], steps: usize, precision: Precision) -> usize {
         kept_bytes(&self.keeping(precision), shapes, steps, true, precision.accumulate_dtype())
     }

@@ -12,13 +12,13 @@ use crate::error::Result;
 use crate::field::Finite;
 use crate::field::ops::combine;
 
-/// The length of the first step: positive, at most `longest`. `slope` is f(t₀, y₀); `euler` evaluates f after an Euler
+/// The length of the first step: positive, from `shortest` to `longest`. `slope` is f(t₀, y₀); `euler` evaluates f after an Euler
 /// step of the given length from there. Both in any dtype; `y` is in the accumulate dtype. An f that is not finite gives
 /// a short step: what is wrong is found when it is tried.
 pub(crate) fn initial_step(
     tolerances: &Tolerances,
     k: f64,
-    longest: f64,
+    (shortest, longest): (f64, f64),
     y: &State,
     slope: &State,
     euler: impl FnOnce(f64) -> Result<State>,
@@ -28,7 +28,7 @@ pub(crate) fn initial_step(
     let slope = wide(slope)?;
     let (d0, d1) = (size(y)?, size(&slope)?);
     let h0 = if d0 > 1e-5 && d1 > 1e-5 { 0.01 * d0 / d1 } else { SHORT };
-    let h0 = h0.min(longest);
+    let h0 = h0.max(shortest).min(longest);
     let change = wide(&euler(h0)?)?;
     let pairs = change.tensors().iter().zip(slope.tensors());
     let change = State::from(pairs.map(|(a, b)| a - b).collect::<candle_core::Result<Vec<_>>>()?);
@@ -36,7 +36,7 @@ pub(crate) fn initial_step(
     let steepest = d1.max(d2);
     let h1 =
         if steepest.is_nan() || steepest <= 1e-15 { (1e-3 * h0).max(SHORT) } else { (0.01 / steepest).powf(1.0 / k) };
-    Ok(h1.min(100.0 * h0).min(longest))
+    Ok(h1.min(100.0 * h0).max(shortest).min(longest))
 }
 
 /// A step for problems that do not tell their scale.

@@ -158,7 +158,8 @@ impl Tolerances {
                 Prepared::Scalar(atol) => (scale + *atol)?,
                 Prepared::Tensors(atol) => scale.broadcast_add(&atol[n])?,
             };
-            error[n].detach() / scale
+            // With no absolute tolerance a component that stays 0 has no error: 0 of 0.
+            error[n].detach() / scale.maximum(f64::from(f32::MIN_POSITIVE))?
         };
         Ok(State::from((0..error.len()).map(one).collect::<candle_core::Result<Vec<_>>>()?))
     }

@@ -311,7 +311,8 @@ impl Linearization for Graph {
         for (gradient, leaf) in rest.iter().zip(&self.wanted[self.y.len()..]) {
             let Some(gradient) = gradient else { continue };
             if !gradients.add_leaf(leaf, gradient)? {
-                let part = scale.undo(&gradient.sum_all()?, accumulate)?;
+                let part = scale.undo(&gradient.to_dtype(accumulate)?.sum_all()?, accumulate)?;
+                finite = finite.and(combine::finite(&part)?);
                 t = Some(match t {
                     None => part,
                     Some(t) => (t + part)?,

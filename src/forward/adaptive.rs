@@ -277,7 +277,7 @@ impl<'a> Stepper<'a> {
         self.first = Some(Slope::new(slope.clone(), Category::Stages));
         let (y, slope) = (y.detach(), slope.detach());
         let direction = (self.course.end - self.course.start).signum();
-        initial_step(&self.course.tolerances, self.k, longest, &y, &slope, |h| {
+        initial_step(&self.course.tolerances, self.k, (self.least_step(), longest), &y, &slope, |h| {
             let clock = self.clock(forward, self.t() + direction * h)?;
             let moved = y.tensors().iter().zip(slope.tensors());
             let moved = moved.map(|(y, k)| combine::combine(Some(y), &[(direction * h, k)], dtype));

@@ -49,6 +49,16 @@ impl Ode {
             let (expected, found) = (device.location(), other.device().location());
             return Err(OdeError::DeviceMismatch { what: "a tensor of times".into(), expected, found });
         }
+        if self.time_tensors.span.is_some() && self.grid.is_some() {
+            return refuse("a span beside a grid", "give the grid alone: its first and last times are the ends");
+        }
+        if self.time_tensors.outputs.as_ref().is_some_and(Tensor::track_op) {
+            let mut times = self.save_at.clone();
+            times.sort_by(f64::total_cmp);
+            if times.windows(2).any(|pair| pair[0] == pair[1]) {
+                return refuse("the same output time twice", "give it once, and use its state twice");
+            }
+        }
         if !matches!(self.adjoint, Adjoint::Discrete(_)) {
             return refuse("this adjoint", "use Discrete");
         }

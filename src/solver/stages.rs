@@ -16,6 +16,7 @@ pub struct Clock {
     grid: TimeGrid,
     first: usize,
     stages: usize,
+    breaks: Arc<[f64]>,
     table: Arc<TimeTable>,
 }
 
@@ -30,7 +31,7 @@ impl Clock {
         let steps = grid.times().windows(2);
         let times = steps.flat_map(|pair| stage_times(pair[0], pair[1], nodes, breaks)).collect();
         let table = Arc::new(TimeTable::new(times, device));
-        Self { grid: grid.clone(), first: 0, stages: nodes.len() + 1, table }
+        Self { grid: grid.clone(), first: 0, stages: nodes.len() + 1, breaks: breaks.into(), table }
     }
 
     /// The same steps, the first of which has `index`: one step that is tried, say.
@@ -43,6 +44,11 @@ impl Clock {
         let row = index - self.first;
         let (t, end) = (self.grid.times()[row], self.grid.times()[row + 1]);
         StepAt { index, t, h: end - t, dtype, first_stage: 0, clock: self }
+    }
+
+    /// Times at which f jumps.
+    pub(crate) fn breaks(&self) -> &[f64] {
+        &self.breaks
     }
 
     /// The ends of the steps, the start included.

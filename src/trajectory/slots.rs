@@ -23,7 +23,15 @@ pub(crate) struct Kept {
 impl Kept {
     fn decode(&self, dtype: DType) -> Result<State> {
         let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
-        self.codec.decode(&self.entry, dtype)
+        let state = self.codec.decode(&self.entry, dtype)?;
+        if state.len() != self.entry.shapes.len() {
+            let (found, expected) = (state.len(), self.entry.shapes.len());
+            return Err(OdeError::Unsupported {
+                what: format!("a codec that decodes {found} tensors where it was given {expected}"),
+                instead: "Codec::decode gives back the tensors that were encoded",
+            });
+        }
+        Ok(state)
     }
 }
 
@@ -178,6 +186,11 @@ impl Slots {
         if !self.kept[from].is_increment {
             from -= 1;
         }
+        // Increments lead down from the state just above them alone.
+        let above = self.kept.get(from + 1).map_or(self.kept[from].at + 1, |kept| kept.at);
+        if above != self.kept[from].at + 1 && known(self.kept[from].at + 1).is_none() {
+            return Err(missing());
+        }
         for kept in self.kept[index..=from].iter().rev() {
             state = sum(&state, &[(-1.0, &kept.decode(self.accumulate)?)], self.accumulate)?;
         }
@@ -190,7 +203,11 @@ impl Slots {
         let Some(index) = self.kept.iter().position(|kept| kept.at == n) else { return Ok(()) };
         let depends = index > 0 && self.kept[index - 1].is_increment;
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {
-            let AtHand::State(state) = self.restore(n - 1)? else { return Ok(()) };
+            // A forward pass that thins its slots goes on from where it is.
+            let residual = self.residual.take();
+            let restored = self.restore(n - 1)?;
+            self.residual = residual;
+            let AtHand::State(state) = restored else { return Ok(()) };
             let codec = self.exact();
             let (entry, _) = codec.encode(&state)?;
             self.kept[index - 1] = Arc::new(kept(n - 1, false, codec, entry));

@@ -132,12 +132,14 @@ impl Slots {
     pub(super) fn drop_state(&mut self, solve: &Solve<'_>, n: usize) {
         let Some(index) = self.kept.iter().position(|kept| kept.at == n) else { return };
         let depends = index > 0 && self.kept[index - 1].is_increment;
-        if depends
-            && self.above.as_ref().is_none_or(|(above, _)| *above != n)
-            && let Some(AtHand::State(state)) = self.restore(solve, n - 1)
-        {
-            self.kept[index - 1] = Rc::new(whole(solve, n - 1, &state));
-            self.above = None;
+        if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {
+            let residual = self.residual.take();
+            let restored = self.restore(solve, n - 1);
+            self.residual = residual;
+            if let Some(AtHand::State(state)) = restored {
+                self.kept[index - 1] = Rc::new(whole(solve, n - 1, &state));
+                self.above = None;
+            }
         }
         self.kept.remove(index);
     }

@@ -8,8 +8,8 @@
 //!
 //! so that the forward pass goes on from y⁺, what is handed out is y⁺ + e⁺, and backwards y = y⁺ − q, exact to the
 //! rounding of the accumulate dtype. |e| stays below one quantum of Δ: rounding perturbs the solution by O(h·u_Q) and
-//! does not add up. The earliest state after which steps follow one another without a gap in what is kept, and the
-//! latest, are kept as they are.
+//! does not add up. Of states that follow one another without a gap in what is kept, the latest is kept as it is. A
+//! schedule that leaves gaps keeps whole states: it is for state codecs.
 
 mod increments;
 mod states;
