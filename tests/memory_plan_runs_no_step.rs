@@ -66,6 +66,7 @@ fn owned_bytes_are_exact_without_a_counted_heap() {
 
 #[test]
 fn what_cannot_be_planned_is_an_error() {
+    let _turn = alone();
     let (ode, _vars) = ode();
     let y0 = variable(2, &[6, 4], DType::F32);
     let message = ode.adjoint(Unrolled).plan(y0.as_tensor()).unwrap_err().to_string();
