@@ -47,18 +47,16 @@ fn draw(svg: &mut String, title: &str, axes: [&str; 2], series: &[Series]) -> Dr
     for (n, series) in series.iter().enumerate() {
         let colour = Palette99::pick(n).to_rgba();
         let points = series.points.iter().copied();
-        let drawn = match series.dashed {
+        match series.dashed {
             true => chart.draw_series(DashedLineSeries::new(points, 5, 4, colour.stroke_width(2)))?,
             false if series.points.len() > 1 => chart.draw_series(LineSeries::new(points, colour.stroke_width(2)))?,
             false => chart.draw_series(points.map(|point| Circle::new(point, 5, colour.filled())))?,
         };
-        drawn.label(&series.name).legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 16, y + 2)], colour.filled()));
+        // Beside the chart, which would clip what its own legend draws there.
+        let y = 24 + 16 * n as i32;
+        root.draw(&Rectangle::new([(604, y - 2), (620, y + 2)], colour.filled()))?;
+        root.draw(&Text::new(series.name.as_str(), (626, y - 6), ("sans-serif", 12)))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::Coordinate(540, 10))
-        .label_font(("sans-serif", 12))
-        .draw()?;
     root.present()?;
     Ok(())
 }
