@@ -96,17 +96,17 @@ impl Composition {
 
     /// All parts together: the meter's live bytes.
     pub fn total(&self) -> i64 {
-        self.0.iter().sum()
+        sum(&self.0)
     }
 
     /// All announced bytes together.
     pub fn owned(&self) -> i64 {
-        self.0[..Category::ALL.len()].iter().sum()
+        sum(&self.0[..Category::ALL.len()])
     }
 
     /// Everything but what was there before: the bytes above the baseline.
     pub fn above_baseline(&self) -> i64 {
-        self.total() - self.of(Part::Baseline)
+        self.total().saturating_sub(self.of(Part::Baseline))
     }
 
     /// Every part with its bytes, in the order reports print them.
@@ -196,6 +196,11 @@ impl TryFrom<Columns> for Timeline {
         }
         Ok(Self(moments))
     }
+}
+
+/// Of bytes that a damaged report may have made up.
+fn sum(bytes: &[i64]) -> i64 {
+    bytes.iter().fold(0, |sum, bytes| sum.saturating_add(*bytes))
 }
 
 #[cfg(test)]

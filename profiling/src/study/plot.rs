@@ -28,12 +28,12 @@ fn draw(svg: &mut String, title: &str, axes: [&str; 2], series: &[Series]) -> Dr
         let high = all().map(of).fold(0.0, f64::max);
         low / 1.3..high * 1.3
     };
-    let root = SVGBackend::with_string(svg, (820, 460)).into_drawing_area();
+    let root = SVGBackend::with_string(svg, (890, 460)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 18))
         .margin(14)
-        .margin_right(230)
+        .margin_right(300)
         .set_label_area_size(LabelAreaPosition::Left, 64)
         .set_label_area_size(LabelAreaPosition::Bottom, 42)
         .build_cartesian_2d(range(&|p| p.0).log_scale(), range(&|p| p.1).log_scale())?;
