@@ -566,7 +566,7 @@ impl OdeError {
         let op = format!("whatever leads from {from} to f(t, y), which cuts the graph");
         let instead = "candle-nn's softmax_last_dim, layer_norm, rms_norm and rotary embeddings do so without a word: \
                        use candle_ode::ops::softmax and candle_ode::ops::layer_norm, or ops made of others; \
-                       where it is meant, freeze the parameter, or keep .detach() out of a state's only way";
+                       where it is meant, freeze the parameter, or tell the field so with .stops_gradients()";
         Self::NoBackward { op, instead }
     }
 }
