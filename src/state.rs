@@ -64,6 +64,11 @@ impl State {
         self.numel() * dtype.size_in_bytes()
     }
 
+    /// Bytes of all tensors together, each in its own dtype.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.0.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
+    }
+
     /// The device of the first tensor.
     pub fn device(&self) -> &Device {
         static CPU: Device = Device::Cpu;

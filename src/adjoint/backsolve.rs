@@ -11,9 +11,8 @@ use super::{Anchors, Reverse, Reversed};
 use crate::State;
 use crate::account::Category;
 use crate::error::{OdeError, Result};
-use crate::solver::{
-    ExplicitRungeKutta, Pullbacks, Slope, Solver, Stages, StepAt, Tableau, all_finite, sum, visible, zeros_like,
-};
+use crate::field::{all_finite, sum};
+use crate::solver::{ExplicitRungeKutta, Pullbacks, Slope, Solver, Stages, StepAt, Tableau, visible, zeros_like};
 use crate::time::TimeGrid;
 use std::sync::Arc;
 

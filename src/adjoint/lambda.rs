@@ -3,7 +3,7 @@
 use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::Result;
-use crate::field::ops::combine;
+use crate::field::sum;
 use candle_core::DType;
 
 /// λ, with its bytes announced.
@@ -22,20 +22,15 @@ impl Lambda {
     /// Adds the cotangent of an output to it.
     pub(super) fn add(&mut self, cotangent: &State, accumulate: DType) -> Result<()> {
         let sum = match &self.state {
-            None => cotangent.try_map(|x| combine::combine(Some(x), &[], accumulate))?,
-            Some(lambda) => {
-                let pairs = lambda.tensors().iter().zip(cotangent.tensors());
-                let sums = pairs.map(|(lambda, x)| combine::combine(Some(lambda), &[(1.0, x)], accumulate));
-                State::from(sums.collect::<candle_core::Result<Vec<_>>>()?)
-            }
+            None => sum(Some(cotangent), &[], accumulate)?,
+            Some(lambda) => sum(Some(lambda), &[(1.0, cotangent)], accumulate)?,
         };
         self.set(sum);
         Ok(())
     }
 
     pub(super) fn set(&mut self, state: State) {
-        let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-        self.owned = Some(Owned::new(Category::Cotangents, bytes));
+        self.owned = Some(Owned::new(Category::Cotangents, state.held_bytes()));
         self.state = Some(state);
     }
 }

@@ -8,8 +8,8 @@ use super::{Reverse, Reversed};
 use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
-use crate::field::Finite;
-use crate::solver::{Reversal, Solver, StageMemory, all_finite, fold, lift, visible, zeros_like};
+use crate::field::{Finite, all_finite};
+use crate::solver::{Reversal, Solver, StageMemory, fold, lift, visible, zeros_like};
 use candle_core::DType;
 use std::sync::Arc;
 

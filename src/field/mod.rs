@@ -10,12 +10,14 @@ pub mod ops;
 mod params;
 pub(crate) use params::{first_non_finite, on_host};
 pub mod sink;
+mod sum;
 mod vjp;
 
 pub use function::FnField;
 pub use model::ModelField;
 pub(crate) use opened::{Fallback, Opened};
 pub use params::{Casts, Gradients, Params};
+pub(crate) use sum::{all_finite, sum};
 
 use crate::error::Result;
 use crate::scaling::Scale;

@@ -10,8 +10,7 @@ use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::account::Category;
 use crate::error::{OdeError, Result};
-use crate::field::ops::combine;
-use crate::field::{Finite, Linearization};
+use crate::field::{Finite, Linearization, all_finite, sum};
 use candle_core::DType;
 use std::fmt::Debug;
 
@@ -332,27 +331,9 @@ pub(super) fn weighted<'a>(
     pairs.filter(|(c, _)| *c != 0.0).filter_map(|(c, state)| state.map(|state| (h * c, state))).collect()
 }
 
-/// base + Σ terms, tensor by tensor. Without any term or base there is nothing to sum, which no used stage meets.
-pub(crate) fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
-    let tensors = base.or(terms.first().map(|(_, state)| *state)).map_or(0, State::len);
-    let one = |n: usize| {
-        let terms: Vec<_> = terms.iter().map(|(c, state)| (*c, &state[n])).collect();
-        combine::combine(base.map(|base| &base[n]), &terms, dtype)
-    };
-    Ok(State::from((0..tensors).map(one).collect::<candle_core::Result<Vec<_>>>()?))
-}
-
 /// Whether a stage came out finite. A stage state that overflows in F16 may come out of f as finite nonsense:
 /// tanh(∞) = 1.
 pub(super) fn finite_stage(at: &StepAt<'_>, point: &State, k: &State) -> Result<Finite> {
     let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
     Ok(before.and(all_finite(k)?))
-}
-
-pub(crate) fn all_finite(state: &State) -> Result<Finite> {
-    let mut all = Finite::default();
-    for tensor in state.tensors() {
-        all = all.and(combine::finite(tensor)?);
-    }
-    Ok(all)
 }

@@ -12,7 +12,6 @@ mod tableau;
 
 pub(crate) use carried::{carry, fold, lift, visible};
 pub use explicit::{ExplicitRungeKutta, StageMemory};
-pub(crate) use explicit::{all_finite, sum};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
 pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;

@@ -9,14 +9,14 @@
 
 use super::carried::{joined, split};
 use super::explicit::{
-    ExplicitRungeKutta, Points, StageMemory, cotangents, estimate, finite_stage, increment, pull, slopes, states, sum,
-    used, weighted,
+    ExplicitRungeKutta, Points, StageMemory, cotangents, estimate, finite_stage, increment, pull, slopes, states, used,
+    weighted,
 };
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::error::{OdeError, Result};
-use crate::field::Finite;
+use crate::field::{Finite, sum};
 
 /// A solver whose steps can be undone: what [`Reconstruct`](crate::Reconstruct) goes backwards with.
 pub trait Reversal: Solver {

@@ -4,7 +4,7 @@
 //! z̄* = z̄⁺ + h/2 J⁺ᵀȳ⁺, ȳ = ȳ⁺ + 2 z̄*, z̄ = Jᵀ(h/2 ȳ⁺ + h z̄*) − z̄*.
 
 use super::carried::{joined, split};
-use super::explicit::{StageMemory, finite_stage, sum};
+use super::explicit::{StageMemory, finite_stage};
 use super::reversible::Reversal;
 use super::slope::Slope;
 use super::stages::{Pullbacks, Stages, StepAt};
@@ -12,7 +12,7 @@ use super::{Solver, Step};
 use crate::State;
 use crate::account::Category;
 use crate::error::Result;
-use crate::field::Linearization;
+use crate::field::{Linearization, sum};
 
 /// The reversible Heun method, order 2: two evaluations a step, forwards and backwards, and two pullbacks.
 ///

@@ -14,7 +14,7 @@ pub struct Slope {
 impl Slope {
     /// Announces the bytes of `state` under `category`.
     pub fn new(state: State, category: Category) -> Self {
-        let bytes = state.tensors().iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
+        let bytes = state.held_bytes();
         Self { state, _owned: Arc::new(Owned::new(category, bytes)) }
     }
 

@@ -4,8 +4,7 @@ use super::codec::{Codec, Encodes, Entry, States};
 use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
-use crate::field::Finite;
-use crate::field::ops::combine;
+use crate::field::{Finite, sum};
 use candle_core::DType;
 use std::sync::Arc;
 
@@ -98,7 +97,7 @@ impl Slots {
     pub(crate) fn whole(&self, after: &State) -> Result<State> {
         match &self.residual {
             None => Ok(after.clone()),
-            Some((residual, _)) => sum(after, &[(1.0, residual)], self.accumulate),
+            Some((residual, _)) => sum(Some(after), &[(1.0, residual)], self.accumulate),
         }
     }
 
@@ -192,7 +191,7 @@ impl Slots {
             return Err(missing());
         }
         for kept in self.kept[index..=from].iter().rev() {
-            state = sum(&state, &[(-1.0, &kept.decode(self.accumulate)?)], self.accumulate)?;
+            state = sum(Some(&state), &[(-1.0, &kept.decode(self.accumulate)?)], self.accumulate)?;
         }
         self.above = Some((n, state.clone()));
         Ok(AtHand::State(state))
@@ -220,9 +219,9 @@ impl Slots {
     /// y_n − y_{n−1} + e.
     fn increment(&self, before: &State, after: &State) -> Result<State> {
         match &self.residual {
-            None => sum(after, &[(-1.0, before)], self.accumulate),
+            None => sum(Some(after), &[(-1.0, before)], self.accumulate),
             // What is small is added last, to a difference of neighbours.
-            Some((residual, _)) => sum(residual, &[(1.0, after), (-1.0, before)], self.accumulate),
+            Some((residual, _)) => sum(Some(residual), &[(1.0, after), (-1.0, before)], self.accumulate),
         }
     }
 
@@ -230,8 +229,8 @@ impl Slots {
     fn follow(&mut self, n: usize, before: &State, increment: &State, entry: Entry) -> Result<State> {
         let kept = kept(n - 1, true, self.codec.clone(), entry);
         let decoded = kept.decode(self.accumulate)?;
-        let y = sum(before, &[(1.0, &decoded)], self.accumulate)?;
-        let residual = sum(increment, &[(-1.0, &decoded)], self.accumulate)?;
+        let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
+        let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));
         self.residual = Some((residual, owned));
         self.kept.pop();
@@ -260,13 +259,4 @@ impl Slots {
 fn kept(at: usize, is_increment: bool, codec: Arc<dyn Codec>, entry: Entry) -> Kept {
     let owned = Owned::new(Category::Trajectory, entry.bytes());
     Kept { at, is_increment, entry, codec, owned }
-}
-
-/// base + Σ terms, tensor by tensor.
-fn sum(base: &State, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
-    let one = |n: usize| {
-        let terms: Vec<_> = terms.iter().map(|(c, state)| (*c, &state[n])).collect();
-        combine::combine(Some(&base[n]), &terms, dtype)
-    };
-    Ok(State::from((0..base.len()).map(one).collect::<candle_core::Result<Vec<_>>>()?))
 }
