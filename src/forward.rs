@@ -2,25 +2,29 @@
 //! given.
 
 mod adaptive;
+mod first;
+mod pace;
+mod walked;
 
 pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
+pub(crate) use pace::Course;
+use pace::{Pace, Taken};
+pub(crate) use walked::Walked;
 
 use crate::State;
-use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
+use crate::adjoint::Anchors;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
-use crate::field::{Casts, Fallback, Field, Finite, Opened, Opening, VectorField, on_host};
+use crate::field::{Fallback, Field, Finite, Opened, Opening};
 use crate::precision::{Precision, largest_finite};
-use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
 use crate::stats::{Counters, count};
-use crate::time::TimeGrid;
-use crate::trajectory::{Encodes, Keeping, Trajectory};
-use candle_core::{DType, Device, Tensor};
+use crate::trajectory::{Keeping, Trajectory};
+use candle_core::DType;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// What to do when the forward pass overflows in half precision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,33 +60,6 @@ pub(crate) struct Checked {
     pub(crate) determinism: bool,
 }
 
-/// Where the steps of a solve come from.
-#[derive(Clone, Debug)]
-pub(crate) enum Course {
-    /// They are given.
-    Grid(Clock),
-    /// A controller decides.
-    Adaptive(Box<Adaptive>),
-}
-
-impl Course {
-    /// Where the first step starts, and a later time.
-    fn ends(&self) -> (f64, f64) {
-        match self {
-            Self::Grid(clock) => (clock.times()[0], clock.times()[1]),
-            Self::Adaptive(adaptive) => (adaptive.start, adaptive.end),
-        }
-    }
-
-    /// Steps, where they are known.
-    pub(crate) fn steps(&self) -> Option<usize> {
-        match self {
-            Self::Grid(clock) => Some(clock.times().len() - 1),
-            Self::Adaptive(_) => None,
-        }
-    }
-}
-
 /// The settings of one forward pass.
 pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
@@ -102,66 +79,6 @@ pub(crate) struct Forward<'a> {
     pub(crate) checked: Checked,
     pub(crate) observer: Option<&'a Observer>,
     pub(crate) counters: Arc<Counters>,
-}
-
-/// What a forward pass leaves behind.
-pub(crate) struct Walked {
-    /// (grid index, state), in the order of the grid; the last one always.
-    pub(crate) outputs: Vec<(usize, State)>,
-    pub(crate) trajectory: Option<Trajectory>,
-    pub(crate) anchors: Option<Anchors>,
-    /// The steps that were taken.
-    pub(crate) clock: Clock,
-    dtypes: Vec<DType>,
-}
-
-impl Walked {
-    /// The ends of the steps that were taken, the start included.
-    pub(crate) fn times(&self) -> &[f64] {
-        &self.clock.times()[..=self.dtypes.len()]
-    }
-}
-
-impl Forward<'_> {
-    /// What `adjoint` needs of a finished pass from `start` to go backwards.
-    pub(crate) fn reverse(
-        self,
-        walked: Walked,
-        start: &State,
-        adjoint: &Adjoint,
-        scaling: AdjointScaling,
-        moments: Vec<Moments>,
-    ) -> Result<Box<dyn Reverse>> {
-        let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
-        let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
-        Ok(match (adjoint, trajectory, anchors) {
-            (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
-                let passes = self.passes(clock, dtypes, scaling, moments);
-                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
-            }
-            (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
-                let passes = self.passes(clock, dtypes, scaling, moments);
-                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
-            }
-            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
-                let back = adjoint.back(solver.as_ref(), &times)?;
-                let clock = Clock::with_breaks(&back.grid, back.tableau.nodes(), clock.breaks(), start.device());
-                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
-                let passes = self.passes(clock, dtypes, scaling, moments);
-                Box::new(Backsolved { passes, solver, back, start, end })
-            }
-            _ => {
-                let what = "a backward pass of which nothing was kept".into();
-                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
-            }
-        })
-    }
-
-    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
-        let Self { field, precision, seed, casts, counters, .. } = self;
-        let redo = Mutex::new(None);
-        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
-    }
 }
 
 /// Steps that need more than the compute or storage dtype, as far as is known.
@@ -395,90 +312,6 @@ impl<'a> Forward<'a> {
     fn dtype(&self, step: usize, wide: &Wide) -> DType {
         if wide.steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
     }
-
-    /// Once in the life of a field: opens it over copies of its parameters, evaluates it, and looks whether it wrote to
-    /// them. Gives the first slope, to be compared with that of the field as it is built for the pass.
-    fn probe(&self, start: &State) -> Result<State> {
-        count(&self.counters.probes);
-        let field = self.field.open(&self.casts.casts, Opening::Probe, self.seed)?;
-        let slope = self.first_slope(field.as_ref(), start)?;
-        check_unchanged(field.leaves(), &self.casts.casts)?;
-        self.field.probed();
-        Ok(slope)
-    }
-
-    /// The first evaluation, twice: same bits, nothing captured.
-    fn check_first(&self, opened: &mut Opened<'_>, start: &State, probed: Option<State>) -> Result<()> {
-        if !self.checked.determinism {
-            return Ok(());
-        }
-        count(&self.counters.determinism_checks);
-        let field = opened.get(self.precision.compute_dtype())?;
-        let first = self.first_slope(field, start)?;
-        let second = match probed {
-            Some(slope) => slope,
-            None => self.first_slope(field, start)?,
-        };
-        check_same_bits(self.course.ends().0, &first, &second)
-    }
-
-    fn first_slope(&self, field: &dyn VectorField, start: &State) -> Result<State> {
-        let compute = self.precision.compute_dtype();
-        let (t, end) = self.course.ends();
-        let clock = Clock::new(&TimeGrid::new(vec![t, end])?, self.solver.nodes(), start.device());
-        let at = clock.step(0, compute);
-        let y = start.detach().try_map(|x| combine::combine(Some(x), &[], compute))?;
-        // The unrolled graph reaches captured tensors by itself.
-        let slopes = if self.opening == Opening::Track { Slopes::Cut } else { Slopes::Refuse };
-        Stages::new(field, self.precision.accumulate_dtype(), &self.counters, slopes).slope(&at, 0, &y)
-    }
-}
-
-/// A step that was taken, after those before it.
-struct Taken<'a> {
-    n: usize,
-    pace: &'a Pace<'a>,
-    dtypes: &'a [DType],
-}
-
-/// The steps of one walk.
-enum Pace<'a> {
-    Grid(&'a Clock),
-    Adaptive(Stepper<'a>),
-}
-
-impl Pace<'_> {
-    /// The ends of step `n`, which has been taken.
-    fn ends(&self, n: usize) -> (f64, f64) {
-        let times = match self {
-            Self::Grid(clock) => clock.times(),
-            Self::Adaptive(stepper) => stepper.times(),
-        };
-        (times[n], times[n + 1])
-    }
-
-    /// Where the last step ends.
-    fn end(&self) -> Option<f64> {
-        match self {
-            Self::Grid(clock) => clock.times().last().copied(),
-            Self::Adaptive(stepper) => Some(stepper.end()),
-        }
-    }
-
-    /// The next step starts where a codec of that kind lets it.
-    fn goes_on_from(&mut self, encodes: Encodes) {
-        if let (Self::Adaptive(stepper), Encodes::Increments) = (self, encodes) {
-            stepper.forget_first();
-        }
-    }
-
-    /// The steps that were taken, and of a grid the rest.
-    fn into_clock(self, forward: &Forward<'_>, device: &Device) -> Result<Clock> {
-        match self {
-            Self::Grid(clock) => Ok(clock.clone()),
-            Self::Adaptive(stepper) => stepper.into_clock(forward, device),
-        }
-    }
 }
 
 /// Whatever a solver says of its stages, the end of the step counts with the last of them.
@@ -487,31 +320,4 @@ fn with_end(mut finite: Vec<Finite>, end: &State) -> Result<Vec<Finite>> {
     let last = finite.pop().unwrap_or_default();
     finite.push(end.into_iter().fold(last, Finite::and));
     Ok(finite)
-}
-
-/// The copies that a probe was given must still hold what they were copied from.
-fn check_unchanged(copies: &[Tensor], casts: &Casts) -> Result<()> {
-    for ((copy, cast), name) in copies.iter().zip(casts.leaves()).zip(casts.names()) {
-        if first_difference(copy, cast)?.is_some() {
-            return Err(OdeError::ParameterChanged { name: name.clone() });
-        }
-    }
-    Ok(())
-}
-
-fn check_same_bits(time: f64, first: &State, second: &State) -> Result<()> {
-    for (tensor, (a, b)) in first.tensors().iter().zip(second.tensors()).enumerate() {
-        if let Some((index, first, second)) = first_difference(a, b)? {
-            return Err(OdeError::NotDeterministic { time, tensor, index, first, second });
-        }
-    }
-    Ok(())
-}
-
-/// The first element that differs in its bits, as (flat index, value, value).
-fn first_difference(a: &Tensor, b: &Tensor) -> Result<Option<(usize, f64, f64)>> {
-    let values = |x: &Tensor| on_host(x)?.to_vec1::<f64>();
-    let (a, b) = (values(a)?, values(b)?);
-    let found = a.iter().zip(&b).position(|(a, b)| a.to_bits() != b.to_bits());
-    Ok(found.map(|index| (index, a[index], b[index])))
 }

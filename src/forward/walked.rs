@@ -1,0 +1,71 @@
+//! What a forward pass leaves behind, and what an adjoint makes of it.
+
+use super::Forward;
+use crate::State;
+use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
+use crate::error::{OdeError, Result};
+use crate::scaling::AdjointScaling;
+use crate::solver::Clock;
+use crate::trajectory::Trajectory;
+use candle_core::DType;
+use std::sync::Mutex;
+
+/// What a forward pass leaves behind.
+pub(crate) struct Walked {
+    /// (grid index, state), in the order of the grid; the last one always.
+    pub(crate) outputs: Vec<(usize, State)>,
+    pub(crate) trajectory: Option<Trajectory>,
+    pub(crate) anchors: Option<Anchors>,
+    /// The steps that were taken.
+    pub(crate) clock: Clock,
+    pub(super) dtypes: Vec<DType>,
+}
+
+impl Walked {
+    /// The ends of the steps that were taken, the start included.
+    pub(crate) fn times(&self) -> &[f64] {
+        &self.clock.times()[..=self.dtypes.len()]
+    }
+}
+
+impl Forward<'_> {
+    /// What `adjoint` needs of a finished pass from `start` to go backwards.
+    pub(crate) fn reverse(
+        self,
+        walked: Walked,
+        start: &State,
+        adjoint: &Adjoint,
+        scaling: AdjointScaling,
+        moments: Vec<Moments>,
+    ) -> Result<Box<dyn Reverse>> {
+        let (solver, start, times) = (self.solver.clone(), start.detach(), walked.times().to_vec());
+        let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
+        Ok(match (adjoint, trajectory, anchors) {
+            (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
+            }
+            (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
+            }
+            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
+                let back = adjoint.back(solver.as_ref(), &times)?;
+                let clock = Clock::with_breaks(&back.grid, back.tableau.nodes(), clock.breaks(), start.device());
+                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                let passes = self.passes(clock, dtypes, scaling, moments);
+                Box::new(Backsolved { passes, solver, back, start, end })
+            }
+            _ => {
+                let what = "a backward pass of which nothing was kept".into();
+                return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });
+            }
+        })
+    }
+
+    fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
+        let Self { field, precision, seed, casts, counters, .. } = self;
+        let redo = Mutex::new(None);
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
+    }
+}

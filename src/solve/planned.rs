@@ -1,0 +1,124 @@
+//! What a solve will take, before it runs; and what a byte budget makes of its settings.
+
+use super::Ode;
+use super::start::{check_start, default_precision};
+use crate::State;
+use crate::adjoint::{Adjoint, Discrete};
+use crate::error::{OdeError, Result};
+use crate::memory::plan::Planned;
+use crate::memory::{Choice, Choices, MemoryPlan};
+use crate::scaling::AdjointScaling;
+
+impl Ode {
+    /// The bytes that [`solve`](Self::solve) from `y0` and its backward pass will take, and how often the field will be
+    /// called, without solving.
+    ///
+    /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
+    /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
+    ///
+    /// # Errors
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit,
+    /// adaptive steps, dense output, and adjoints other than [`Discrete`](crate::Discrete).
+    pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
+        let y0: State = y0.into();
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
+        precision.check(y0.device())?;
+        check_start(&y0)?;
+        if let Some(chosen) = self.within_budget(&y0)? {
+            return chosen.plan(y0);
+        }
+        if self.is_adaptive() {
+            return unplanned("adaptive steps");
+        }
+        if self.dense || self.interpolate {
+            return unplanned("dense output");
+        }
+        let read = self.with_times_read()?;
+        let grid = read.time_grid()?;
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete,
+            Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
+            Adjoint::Backsolve(_) => return unplanned("Backsolve"),
+            Adjoint::Unrolled(_) => return unplanned("Unrolled"),
+        };
+        let trainable = self.field.params().trainable(&self.inputs);
+        let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        outputs.push(grid.steps());
+        outputs.sort_unstable();
+        outputs.dedup();
+        let Some(keeping) = self.adjoint.keeping(precision)? else { return unplanned("this adjoint") };
+        let planned = Planned {
+            field: self.field.as_ref(),
+            solver: self.solver.as_ref(),
+            grid: &grid,
+            outputs,
+            precision,
+            scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
+            memory: discrete.stage_memory,
+            keeping,
+            inputs: &self.inputs,
+            seed: self.seed,
+            tracked: self.tracked
+                && (y0.is_tracked() || trainable.iter().any(Option::is_some) || self.time_tensors.is_tracked()),
+            checks: if self.check_determinism { 2 } else { usize::from(self.field.needs_probe()) },
+            known: &self.known,
+        };
+        planned.plan(&y0)
+    }
+
+    /// The choices that a [`budget`](Discrete::budget) has, each with its plan: the fewest calls of the field first.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor, Var};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.tanh());
+    /// let y0 = Var::ones((64, 32), candle_core::DType::F32, &Device::Cpu)?;
+    /// let choices = Ode::new(&field).span(0.0, 1.0).steps(64).choices(y0.as_tensor())?;
+    /// println!("{choices}");
+    /// let (first, last) = (&choices.0[0], choices.0.last().unwrap());
+    /// assert!(first.calls() < last.calls());
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn choices(&self, y0: impl Into<State>) -> Result<Choices> {
+        let y0: State = y0.into();
+        if self.is_adaptive() {
+            return unplanned("adaptive steps");
+        }
+        let steps = self.with_times_read()?.time_grid()?.steps();
+        let discrete = match &self.adjoint {
+            Adjoint::Discrete(discrete) => discrete.take_budget().map_or_else(|| discrete.clone(), |(_, plain)| plain),
+            _ => Discrete::default(),
+        };
+        let planned = discrete.choices(steps).into_iter().map(|(name, adjoint)| {
+            let plan = self.clone().adjoint(adjoint.clone()).plan(&y0)?;
+            Ok(Choice { name, adjoint, plan })
+        });
+        Ok(Choices::new(planned.collect::<Result<_>>()?))
+    }
+
+    /// Itself with what fits the budget, if there is one.
+    pub(super) fn within_budget(&self, y0: &State) -> Result<Option<Self>> {
+        let Adjoint::Discrete(discrete) = &self.adjoint else { return Ok(None) };
+        if !self.tracked {
+            return Ok(None);
+        }
+        let Some((budget, plain)) = discrete.take_budget() else { return Ok(None) };
+        let shapes: Vec<_> =
+            y0.tensors().iter().chain(&self.inputs).map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
+        let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
+        let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
+        let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {:?} {plain:?} {budget}", self.save_at);
+        let chosen = self.known.choose(settings, || Ok(self.choices(y0)?.within(budget)?.adjoint.clone()))?;
+        Ok(Some(self.clone().adjoint(chosen)))
+    }
+}
+
+/// What a plan does not know.
+fn unplanned<T>(what: &str) -> Result<T> {
+    let what = format!("planning the memory of {what}");
+    Err(OdeError::Unsupported { what, instead: "plan Discrete over given steps, or measure it with MemoryProfiler" })
+}
