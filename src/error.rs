@@ -253,6 +253,20 @@ pub enum OdeError {
         /// Value of the second evaluation.
         second: f64,
     },
+    /// A field that is declared row-wise is not.
+    #[error(
+        "the vector field is declared row-wise, but f of some rows alone differs from f of all of them in tensor {tensor} at flat index {index} ({alone} and {whole}): something couples the rows (a batch norm, a mean over the batch) or depends on their number (a dropout mask, noise, an input with a row for each); leave out .row_wise()"
+    )]
+    NotRowWise {
+        /// Which tensor of the state.
+        tensor: usize,
+        /// Flat index of the first difference.
+        index: usize,
+        /// Value among all rows.
+        whole: f64,
+        /// Value among half of them.
+        alone: f64,
+    },
     /// The model wrote to its own parameters during a solve.
     #[error(
         "the vector field changed its parameter `{name}` while being evaluated (a BatchNorm in training mode does this); use its evaluation mode, or a norm without running statistics (candle_ode::ops::group_norm)"

@@ -10,7 +10,7 @@ pub(crate) use adaptive::Adaptive;
 use adaptive::Stepper;
 pub(crate) use pace::Course;
 use pace::{Pace, Taken};
-pub(crate) use walked::Walked;
+pub(crate) use walked::{Finished, Walked, Wanted};
 
 use crate::State;
 use crate::adjoint::Anchors;
@@ -57,10 +57,12 @@ pub(crate) type Observer = dyn Fn(StepInfo<'_>) -> ControlFlow<()> + Send + Sync
 /// Which of the checks on the first evaluation are wanted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Checked {
+    pub(crate) writes: bool,
     pub(crate) determinism: bool,
 }
 
 /// The settings of one forward pass.
+#[derive(Clone)]
 pub(crate) struct Forward<'a> {
     pub(crate) field: Arc<dyn Field>,
     pub(crate) solver: Arc<dyn Solver>,
@@ -69,7 +71,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) every: bool,
     pub(crate) precision: Precision,
     pub(crate) seed: u64,
-    pub(crate) casts: Fallback,
+    pub(crate) casts: Arc<Fallback>,
     pub(crate) opening: Opening,
     /// How states are kept; `None` if nothing is.
     pub(crate) keeping: Option<Keeping>,
@@ -101,9 +103,8 @@ impl<'a> Forward<'a> {
         let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.course.steps()).entered();
         let mut wide = Wide::default();
         let walked = {
-            let probed = if self.field.needs_probe() { Some(self.probe(start)?) } else { None };
-            let mut opened = Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters);
-            self.check_first(&mut opened, start, probed)?;
+            let mut opened = self.opened();
+            self.check_first(&mut opened, start)?;
             loop {
                 let mut suspects = vec![];
                 let walked = self.walk(&mut opened, start, outputs, &mut wide, &mut suspects)?;
@@ -116,6 +117,11 @@ impl<'a> Forward<'a> {
             }
         };
         Ok((walked, self))
+    }
+
+    /// The field, to be opened when it is first asked for.
+    fn opened(&self) -> Opened<'_> {
+        Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters)
     }
 
     fn walk(

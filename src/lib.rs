@@ -67,6 +67,7 @@ mod solve;
 pub mod solver;
 mod state;
 mod stats;
+mod tiles;
 mod time;
 mod trajectory;
 

@@ -99,6 +99,11 @@ impl AdjointScaling {
         }
     }
 
+    /// The same rule with the same headroom, which learns by itself from here on.
+    pub(crate) fn apart(&self) -> Self {
+        Self { rule: self.rule, headroom: Arc::new(AtomicI32::new(self.headroom())) }
+    }
+
     fn of(rule: Rule) -> Self {
         Self { rule, headroom: Arc::default() }
     }

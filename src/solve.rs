@@ -14,12 +14,13 @@ use crate::adjoint::Adjoint;
 use crate::controller::{Controller, Tolerance};
 use crate::error::{OdeError, Result};
 use crate::field::{Fallback, Field, Opening};
-use crate::forward::{Checked, Forward, Observer, OnOverflow, StepInfo};
+use crate::forward::{Checked, Finished, Forward, Observer, OnOverflow, StepInfo, Wanted};
 use crate::memory::plan::Known;
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Rk4, Solver};
 use crate::stats::{Counters, add};
+use crate::tiles::{Cut, Tiles};
 use candle_core::Tensor;
 use dense::Dense;
 use moments::TimeTensors;
@@ -72,6 +73,7 @@ pub struct Ode {
     tracked: bool,
     check_determinism: bool,
     observer: Option<Arc<Observer>>,
+    cut: Cut,
     known: Arc<Known>,
 }
 
@@ -100,6 +102,7 @@ impl Ode {
             tracked: true,
             check_determinism: true,
             observer: None,
+            cut: Cut::default(),
             known: Arc::default(),
         }
     }
@@ -281,6 +284,26 @@ impl Ode {
         self
     }
 
+    /// The rows of the batch that go through a pass together, at most, for a field that is declared
+    /// [row-wise](crate::ModelField::row_wise). What a pass needs beside the trajectory (the stages and linearisations
+    /// of a step) is that of one tile a thread.
+    ///
+    /// By default, on a CPU, as many rows as have 8192 elements of the state, one at least; on other devices, and where
+    /// a solve cannot be cut (adaptive steps, whose lengths all rows share; an observer; [`Unrolled`](crate::Unrolled);
+    /// times with gradients), all rows. The sums over the batch are made tile by tile, so the tile moves the last bits of
+    /// dL/dθ. The states and dL/dy0 of a row stay what they are, as far as f's matrix products do.
+    pub fn tile(mut self, rows: usize) -> Self {
+        self.cut.rows = Some(rows);
+        self
+    }
+
+    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Changes
+    /// no bit of any result.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.cut.threads = Some(threads);
+        self
+    }
+
     /// Solves from `y0`: a tensor, or a [`State`] of several.
     ///
     /// Every evaluation of f, and y itself, is checked for NaN and infinity without reading from the device before the
@@ -332,27 +355,27 @@ impl Ode {
             every: self.dense || self.interpolate,
             precision,
             seed: self.seed,
-            casts: Fallback::new(casts, self.inputs.clone()),
+            casts: Arc::new(Fallback::new(casts, self.inputs.clone())),
             opening: if unrolled { Opening::Track } else { Opening::Evaluate },
             keeping: keeping.filter(|_| tracked),
             anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
-            checked: Checked { determinism: self.check_determinism },
+            checked: Checked { writes: true, determinism: self.check_determinism },
             observer: self.observer.as_deref(),
             counters: counters.clone(),
         };
-        let (mut walked, forward) = forward.run(&start, &outputs)?;
-        let times = walked.times().to_vec();
-        let mut reached: Vec<(usize, State)> = std::mem::take(&mut walked.outputs);
-        let mut trajectory_bytes = 0;
-        if tracked && !unrolled {
-            let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
-            let moments = self.moments(&times);
-            trainable.extend(moments.iter().map(|moments| Some(moments.tensor.clone())));
-            let kept = forward.reverse(walked, &start, &self.adjoint, scaling, moments)?;
-            trajectory_bytes = kept.bytes();
+        let scaling = self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(compute));
+        let moments = |times: &[f64]| self.moments(times);
+        let wanted = (tracked && !unrolled).then_some(Wanted { adjoint: &self.adjoint, scaling, moments: &moments });
+        let (Finished { times, outputs: mut reached, back }, counters) = match self.tiles(&start)? {
+            Some(tiles) => tiles.forward(&forward, &start, &outputs, wanted)?,
+            None => (forward.solve(&start, &outputs, wanted)?, vec![counters]),
+        };
+        let trajectory_bytes = back.as_ref().map_or(0, |back| back.bytes());
+        if let Some(back) = back {
+            trainable.extend(moments(&times).into_iter().map(|moments| Some(moments.tensor)));
             let indices: Vec<usize> = reached.iter().map(|(n, _)| *n).collect();
-            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, kept)?).collect();
+            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, back)?).collect();
         }
         let Some((end, last)) = reached.last().map(|(n, y)| (times[*n], y.clone())) else {
             return Err(OdeError::NoSteps);
@@ -375,5 +398,17 @@ impl Ode {
         }
         let (at, states) = states.into_iter().unzip();
         Ok(Solution { states, times: at, last, end, counters, trajectory_bytes, dense })
+    }
+
+    /// The tiles that the batch is cut into.
+    fn tiles(&self, start: &State) -> Result<Option<Tiles>> {
+        let against = match &self.adjoint {
+            _ if self.is_adaptive() => Some("with adaptive steps, whose lengths all rows share"),
+            _ if self.observer.is_some() => Some("with an observer, which sees whole states"),
+            _ if self.time_tensors.is_tracked() => Some("with gradients of times"),
+            Adjoint::Unrolled(_) => Some("with Unrolled"),
+            _ => None,
+        };
+        self.cut.tiles(start, self.field.is_row_wise(), against)
     }
 }

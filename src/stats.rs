@@ -5,7 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Counts of one solve. They go on counting through its backward passes.
+        /// Counts of one solve. They go on counting through its backward passes. Where a solve runs in tiles, each is that of
+        /// the tile with most: an evaluation of all tiles counts once.
         #[derive(Clone, Copy, Debug, Default, PartialEq)]
         #[non_exhaustive]
         pub struct Stats {
@@ -13,6 +14,14 @@ macro_rules! counters {
             /// How far the states that the last backward pass reconstructed were off, at the start or where it met a
             /// kept state: the largest ‖reconstructed y − y‖ / ‖y‖. `None` unless it reconstructed states.
             pub drift: Option<f64>,
+        }
+
+        impl Stats {
+            /// The larger of each count.
+            pub(crate) fn largest(self, other: Self) -> Self {
+                let drift = self.drift.into_iter().chain(other.drift).reduce(f64::max);
+                Self { $($name: self.$name.max(other.$name),)* drift }
+            }
         }
 
         /// The same counts while the solve is alive, shared by its passes.

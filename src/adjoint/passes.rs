@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// What the backward pass of every adjoint needs of a finished forward pass.
 pub(crate) struct Passes {
     pub(crate) field: Arc<dyn Field>,
-    pub(crate) casts: Fallback,
+    pub(crate) casts: Arc<Fallback>,
     pub(crate) seed: u64,
     pub(crate) clock: Clock,
     /// The dtype in which each step evaluates the field.

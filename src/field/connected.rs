@@ -82,7 +82,7 @@ impl<'a> Near<'a> {
         let mut near = |x: &Tensor| {
             n += 1;
             let x = x.detach().to_dtype(dtype)?;
-            leaf(&moved(&x, 0.01, &direction(&x, n)?)?)
+            leaf(&beside(&x, n)?)
         };
         let y = y.try_map(&mut near)?;
         let casts = casts.in_dtype(dtype, |x| match x.is_variable() {
@@ -180,6 +180,11 @@ impl<'a> Near<'a> {
         }
         Ok((known - squared).abs() > doubt.max(1e-3) * squared)
     }
+}
+
+/// A point a hundredth of its size away from `x`: another one for each `n`.
+pub(crate) fn beside(x: &Tensor, n: usize) -> Result<Tensor> {
+    moved(x, 0.01, &direction(x, n)?)
 }
 
 /// Normal numbers times the size of what is moved: made anew each time they are needed, and never kept.

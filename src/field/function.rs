@@ -46,6 +46,11 @@ impl FnField {
     pub fn stops_gradients(self) -> Self {
         Self(self.0.stops_gradients())
     }
+
+    /// The same field, whose rows do not see each other: see [`ModelField::row_wise`](crate::ModelField::row_wise).
+    pub fn row_wise(self) -> Self {
+        Self(self.0.row_wise())
+    }
 }
 
 impl Field for FnField {
@@ -55,5 +60,17 @@ impl Field for FnField {
 
     fn open(&self, casts: &Casts, opening: Opening, seed: u64) -> Result<Box<dyn VectorField>> {
         self.0.open(casts, opening, seed)
+    }
+
+    fn is_row_wise(&self) -> bool {
+        self.0.is_row_wise()
+    }
+
+    fn needs_row_check(&self) -> bool {
+        self.0.needs_row_check()
+    }
+
+    fn rows_checked(&self) {
+        self.0.rows_checked();
     }
 }

@@ -1,6 +1,7 @@
 //! What is integrated: vector fields, their linearisations and tangents.
 
 mod connected;
+pub(crate) use connected::beside;
 pub mod divergence;
 pub mod draw;
 mod function;
@@ -123,4 +124,18 @@ pub trait Field: Send + Sync + 'static {
 
     /// Told when a probe has found none: it need not be probed again.
     fn probed(&self) {}
+
+    /// Whether it says that f treats the rows of a batch (dimension 0 of every tensor of the state) independently, so
+    /// that a solve may take them in tiles.
+    fn is_row_wise(&self) -> bool {
+        false
+    }
+
+    /// Whether that has yet to be checked.
+    fn needs_row_check(&self) -> bool {
+        false
+    }
+
+    /// Told when it has been seen to be so.
+    fn rows_checked(&self) {}
 }

@@ -44,6 +44,14 @@ pub struct ModelField {
     params: Params,
     probed: Arc<AtomicBool>,
     connected: Arc<AtomicBool>,
+    rows: Rows,
+}
+
+/// What is known of the rows of a batch.
+#[derive(Clone, Default)]
+struct Rows {
+    independent: bool,
+    checked: Arc<AtomicBool>,
 }
 
 impl ModelField {
@@ -120,7 +128,7 @@ impl ModelField {
         let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
         let params = Params::new(seen);
         let model = Arc::new(Closures { build, eval: Arc::new(eval) });
-        Ok(Self { model, params, probed: Arc::default(), connected: Arc::default() })
+        Ok(Self { model, params, probed: Arc::default(), connected: Arc::default(), rows: Rows::default() })
     }
 
     /// A closure as a field: nothing to build.
@@ -129,7 +137,7 @@ impl ModelField {
     ) -> Self {
         let model = Arc::new(Closures { build: |_: VarBuilder<'static>| Ok(()), eval: Arc::new(eval) });
         let probed = Arc::new(AtomicBool::new(true));
-        Self { model, params: Params::default(), probed, connected: Arc::default() }
+        Self { model, params: Params::default(), probed, connected: Arc::default(), rows: Rows::default() }
     }
 
     /// The same field, with the parameters whose name satisfies `frozen` fixed: no gradient, no cost.
@@ -150,6 +158,32 @@ impl ModelField {
     /// some ops cut Candle's graph without a word.
     pub fn stops_gradients(mut self) -> Self {
         self.connected = Arc::new(AtomicBool::new(true));
+        self
+    }
+
+    /// The same field, declared to treat the rows of a batch (dimension 0 of every tensor of the state) independently.
+    ///
+    /// On a CPU a solve then takes the batch in tiles of rows, each on a thread of its own and in that core's cache:
+    /// see [`Ode::tile`](crate::Ode::tile). What couples rows (a batch norm, a mean over the batch) or depends on their
+    /// number (a dropout mask, noise, an input with a row for each) is found at the first evaluation and is
+    /// [`OdeError::NotRowWise`].
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.tanh()).row_wise();
+    /// let y0 = Tensor::ones((1024, 64), DType::F32, &Device::Cpu)?;
+    /// let solution = Ode::new(&field).span(0.0, 1.0).steps(8).solve(&y0)?;
+    /// assert_eq!(solution.tiles(), 8);                                   // of 128 rows
+    ///
+    /// let coupled = FnField::new(|_: &Time, y: &Tensor| y.broadcast_sub(&y.mean_keepdim(0)?)).row_wise();
+    /// let error = Ode::new(&coupled).span(0.0, 1.0).steps(8).solve(&y0).unwrap_err();
+    /// assert!(matches!(error, OdeError::NotRowWise { .. }));
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    pub fn row_wise(mut self) -> Self {
+        self.rows.independent = true;
         self
     }
 
@@ -183,6 +217,18 @@ impl Field for ModelField {
 
     fn probed(&self) {
         self.probed.store(true, Ordering::Relaxed);
+    }
+
+    fn is_row_wise(&self) -> bool {
+        self.rows.independent
+    }
+
+    fn needs_row_check(&self) -> bool {
+        self.rows.independent && !self.rows.checked.load(Ordering::Relaxed)
+    }
+
+    fn rows_checked(&self) {
+        self.rows.checked.store(true, Ordering::Relaxed);
     }
 }
 

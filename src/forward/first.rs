@@ -1,29 +1,22 @@
 //! What is checked at the first evaluation: that f is a pure function, and leaves its parameters alone.
 
-use super::Forward;
+use super::{Checked, Forward};
 use crate::State;
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
-use crate::field::{Casts, Opened, Opening, VectorField, on_host};
+use crate::field::{Casts, Opened, Opening, VectorField, beside, on_host};
+use crate::precision::unit_roundoff;
 use crate::solver::{Clock, Slopes, Stages};
-use crate::stats::count;
+use crate::stats::{Counters, count};
+use crate::tiles::Tiles;
 use crate::time::TimeGrid;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use std::sync::Arc;
 
 impl Forward<'_> {
-    /// Once in the life of a field: opens it over copies of its parameters, evaluates it, and looks whether it wrote to
-    /// them. Gives the first slope, to be compared with that of the field as it is built for the pass.
-    pub(super) fn probe(&self, start: &State) -> Result<State> {
-        count(&self.counters.probes);
-        let field = self.field.open(&self.casts.casts, Opening::Probe, self.seed)?;
-        let slope = self.first_slope(field.as_ref(), start)?;
-        check_unchanged(field.leaves(), &self.casts.casts)?;
-        self.field.probed();
-        Ok(slope)
-    }
-
-    /// The first evaluation, twice: same bits, nothing captured.
-    pub(super) fn check_first(&self, opened: &mut Opened<'_>, start: &State, probed: Option<State>) -> Result<()> {
+    /// The first evaluation, twice: same bits, nothing captured, nothing written.
+    pub(super) fn check_first(&self, opened: &mut Opened<'_>, start: &State) -> Result<()> {
+        let probed = if self.checked.writes && self.field.needs_probe() { Some(self.probe(start)?) } else { None };
         if !self.checked.determinism {
             return Ok(());
         }
@@ -37,6 +30,35 @@ impl Forward<'_> {
         check_same_bits(self.course.ends().0, &first, &second)
     }
 
+    /// The same for the first of several tiles, on behalf of all; and, once in the life of a field, that its rows do not
+    /// see each other.
+    pub(crate) fn check_tile(&self, first: &State) -> Result<()> {
+        let mut opened = self.opened();
+        self.check_first(&mut opened, first)?;
+        if self.checked.writes && self.field.needs_row_check() {
+            let field = opened.get(self.precision.compute_dtype())?;
+            check_rows(first, self.precision.compute_dtype(), |y| self.first_slope(field, y))?;
+            self.field.rows_checked();
+        }
+        Ok(())
+    }
+
+    /// The same pass without checks, with counters of its own.
+    pub(crate) fn checked_already(&self, counters: Arc<Counters>) -> Self {
+        Self { checked: Checked { writes: false, determinism: false }, counters, ..self.clone() }
+    }
+
+    /// Opens the field over copies of its parameters, evaluates it, and looks whether it wrote to them. Gives the first
+    /// slope, to be compared with that of the field as it is built for the pass.
+    fn probe(&self, start: &State) -> Result<State> {
+        count(&self.counters.probes);
+        let field = self.field.open(&self.casts.casts, Opening::Probe, self.seed)?;
+        let slope = self.first_slope(field.as_ref(), start)?;
+        check_unchanged(field.leaves(), &self.casts.casts)?;
+        self.field.probed();
+        Ok(slope)
+    }
+
     fn first_slope(&self, field: &dyn VectorField, start: &State) -> Result<State> {
         let compute = self.precision.compute_dtype();
         let (t, end) = self.course.ends();
@@ -47,6 +69,32 @@ impl Forward<'_> {
         let slopes = if self.opening == Opening::Track { Slopes::Cut } else { Slopes::Refuse };
         Stages::new(field, self.precision.accumulate_dtype(), &self.counters, slopes).slope(&at, 0, &y)
     }
+}
+
+/// Near the first point, f of some rows must be what it is of all of them, but for rounding: a matrix product may sum
+/// fewer rows in another order. Rows that were alike would hide a mean over them, so they are moved apart.
+fn check_rows(first: &State, compute: DType, f: impl Fn(&State) -> Result<State>) -> Result<()> {
+    let Some(rows) = Tiles::batch(first).filter(|rows| *rows > 1) else { return Ok(()) };
+    let mut n = 0;
+    let apart = |x: &Tensor| {
+        n += 1;
+        beside(&x.detach().to_dtype(DType::F32)?, n)?.to_dtype(x.dtype())
+    };
+    let all = first.try_map(apart)?;
+    let whole = f(&all)?;
+    let of = |from: usize, rows: usize| all.try_map(|x| x.narrow(0, from, rows)?.contiguous());
+    let (head, tail) = (f(&of(0, rows / 2)?)?, f(&of(rows / 2, rows - rows / 2)?)?);
+    let tolerance = 64.0 * unit_roundoff(compute).min(1e-4);
+    for (tensor, whole) in whole.tensors().iter().enumerate() {
+        let alone = Tensor::cat(&[&head[tensor], &tail[tensor]], 0)?;
+        let (whole, alone) = (on_host(whole)?.to_vec1::<f64>()?, on_host(&alone)?.to_vec1::<f64>()?);
+        let largest = whole.iter().chain(&alone).fold(0.0, |largest: f64, x| largest.max(x.abs()));
+        let differs = |(whole, alone): (&f64, &f64)| (whole - alone).abs() > tolerance * largest;
+        if let Some(index) = whole.iter().zip(&alone).position(differs) {
+            return Err(OdeError::NotRowWise { tensor, index, whole: whole[index], alone: alone[index] });
+        }
+    }
+    Ok(())
 }
 
 /// The copies that a probe was given must still hold what they were copied from.

@@ -28,9 +28,41 @@ impl Walked {
     }
 }
 
+/// What a backward pass is to be.
+#[derive(Clone)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) adjoint: &'a Adjoint,
+    pub(crate) scaling: AdjointScaling,
+    /// The tensors of times to differentiate, given the times of the steps.
+    pub(crate) moments: &'a (dyn Fn(&[f64]) -> Vec<Moments> + Sync),
+}
+
+/// A finished forward pass.
+pub(crate) struct Finished {
+    /// The ends of the steps that were taken, the start included.
+    pub(crate) times: Vec<f64>,
+    /// (grid index, state), in the order of the grid; the last one always.
+    pub(crate) outputs: Vec<(usize, State)>,
+    /// The way back, if it was wanted.
+    pub(crate) back: Option<Box<dyn Reverse>>,
+}
+
 impl Forward<'_> {
+    /// Goes forward from `start`, with what is `wanted` of a way back.
+    pub(crate) fn solve(self, start: &State, outputs: &[f64], wanted: Option<Wanted<'_>>) -> Result<Finished> {
+        let (mut walked, forward) = self.run(start, outputs)?;
+        let (times, outputs) = (walked.times().to_vec(), std::mem::take(&mut walked.outputs));
+        let back = match wanted {
+            Some(Wanted { adjoint, scaling, moments }) => {
+                Some(forward.reverse(walked, start, adjoint, scaling, moments(&times))?)
+            }
+            None => None,
+        };
+        Ok(Finished { times, outputs, back })
+    }
+
     /// What `adjoint` needs of a finished pass from `start` to go backwards.
-    pub(crate) fn reverse(
+    fn reverse(
         self,
         walked: Walked,
         start: &State,

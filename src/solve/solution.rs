@@ -17,7 +17,8 @@ pub struct Solution {
     pub(super) times: Vec<f64>,
     pub(super) last: State,
     pub(super) end: f64,
-    pub(super) counters: Arc<Counters>,
+    /// By tile.
+    pub(super) counters: Vec<Arc<Counters>>,
     pub(super) trajectory_bytes: usize,
     pub(super) dense: Option<Dense>,
 }
@@ -82,7 +83,12 @@ impl Solution {
 
     /// What has been done so far, the backward passes included.
     pub fn stats(&self) -> Stats {
-        self.counters.snapshot()
+        self.counters.iter().map(|counters| counters.snapshot()).reduce(Stats::largest).unwrap_or_default()
+    }
+
+    /// How many tiles the batch was cut into: see [`Ode::tile`].
+    pub fn tiles(&self) -> usize {
+        self.counters.len()
     }
 
     /// Bytes of the trajectory kept for the backward pass.

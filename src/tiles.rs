@@ -1,0 +1,267 @@
+//! Tiles: rows of the batch that go through a pass together, on a thread of their own.
+//!
+//! A field that treats the rows of a batch independently is solved tile by tile: what lives at once of its evaluations,
+//! linearisations and stages belongs to one tile a thread and stays in that core's cache, and no thread waits for
+//! another inside a solve. Tiles are as even as can be. What they add up to, dL/dθ, is summed in the order of the tiles,
+//! so that the bits depend on the tile and not on the number of threads.
+
+mod workers;
+
+use crate::State;
+use crate::account::{Category, Owned};
+use crate::adjoint::{Reverse, Reversed};
+use crate::error::{OdeError, Result};
+use crate::field::ops::combine;
+use crate::forward::{Finished, Forward, Wanted};
+use crate::scaling::AdjointScaling;
+use crate::stats::Counters;
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How a batch is cut.
+#[derive(Clone, Debug)]
+pub(crate) struct Tiles {
+    tiles: Vec<Range<usize>>,
+    threads: usize,
+}
+
+impl Tiles {
+    /// Elements of the state in a tile by default: the stage linearisations of a field a few times as wide as its state
+    /// then fit in a core's own cache.
+    const ELEMENTS: usize = 8192;
+
+    /// Tiles of at most `rows` rows of `start`, on `threads` threads. `None` if one holds it all.
+    pub(crate) fn new(batch: usize, rows: usize, threads: usize) -> Option<Self> {
+        let count = batch.div_ceil(rows.max(1));
+        let tiles = (0..count).map(|n| batch * n / count..batch * (n + 1) / count).collect();
+        (count > 1).then_some(Self { tiles, threads: threads.clamp(1, count) })
+    }
+
+    /// The rows of a batch, if all tensors of the state have the same.
+    pub(crate) fn batch(state: &State) -> Option<usize> {
+        let rows = *state.tensors().first()?.dims().first()?;
+        state.tensors().iter().all(|x| x.dims().first() == Some(&rows)).then_some(rows)
+    }
+
+    /// Rows of a tile where none are asked for; the same on every machine, since it decides the order of sums.
+    pub(crate) fn default_rows(state: &State, batch: usize) -> usize {
+        (Self::ELEMENTS * batch / state.numel().max(1)).max(1)
+    }
+
+    /// Threads that can run at once.
+    pub(crate) fn threads() -> usize {
+        workers::most()
+    }
+
+    /// How many.
+    pub(crate) fn count(&self) -> usize {
+        self.tiles.len()
+    }
+
+    /// The rows of tile `n`: a view.
+    pub(crate) fn of(&self, state: &State, n: usize) -> Result<State> {
+        let Range { start, end } = self.tiles[n];
+        Ok(state.try_map(|x| x.narrow(0, start, end - start))?)
+    }
+
+    /// Does `job` for every tile, on the threads.
+    fn each<T: Send>(&self, job: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let solve = tracing::Span::current();
+        let job = |n: usize| {
+            let Range { start, end } = self.tiles[n];
+            let (index, first, rows) = (n as u64, start as u64, (end - start) as u64);
+            let _span =
+                tracing::debug_span!(target: "candle_ode", parent: &solve, "tile", index, first, rows).entered();
+            job(n)
+        };
+        workers::each(self.threads, self.count(), job).into_iter().collect()
+    }
+
+    /// The forward passes over all tiles, as one. The first evaluation of the first tile is checked for all of them.
+    pub(crate) fn forward(
+        self,
+        forward: &Forward<'_>,
+        start: &State,
+        outputs: &[f64],
+        wanted: Option<Wanted<'_>>,
+    ) -> Result<(Finished, Vec<Arc<Counters>>)> {
+        let start = start.detach();
+        forward.check_tile(&self.of(&start, 0)?)?;
+        let counters: Vec<Arc<Counters>> =
+            (0..self.count()).map(|n| if n == 0 { forward.counters.clone() } else { Arc::default() }).collect();
+        let scalings: Vec<Option<AdjointScaling>> =
+            (0..self.count()).map(|_| wanted.as_ref().map(|wanted| wanted.scaling.apart())).collect();
+        let parts = self.each(|n| {
+            let wanted = wanted.as_ref().zip(scalings[n].clone());
+            let wanted = wanted.map(|(wanted, scaling)| Wanted { scaling, ..wanted.clone() });
+            forward.checked_already(counters[n].clone()).solve(&self.of(&start, n)?, outputs, wanted)
+        })?;
+        let (mut times, mut reached, mut backs) = (vec![], Vec::<Vec<(usize, State)>>::new(), vec![]);
+        for Finished { times: own, outputs, back } in parts {
+            times = own;
+            reached.push(outputs);
+            backs.extend(back);
+        }
+        let outputs = (0..reached[0].len()).map(|output| {
+            let states: Vec<&State> = reached.iter().map(|tile| &tile[output].1).collect();
+            Ok((reached[0][output].0, join(&states)?))
+        });
+        let outputs = outputs.collect::<Result<Vec<_>>>()?;
+        let back = wanted.map(|wanted| {
+            let scalings = scalings.into_iter().flatten().collect();
+            Box::new(Tiled { tiles: self, backs, scaling: wanted.scaling, scalings }) as Box<dyn Reverse>
+        });
+        Ok((Finished { times, outputs, back }, counters))
+    }
+}
+
+/// One batch of the tiles.
+fn join(tiles: &[&State]) -> Result<State> {
+    let tensors = (0..tiles[0].len()).map(|n| {
+        let parts: Vec<&Tensor> = tiles.iter().map(|tile| &tile[n]).collect();
+        Tensor::cat(&parts, 0)
+    });
+    Ok(State::from(tensors.collect::<candle_core::Result<Vec<_>>>()?))
+}
+
+/// The backward passes over all tiles, as one.
+struct Tiled {
+    tiles: Tiles,
+    backs: Vec<Box<dyn Reverse>>,
+    scaling: AdjointScaling,
+    /// What overflows teach a tile reaches the others after the pass: the bits shall not depend on who was first.
+    scalings: Vec<AdjointScaling>,
+}
+
+impl Reverse for Tiled {
+    fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
+        let folded = Mutex::new(Folded::default());
+        let starts = self.tiles.each(|n| {
+            let own = cotangents.iter().map(|(at, state)| Ok((*at, self.tiles.of(state, n)?)));
+            let Reversed { y0, sums } = self.backs[n].reverse(&own.collect::<Result<Vec<_>>>()?)?;
+            folded.lock().unwrap_or_else(PoisonError::into_inner).add(n, sums)?;
+            Ok(y0)
+        })?;
+        self.scalings.iter().for_each(|scaling| self.scaling.learn(scaling.headroom()));
+        let Folded { sums, .. } = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Reversed { y0: join(&starts.iter().collect::<Vec<_>>())?, sums })
+    }
+
+    fn bytes(&self) -> usize {
+        self.backs.iter().map(|back| back.bytes()).sum()
+    }
+}
+
+/// The sums of dL/dθ over the tiles so far, added in the order of the tiles.
+#[derive(Default)]
+struct Folded {
+    next: usize,
+    /// Of tiles that were done before one of a smaller index.
+    waiting: BTreeMap<usize, (Vec<Option<Tensor>>, Owned)>,
+    sums: Vec<Option<Tensor>>,
+    owned: Option<Owned>,
+}
+
+impl Folded {
+    fn add(&mut self, tile: usize, sums: Vec<Option<Tensor>>) -> Result<()> {
+        let bytes = sums.iter().flatten().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
+        self.waiting.insert(tile, (sums, Owned::new(Category::Gradients, bytes)));
+        while let Some((sums, owned)) = self.waiting.remove(&self.next) {
+            self.next += 1;
+            if self.owned.is_none() {
+                (self.sums, self.owned) = (sums, Some(owned));
+                continue;
+            }
+            for (sum, of_tile) in self.sums.iter_mut().zip(sums) {
+                match (sum, of_tile) {
+                    (Some(sum), Some(of_tile)) => drop(combine::accumulate(sum, 1.0, &of_tile)?),
+                    (sum @ None, of_tile) => *sum = of_tile,
+                    (Some(_), None) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a solve is to be cut, as far as its settings say.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cut {
+    pub(crate) rows: Option<usize>,
+    pub(crate) threads: Option<usize>,
+}
+
+impl Cut {
+    /// The tiles of a solve from `start`; `against` says what of the other settings rules them out.
+    pub(crate) fn tiles(&self, start: &State, row_wise: bool, against: Option<&'static str>) -> Result<Option<Tiles>> {
+        let batch = Tiles::batch(start);
+        let on_cpu = start.device().is_cpu();
+        let refuse = |what: &str, instead| Err(OdeError::Unsupported { what: format!("tiles {what}"), instead });
+        let (batch, rows) = match (self.rows, batch) {
+            (Some(0), _) => {
+                let hint = "a tile has at least one row";
+                return Err(OdeError::Setting { setting: "tile", value: "0".into(), hint });
+            }
+            (Some(_), None) => return refuse("of a state whose tensors have no common rows", NO_TILE),
+            (Some(rows), Some(batch)) => (batch, rows),
+            (None, Some(batch)) if row_wise && on_cpu => (batch, Tiles::default_rows(start, batch)),
+            (None, _) => return Ok(None),
+        };
+        if self.rows.is_some() && !row_wise && rows < batch {
+            return refuse("of a field that is not declared row-wise", "declare it with .row_wise(), if it is");
+        }
+        match against {
+            Some(_) if self.rows.is_none() || rows >= batch => Ok(None),
+            Some(what) => refuse(what, NO_TILE),
+            None => {
+                let threads = if on_cpu { self.threads.unwrap_or_else(Tiles::threads) } else { 1 };
+                Ok(Tiles::new(batch, rows, threads))
+            }
+        }
+    }
+}
+
+const NO_TILE: &str = "leave out .tile(..): the solve then runs on the whole batch";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn tiles_are_even_and_cover_the_batch() {
+        for (batch, rows, count) in [(1024, 128, 8), (130, 128, 2), (7, 3, 3), (5, 1, 5)] {
+            let tiles = Tiles::new(batch, rows, 2).unwrap();
+            assert_eq!(tiles.count(), count);
+            assert_eq!((tiles.tiles[0].start, tiles.tiles[count - 1].end), (0, batch));
+            assert!(tiles.tiles.windows(2).all(|pair| pair[0].end == pair[1].start));
+            let sizes: Vec<usize> = tiles.tiles.iter().map(Range::len).collect();
+            assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1, "{sizes:?}");
+        }
+        assert!(Tiles::new(128, 128, 2).is_none());
+    }
+
+    #[test]
+    fn sums_are_added_in_the_order_of_the_tiles() {
+        let of = |x: f32| vec![Some(Tensor::new(x, &Device::Cpu).unwrap()), None];
+        // In F32 1e8 + 1 − 1e8 is 0 in this order, and 1 in another.
+        for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
+            let mut folded = Folded::default();
+            for tile in order {
+                folded.add(tile, of([1e8, 1.0, -1e8][tile])).unwrap();
+            }
+            assert_eq!(folded.sums[0].as_ref().unwrap().to_scalar::<f32>().unwrap(), 0.0, "{order:?}");
+            assert!(folded.sums[1].is_none() && folded.waiting.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_default_depends_on_the_state_alone() {
+        let state = |shape: &[usize]| State::from(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap());
+        assert_eq!(Tiles::default_rows(&state(&[1024, 64]), 1024), 128);
+        assert_eq!(Tiles::default_rows(&state(&[16, 32, 16, 16]), 16), 1);
+        assert_eq!(Tiles::default_rows(&state(&[4, 100_000]), 4), 1);
+    }
+}
