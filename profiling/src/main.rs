@@ -1,5 +1,6 @@
 //! `memory-report`: measures, shows and compares where the memory of neural ODEs goes.
 
+mod bench_peer;
 mod cell;
 mod compare;
 mod failure;
@@ -55,6 +56,8 @@ enum Command {
     Watch(watch::Watch),
     /// Studies what the methods of the crate do: tables, CSV files and plots.
     Study(study::Study),
+    /// Times training steps of the works on which peers are measured, with heap and error.
+    BenchPeer(bench_peer::BenchPeer),
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Show(show) => show.run(),
         Command::Watch(watch) => return watch.run(),
         Command::Study(study) => study.run(),
+        Command::BenchPeer(bench) => bench.run(),
         Command::Completions { shell } => completions(shell),
     };
     match outcome {
