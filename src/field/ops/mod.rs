@@ -33,6 +33,7 @@ mod cpu;
 mod dropout;
 #[cfg(test)]
 mod gradcheck;
+mod kernel;
 mod linear;
 mod mlp;
 mod norm;

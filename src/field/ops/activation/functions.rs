@@ -12,6 +12,12 @@ pub(super) trait Function: Copy + Send + Sync + 'static {
     fn slope<R: Real>(self, x: R) -> R;
     fn curvature<R: Real>(self, x: R) -> R;
 
+    /// f′(x) from what [`Activation::keeps`](super::Activation::keeps) says: y = f(x), or x itself.
+    #[inline(always)]
+    fn slope_of_kept<R: Real>(self, kept: R) -> R {
+        self.slope(kept)
+    }
+
     /// The derivative of order 0, 1 or 2.
     #[inline(always)]
     fn order<R: Real, const ORDER: u32>(self, x: R) -> R {
@@ -39,6 +45,11 @@ impl Function for Tanh {
         let d = R::ONE + e;
         R::of(4.0) * e / (d * d)
     }
+    /// 1 − y²
+    #[inline(always)]
+    fn slope_of_kept<R: Real>(self, y: R) -> R {
+        (R::ONE - y) * (R::ONE + y)
+    }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
         R::of(-2.0) * self.value(x) * self.slope(x)
@@ -61,6 +72,11 @@ impl Function for Sigmoid {
         let d = R::ONE + e;
         e / (d * d)
     }
+    /// y (1 − y)
+    #[inline(always)]
+    fn slope_of_kept<R: Real>(self, y: R) -> R {
+        y * (R::ONE - y)
+    }
     /// s (1 − s) (1 − 2 s), where 1 − 2 s = −tanh(x / 2)
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
@@ -79,6 +95,11 @@ impl Function for Softplus {
     #[inline(always)]
     fn slope<R: Real>(self, x: R) -> R {
         Sigmoid.value(x)
+    }
+    /// 1 − e⁻ʸ
+    #[inline(always)]
+    fn slope_of_kept<R: Real>(self, y: R) -> R {
+        -(-y).exp_m1_negative()
     }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
@@ -183,6 +204,18 @@ impl Function for Elu {
         let curve = R::of(self.0) * below.exp_negative();
         if x > R::ZERO { R::ONE } else { curve }
     }
+    /// y + α where y ≤ 0; for α ≥ 0, that is where x ≤ 0. For α < 0, x is kept.
+    #[inline(always)]
+    fn slope_of_kept<R: Real>(self, kept: R) -> R {
+        let alpha = R::of(self.0);
+        if self.0 < 0.0 {
+            self.slope(kept)
+        } else if kept > R::ZERO {
+            R::ONE
+        } else {
+            kept + alpha
+        }
+    }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
         let below = if x > R::ZERO { R::ZERO } else { x };
@@ -261,3 +294,28 @@ impl Function for Identity {
         R::ZERO
     }
 }
+
+/// Runs `$body` with `$f` standing for the [`Function`] of `$activation`.
+macro_rules! with_function {
+    ($activation:expr, $f:ident => $body:expr) => {{
+        use crate::field::ops::activation::{Activation, functions};
+        match $activation {
+            Activation::Tanh => with_function!(functions::Tanh, $f, $body),
+            Activation::Sigmoid => with_function!(functions::Sigmoid, $f, $body),
+            Activation::Softplus => with_function!(functions::Softplus, $f, $body),
+            Activation::Silu => with_function!(functions::Silu, $f, $body),
+            Activation::Gelu => with_function!(functions::Gelu, $f, $body),
+            Activation::Relu => with_function!(functions::Relu, $f, $body),
+            Activation::Elu(alpha) => with_function!(functions::Elu(alpha), $f, $body),
+            Activation::Sin => with_function!(functions::Sine::<0>, $f, $body),
+            Activation::Cos => with_function!(functions::Sine::<1>, $f, $body),
+            Activation::LogCosh => with_function!(functions::LogCosh, $f, $body),
+            Activation::Identity => with_function!(functions::Identity, $f, $body),
+        }
+    }};
+    ($function:expr, $f:ident, $body:expr) => {{
+        let $f = $function;
+        $body
+    }};
+}
+pub(super) use with_function;

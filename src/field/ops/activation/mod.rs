@@ -6,6 +6,8 @@
 
 mod composed;
 mod functions;
+#[cfg_attr(not(test), expect(dead_code, reason = "fused layers will call it"))]
+pub(super) mod in_place;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +18,7 @@ use crate::Time;
 use crate::field::Tangent;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Module, Result, Shape, Tensor};
-use functions::Function;
+use functions::{Function, with_function};
 
 /// A scalar function applied to every element.
 ///
@@ -303,20 +305,7 @@ fn of_order<T: Element>(activation: Activation, order: u32, x: &[T], by: &[&[T]]
 }
 
 fn of_function<T: Element, const ORDER: u32>(activation: Activation, x: &[T], by: &[&[T]]) -> Vec<T> {
-    use functions::{Elu, Gelu, LogCosh, Relu, Sigmoid, Silu, Sine, Softplus, Tanh};
-    match activation {
-        Activation::Tanh => vectorised(Map::<_, _, ORDER> { f: Tanh, x, by }),
-        Activation::Sigmoid => vectorised(Map::<_, _, ORDER> { f: Sigmoid, x, by }),
-        Activation::Softplus => vectorised(Map::<_, _, ORDER> { f: Softplus, x, by }),
-        Activation::Silu => vectorised(Map::<_, _, ORDER> { f: Silu, x, by }),
-        Activation::Gelu => vectorised(Map::<_, _, ORDER> { f: Gelu, x, by }),
-        Activation::Relu => vectorised(Map::<_, _, ORDER> { f: Relu, x, by }),
-        Activation::Elu(alpha) => vectorised(Map::<_, _, ORDER> { f: Elu(alpha), x, by }),
-        Activation::Sin => vectorised(Map::<_, _, ORDER> { f: Sine::<0>, x, by }),
-        Activation::Cos => vectorised(Map::<_, _, ORDER> { f: Sine::<1>, x, by }),
-        Activation::LogCosh => vectorised(Map::<_, _, ORDER> { f: LogCosh, x, by }),
-        Activation::Identity => vectorised(Map::<_, _, ORDER> { f: functions::Identity, x, by }),
-    }
+    with_function!(activation, f => vectorised(Map::<_, _, ORDER> { f, x, by }))
 }
 
 /// f⁽ⁿ⁾(x), times the tensors of `by`, rounded once.

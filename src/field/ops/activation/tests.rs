@@ -1,4 +1,5 @@
 use super::super::gradcheck::{check, check_half, check_tangent, distance, noise, values};
+use super::in_place::Keeps;
 use super::*;
 use candle_core::{DType, Device, Var};
 use proptest::prelude::*;
@@ -65,6 +66,27 @@ fn f32_values_are_within_five_ulp() {
         let (error, x) = worst_ulp(activation, even.chain(octaves).collect());
         println!("{activation:?}: {error:.2} ulp at {x:e}");
         assert!(error <= 5.0, "{activation:?}: {error} ulp at {x:e}");
+    }
+}
+
+#[test]
+fn in_place_gives_the_values_of_the_ops_and_the_slopes_of_what_is_kept() {
+    let xs: Vec<f32> = (-3000..=3000).map(|n| n as f32 * 4e-3).chain([0.0, -0.0, 1e-40, 1e30, -1e30, 2e6]).collect();
+    let x = Tensor::new(xs.as_slice(), &Device::Cpu).unwrap();
+    for activation in ALL.into_iter().chain([Activation::Elu(-0.5), Activation::Elu(0.0)]) {
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let mut y = xs.clone();
+        activation.value_in_place(&mut y);
+        assert_eq!(bits(&y), bits(&activation.forward(&x).unwrap().to_vec1::<f32>().unwrap()), "{activation:?}");
+        let mut slopes = match activation.keeps() {
+            Keeps::Nothing | Keeps::Value => y,
+            Keeps::Input => xs.clone(),
+        };
+        activation.slope_in_place(&mut slopes);
+        let exact = activation.derivative(&x).unwrap().to_vec1::<f32>().unwrap();
+        for ((x, slope), exact) in xs.iter().zip(slopes).zip(exact) {
+            assert!((slope - exact).abs() <= 3e-7, "{activation:?}′({x}) = {slope}, not {exact}");
+        }
     }
 }
 

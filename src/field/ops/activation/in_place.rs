@@ -1,0 +1,71 @@
+//! Activations on F32 slices in place, for kernels that hold tiles: the same functions and the same bits as the ops.
+
+use super::functions::{Function, with_function};
+use super::{Activation, beyond_turns};
+use crate::field::ops::cpu::{CHUNK, Kernel, vectorised};
+
+/// What a pullback needs of an activation's forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// Nothing: f′ is 1.
+    Nothing,
+    /// y = f(x)
+    Value,
+    /// x
+    Input,
+}
+
+impl Activation {
+    /// What [`slope_in_place`](Self::slope_in_place) is to be given.
+    pub(crate) fn keeps(self) -> Keeps {
+        match self {
+            Self::Identity => Keeps::Nothing,
+            Self::Tanh | Self::Sigmoid | Self::Softplus | Self::Relu => Keeps::Value,
+            Self::Elu(alpha) if alpha >= 0.0 => Keeps::Value,
+            Self::Elu(_) | Self::Silu | Self::Gelu | Self::Sin | Self::Cos | Self::LogCosh => Keeps::Input,
+        }
+    }
+
+    /// x ← f(x)
+    pub(crate) fn value_in_place(self, x: &mut [f32]) {
+        if self != Self::Identity {
+            with_function!(self, f => vectorised(InPlace::<_, false> { x, f }));
+        }
+    }
+
+    /// f′(x) in place of what [`keeps`](Self::keeps) says: of y = f(x), or of x.
+    pub(crate) fn slope_in_place(self, kept: &mut [f32]) {
+        with_function!(self, f => vectorised(InPlace::<_, true> { x: kept, f }));
+    }
+}
+
+/// x ← f(x), or f′ in place of what is kept if `SLOPE`.
+struct InPlace<'a, F, const SLOPE: bool> {
+    x: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Function, const SLOPE: bool> InPlace<'_, F, SLOPE> {
+    #[inline(always)]
+    fn apply(f: F, x: &mut [f32]) {
+        for x in x {
+            *x = if SLOPE { f.slope_of_kept(*x) } else { f.value(*x) };
+        }
+    }
+}
+
+impl<F: Function, const SLOPE: bool> Kernel for InPlace<'_, F, SLOPE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Some(quarters) = F::SINE else { return Self::apply(self.f, self.x) };
+        let mut before = [0.0; CHUNK];
+        for x in self.x.chunks_mut(CHUNK) {
+            let before = &mut before[..x.len()];
+            before.copy_from_slice(x);
+            Self::apply(self.f, x);
+            beyond_turns(before, x, quarters + u32::from(SLOPE));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What tiles hold: F32, or BF16. (F16 is held as F32 that was rounded to it.)
+
+use super::machine::{Machine, Path};
+use super::scheme::{Scheme, Single};
+use super::view::View;
+use half::bf16;
+
+/// An element of a tile.
+pub(crate) trait Held: Copy + Default + Send + Sync + 'static {
+    /// How products of such elements are summed.
+    type Scheme<M: Machine>: Scheme<Element = Self, Lanes = M::Lanes>;
+    /// Elements that lie side by side for one product: see [`Scheme::DEPTH`].
+    const DEPTH: usize;
+
+    /// Rounded to nearest.
+    fn of(value: f32) -> Self;
+    /// Exactly.
+    fn wide(self) -> f32;
+    /// The path for such elements on a CPU that has `best`.
+    fn path(best: Path) -> Path;
+    /// The matrix with `DEPTH` rows side by side, element by element, in place of one; the last filled up with zeros.
+    fn interleaved<'a>(matrix: View<'a, Self>, scratch: &'a mut Vec<Self>) -> View<'a, Self>;
+}
+
+impl Held for f32 {
+    type Scheme<M: Machine> = Single<M::Lanes>;
+    const DEPTH: usize = 1;
+
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+    fn path(best: Path) -> Path {
+        #[cfg(target_arch = "x86_64")]
+        if best == Path::Avx512Bf16 {
+            return Path::Avx512;
+        }
+        best
+    }
+    fn interleaved<'a>(matrix: View<'a, Self>, _: &'a mut Vec<Self>) -> View<'a, Self> {
+        matrix
+    }
+}
+
+impl Held for bf16 {
+    type Scheme<M: Machine> = M::Pairs;
+    const DEPTH: usize = 2;
+
+    /// As `bf16::from_f32`, without a branch.
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        // A NaN keeps its upper bits and becomes a quiet one.
+        let bits = if value.is_nan() { bits | 0x40_0000 } else { rounded };
+        Self::from_bits((bits >> 16) as u16)
+    }
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    fn path(best: Path) -> Path {
+        best
+    }
+    fn interleaved<'a>(matrix: View<'a, Self>, scratch: &'a mut Vec<Self>) -> View<'a, Self> {
+        let (pairs, width) = (matrix.rows().div_ceil(2), 2 * matrix.columns());
+        scratch.resize(pairs * width, Self::ZERO);
+        for (pair, out) in scratch.chunks_exact_mut(width.max(1)).enumerate() {
+            let first = matrix.row(2 * pair);
+            let out = out.chunks_exact_mut(2).zip(first);
+            if 2 * pair + 1 < matrix.rows() {
+                for ((out, &first), &second) in out.zip(matrix.row(2 * pair + 1)) {
+                    out.copy_from_slice(&[first, second]);
+                }
+            } else {
+                for (out, &first) in out {
+                    out.copy_from_slice(&[first, Self::ZERO]);
+                }
+            }
+        }
+        View::new(scratch, pairs, width, width)
+    }
+}

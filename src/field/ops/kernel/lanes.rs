@@ -1,0 +1,85 @@
+//! Vectors of F32 lanes: what every micro-kernel is written in, once for all instruction sets.
+
+/// A vector of F32 lanes.
+///
+/// # Safety
+/// `load` and `store` touch exactly [`WIDTH`](Self::WIDTH) elements, the `_first` forms exactly `count`.
+pub(crate) unsafe trait Lanes: Copy {
+    /// How many lanes there are.
+    const WIDTH: usize;
+    /// How many rows a tile of sums has at most, two vectors wide, so that it stays in registers with what the compiler
+    /// likes to load ahead.
+    const HEIGHT: usize;
+
+    /// # Safety
+    /// All functions: the CPU has the instructions, and what a pointer leads to is as long as is read or written. The
+    /// pointers need no alignment.
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// The first `count` ≤ `WIDTH` lanes from memory, the others zero.
+    unsafe fn load_first(from: *const f32, count: usize) -> Self;
+    /// The first `count` ≤ `WIDTH` lanes to memory.
+    unsafe fn store_first(self, to: *mut f32, count: usize);
+    unsafe fn plus(self, other: Self) -> Self;
+    /// `self + a b`, fused where the CPU can.
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self;
+    /// Each lane taken for two BF16 side by side: (those in the low halves, those in the high halves), widened.
+    unsafe fn split(self) -> (Self, Self);
+}
+
+/// Lanes without intrinsics: the compiler makes of them what the target has.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain([f32; 4]);
+
+// SAFETY: only slices of `WIDTH` and of `count` elements are touched.
+unsafe impl Lanes for Plain {
+    const WIDTH: usize = 4;
+    const HEIGHT: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's; an array has the layout of its elements.
+        Self(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: as in `load`.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, count: usize) -> Self {
+        // SAFETY: the caller's: `count` elements may be read.
+        Self(std::array::from_fn(|n| if n < count { unsafe { from.add(n).read_unaligned() } } else { 0.0 }))
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, count: usize) {
+        for (n, lane) in self.0.into_iter().enumerate().take(count) {
+            // SAFETY: the caller's: `count` elements may be written.
+            unsafe { to.add(n).write_unaligned(lane) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n] + other.0[n]))
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        // Elsewhere a fused multiply-add may be a call.
+        const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+        Self(std::array::from_fn(
+            |n| {
+                if FUSED { a.0[n].mul_add(b.0[n], self.0[n]) } else { self.0[n] + a.0[n] * b.0[n] }
+            },
+        ))
+    }
+    #[inline(always)]
+    unsafe fn split(self) -> (Self, Self) {
+        let bits = self.0.map(f32::to_bits);
+        (Self(bits.map(|pair| f32::from_bits(pair << 16))), Self(bits.map(|pair| f32::from_bits(pair & 0xffff_0000))))
+    }
+}

@@ -1,0 +1,40 @@
+//! Kernels of fused layers on the CPU: products, sums over rows and what is done with them, on tiles of rows.
+//!
+//! A pass takes a tile of rows through all its layers, on one thread, so that the tile stays in cache and threads meet
+//! nowhere; hence no kernel here makes threads. Weights are packed once for many tiles ([`Packed`]); everything else is
+//! read and written where it lies. What a row gives depends on that row alone, to the last bit, so tiles cannot change
+//! results; sums over rows ([`add_outer`], [`add_column_sums`]) are made in F32, in the order of the rows.
+//!
+//! | here | formula | for |
+//! |---|---|---|
+//! | [`multiply()`] with [`Packed::transposed`] | f(x Wᵀ + b) | a layer |
+//! | [`multiply()`] with [`Packed::straight`] | (g W) ∘ f′ | its pullback to x, through the activation before |
+//! | [`add_outer`] | dW += gᵀ x | its pullback to W |
+//! | [`add_column_sums`] | db += Σ g | its pullback to b |
+//!
+//! Tiles hold F32 or BF16 ([`Held`]); F16 is held as F32 that is rounded to it ([`Rounding::Half`]). Products of BF16 are
+//! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
+//! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run time.
+#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "fused layers will call it"))]
+
+mod epilogue;
+mod held;
+mod lanes;
+mod machine;
+mod multiply;
+mod outer;
+mod packed;
+mod scheme;
+#[cfg(test)]
+mod tests;
+mod tile;
+mod view;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use epilogue::{Epilogue, Rounding, Then};
+pub(crate) use held::Held;
+pub(crate) use multiply::multiply;
+pub(crate) use outer::{Scratch, add_column_sums, add_outer};
+pub(crate) use packed::Packed;
+pub(crate) use view::{View, ViewMut};

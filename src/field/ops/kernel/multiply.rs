@@ -1,0 +1,115 @@
+//! y = f(x B + b), row-major: blocks of rows times panels of B.
+//!
+//! x is read in place; a block of rows takes a group of panels that stays in the second cache, so that its sums lie in
+//! the first one when the epilogue takes them.
+
+use super::epilogue::{Epilogue, Sums, Then};
+use super::held::Held;
+use super::lanes::Lanes;
+use super::machine::{Machine, Path, Work};
+use super::packed::{PANEL, Packed};
+use super::tile::{Left, Right, by_height, store, tile};
+use super::view::{View, ViewMut};
+
+/// Rows of a block at most.
+const ROWS: usize = 8;
+/// Columns of a group of panels at most.
+const COLUMNS: usize = 256;
+/// Elements of a group of panels at most: a quarter of a MiB in F32.
+const GROUP: usize = 1 << 16;
+
+/// out = epilogue(x B) for x `(rows, k)` and B `(k, n)`.
+///
+/// A row of the result depends on that row of x alone, to the last bit.
+pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
+    multiply_on(T::path(Path::best()), x, b, epilogue, out);
+}
+
+/// [`multiply`] on a path that this CPU has.
+pub(super) fn multiply_on<T: Held>(
+    path: Path,
+    x: View<'_, T>,
+    b: &Packed<T>,
+    epilogue: &Epilogue<'_, T>,
+    out: ViewMut<'_, T>,
+) {
+    let shape = (out.rows(), out.columns());
+    assert_eq!((x.columns(), (x.rows(), b.columns())), (b.depth(), shape));
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.1));
+    if let Then::TimesSlope(_, kept) = &epilogue.then {
+        assert_eq!((kept.rows(), kept.columns()), shape);
+    }
+    path.run(Multiply { x, b, epilogue, out });
+}
+
+struct Multiply<'a, T> {
+    x: View<'a, T>,
+    b: &'a Packed<T>,
+    epilogue: &'a Epilogue<'a, T>,
+    out: ViewMut<'a, T>,
+}
+
+impl<T: Held> Work for Multiply<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(mut self) {
+        let (mut sums, mut slopes) = ([0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
+        let group = (GROUP / self.x.columns().max(1) / PANEL * PANEL).clamp(PANEL, COLUMNS);
+        let (rows, columns) = (self.out.rows(), self.out.columns());
+        for first in (0..columns).step_by(group) {
+            let columns = first..columns.min(first + group);
+            let stride = columns.len().div_ceil(PANEL / 2) * (PANEL / 2);
+            let mut row = 0;
+            while row < rows {
+                let height = by_height!(M::Lanes, rows - row, HEIGHT => {
+                    for panel in columns.clone().step_by(PANEL) {
+                        // SAFETY: the CPU has the instructions, says the caller; the block lies in x, the panel in the
+                        // group.
+                        unsafe { self.block::<M, HEIGHT>(row, panel, &mut sums[panel - first..], stride) };
+                    }
+                });
+                let space = height * stride;
+                let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
+                self.epilogue.finish(sums, row..row + height, columns.clone(), &mut self.out);
+                row += height;
+            }
+        }
+    }
+}
+
+impl<T: Held> Multiply<'_, T> {
+    /// The products of `HEIGHT` rows of x from `row` on with the panel at `column`, to the first columns of `sums`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `M`; there are so many rows, and that panel.
+    #[inline(always)]
+    unsafe fn block<M: Machine, const HEIGHT: usize>(
+        &self,
+        row: usize,
+        column: usize,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        let panel = self.b.panel(column);
+        let depth = self.x.columns();
+        assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width);
+        let mut at = 0;
+        while at < panel.width {
+            // SAFETY: x has the rows and is as wide as the panel is deep, `multiply_on` has seen to that; the panel is
+            // as wide as the vectors from `at` on, and the sums are wide enough for them, asserted above.
+            unsafe {
+                let a = Left { at: self.x.as_ptr().add(row * self.x.stride()), row: self.x.stride(), step: T::DEPTH };
+                let b = Right { at: panel.values.as_ptr().add(at * T::DEPTH), step: panel.width * T::DEPTH };
+                let to = sums.as_mut_ptr().add(at);
+                if panel.width - at >= 2 * M::Lanes::WIDTH {
+                    store(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0), to, stride);
+                    at += 2 * M::Lanes::WIDTH;
+                } else {
+                    store(tile::<T::Scheme<M>, HEIGHT, 1, true>(depth, a, b, 0), to, stride);
+                    at += M::Lanes::WIDTH;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Every path against sums in F64, for odd shapes, strides and edges; and how fast the best one is.
+
+mod rates;
+
+use super::machine::Path;
+use super::multiply::multiply_on;
+use super::outer::{add_column_sums_on, add_outer_on};
+use super::*;
+use crate::field::ops::Activation;
+use half::{bf16, f16};
+
+/// Numbers in (−1, 1), always the same.
+pub(super) fn noise(len: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b1) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A matrix of noise in rows that are further apart than they are long; NaN lies between them.
+#[derive(Clone)]
+struct Matrix<T> {
+    values: Vec<T>,
+    rows: usize,
+    columns: usize,
+    stride: usize,
+}
+
+impl<T: Held> Matrix<T> {
+    fn noise(rows: usize, columns: usize, seed: u32) -> Self {
+        let stride = columns + seed as usize % 4;
+        let mut values = noise(rows * stride, seed);
+        for row in values.chunks_mut(stride.max(1)) {
+            row[columns..].fill(f32::NAN);
+        }
+        let values = values.into_iter().map(T::of).collect();
+        Self { values, rows, columns, stride }
+    }
+
+    fn view(&self) -> View<'_, T> {
+        View::new(&self.values, self.rows, self.columns, self.stride)
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_, T> {
+        ViewMut::new(&mut self.values, self.rows, self.columns, self.stride)
+    }
+
+    fn at(&self, row: usize, column: usize) -> f64 {
+        f64::from(self.values[row * self.stride + column].wide())
+    }
+
+    /// Whether each element is within `bound` of `exact`, and nothing was written between the rows.
+    fn check(&self, what: &str, bound: f64, exact: impl Fn(usize, usize) -> f64) {
+        for row in 0..self.rows {
+            for column in 0..self.columns {
+                let (got, exact) = (self.at(row, column), exact(row, column));
+                let error = (got - exact).abs() / exact.abs().max(1.0);
+                assert!(error <= bound, "{what}: {got}, not {exact}, at ({row}, {column})");
+            }
+            let between = &self.values[row * self.stride + self.columns..(row + 1) * self.stride];
+            assert!(between.iter().all(|value| value.wide().is_nan()), "{what}: wrote behind row {row}");
+        }
+    }
+}
+
+/// (rows, in, out): every one of them odd, empty, and from 1 to 70.
+fn shapes() -> Vec<(usize, usize, usize)> {
+    let mut shapes =
+        vec![(0, 3, 5), (3, 0, 5), (3, 5, 0), (1, 1, 1), (300, 7, 5), (2, 300, 3), (2, 3, 300), (5, 3000, 40)];
+    for n in 1..=70 {
+        shapes.push((n, 71 - n, 1 + n * 37 % 70));
+    }
+    shapes
+}
+
+fn sum(terms: impl Iterator<Item = f64>) -> f64 {
+    terms.sum()
+}
+
+fn products_are_right<T: Held>(bound: f64, stored: f64) {
+    for path in Path::all() {
+        for (rows, input, output) in shapes() {
+            let what = format!("{path:?} {rows} × {input} × {output}");
+            let x = Matrix::<T>::noise(rows, input, 1);
+            let weight = Matrix::<T>::noise(output, input, 2);
+            let wide: Vec<f32> = weight.values.iter().map(|w| w.wide()).collect();
+            let weights = View::new(&wide, output, input, weight.stride);
+            let bias = noise(output, 3);
+            let saved = Matrix::<T>::noise(rows, input, 7);
+
+            let mut y = Matrix::<T>::noise(rows, output, 5);
+            let epilogue =
+                Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
+            multiply_on(path, x.view(), &Packed::transposed(weights), &epilogue, y.view_mut());
+            let z = |row, out| sum((0..input).map(|k| x.at(row, k) * weight.at(out, k))) + f64::from(bias[out]);
+            y.check(&what, bound + stored, |row, out| z(row, out).tanh());
+
+            let mut back = Matrix::<T>::noise(rows, input, 6);
+            let g = Matrix::<T>::noise(rows, output, 4);
+            let epilogue = Epilogue { then: Then::TimesSlope(Activation::Tanh, saved.view()), ..Epilogue::default() };
+            multiply_on(path, g.view(), &Packed::straight(weights), &epilogue, back.view_mut());
+            back.check(&what, bound + stored, |row, k| {
+                sum((0..output).map(|out| g.at(row, out) * weight.at(out, k))) * (1.0 - saved.at(row, k).powi(2))
+            });
+
+            let before = Matrix::<f32>::noise(output, input, 9);
+            let mut dw = before.clone();
+            add_outer_on(path, g.view(), x.view(), dw.view_mut(), &mut Scratch::default());
+            dw.check(&what, bound, |out, k| {
+                before.at(out, k) + sum((0..rows).map(|row| g.at(row, out) * x.at(row, k)))
+            });
+
+            let mut db = bias.clone();
+            add_column_sums_on(path, g.view(), &mut db);
+            for (out, (&db, &before)) in db.iter().zip(&bias).enumerate() {
+                let exact = f64::from(before) + sum((0..rows).map(|row| g.at(row, out)));
+                assert!((f64::from(db) - exact).abs() <= bound * exact.abs().max(1.0), "{what}: {db}, not {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_in_f32_are_right_on_every_path() {
+    products_are_right::<f32>(2e-5, 0.0);
+}
+
+#[test]
+fn products_in_bf16_are_right_on_every_path() {
+    products_are_right::<bf16>(2e-5, 4e-3);
+}
+
+/// A row's bits must not depend on how many rows there are, or on where it lies among them.
+fn rows_do_not_know_each_other<T: Held>() {
+    let (rows, input, output) = (41, 37, 67);
+    let (x, weight) = (Matrix::<T>::noise(rows, input, 1), noise(output * input, 2));
+    let b = Packed::<T>::transposed(View::new(&weight, output, input, input));
+    let bias = noise(output, 3);
+    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
+    for path in Path::all() {
+        let mut all = vec![T::default(); rows * output];
+        multiply_on(path, x.view(), &b, &epilogue, ViewMut::new(&mut all, rows, output, output));
+        for (first, count) in [(0, 1), (40, 1), (7, 2), (5, 13), (1, 40), (17, 24)] {
+            let x = View::new(&x.values[first * x.stride..], count, input, x.stride);
+            let mut some = vec![T::default(); count * output];
+            multiply_on(path, x, &b, &epilogue, ViewMut::new(&mut some, count, output, output));
+            let bits = |values: &[T]| values.iter().map(|v| v.wide().to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&some), bits(&all[first * output..][..count * output]), "{path:?} {first} {count}");
+        }
+    }
+}
+
+#[test]
+fn rows_are_independent_to_the_bit() {
+    rows_do_not_know_each_other::<f32>();
+    rows_do_not_know_each_other::<bf16>();
+}
+
+#[test]
+fn vectors_of_any_width_give_the_same_bits_where_products_are_fused() {
+    let (rows, input, output) = (13, 50, 35);
+    let (x, weight) = (noise(rows * input, 1), noise(output * input, 2));
+    let b = Packed::<f32>::transposed(View::new(&weight, output, input, input));
+    let mut results = Path::all().into_iter().filter(|&path| path != Path::Portable).map(|path| {
+        let mut y = vec![0.0; rows * output];
+        let (x, out) = (View::new(&x, rows, input, input), ViewMut::new(&mut y, rows, output, output));
+        multiply_on(path, x, &b, &Epilogue::default(), out);
+        y
+    });
+    if let Some(first) = results.next() {
+        assert!(results.all(|y| y == first));
+    }
+}
+
+#[test]
+fn weights_in_half_precision_are_widened_exactly() {
+    let weight = noise(7 * 9, 1);
+    let (halves, brains): (Vec<f16>, Vec<bf16>) = weight.iter().map(|&w| (f16::from_f32(w), bf16::from_f32(w))).unzip();
+    let wide_halves: Vec<f32> = halves.iter().map(|w| w.to_f32()).collect();
+    let wide_brains: Vec<f32> = brains.iter().map(|w| w.to_f32()).collect();
+    let x = noise(5 * 8, 2);
+    let product = |b: &Packed<f32>| {
+        let mut y = vec![0.0; 5 * 7];
+        multiply(View::new(&x, 5, 8, 8), b, &Epilogue::default(), ViewMut::new(&mut y, 5, 7, 7));
+        y
+    };
+    // Of nine columns the leading eight, as a layer that sees the time has them.
+    let of_halves = product(&Packed::transposed(View::new(&halves, 7, 8, 9)));
+    assert_eq!(of_halves, product(&Packed::transposed(View::new(&wide_halves, 7, 8, 9))));
+    let of_brains = product(&Packed::transposed(View::new(&brains, 7, 8, 9)));
+    assert_eq!(of_brains, product(&Packed::transposed(View::new(&wide_brains, 7, 8, 9))));
+    assert!(Packed::<f32>::straight(View::new(&brains, 7, 8, 9)).bytes() >= 7 * 16 * 4);
+}
+
+#[test]
+fn every_f16_and_every_bf16_is_rounded_to() {
+    let b = Packed::<f32>::transposed(View::new(&[1.0_f32], 1, 1, 1));
+    let epilogue = Epilogue { rounding: Rounding::Half, ..Epilogue::default() };
+    for path in Path::all() {
+        for high in 0..=u16::MAX {
+            // Sixteen numbers among those that share their upper half: halves of the last place, and what is next to them.
+            let x = std::array::from_fn::<_, 16, _>(|n| {
+                let low = [0, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2fff, 0x3000, 0x3001, 0x7000, 0x7fff, 0x8000, 0x8001];
+                f32::from_bits(u32::from(high) << 16 | low.get(n).copied().unwrap_or(0xb000 + n as u32))
+            });
+            let mut y = [0.0; 16];
+            multiply_on(path, View::new(&x, 16, 1, 1), &b, &epilogue, ViewMut::new(&mut y, 16, 1, 1));
+            for (x, y) in x.into_iter().zip(y) {
+                // Before it is rounded, x is added to a zero, which takes the sign of one.
+                let exact = f16::from_f32(x).to_f32();
+                assert!(y == exact || y.is_nan() && x.is_nan(), "{path:?}: {x:e} became {y:e}, not {exact:e}");
+                let brain = <bf16 as Held>::of(x);
+                assert_eq!(brain.to_bits(), bf16::from_f32(x).to_bits(), "{x:e}");
+                assert_eq!(Held::wide(brain).to_bits(), brain.to_f32().to_bits());
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_pass() {
+    let weight = [1.0_f32, 0.0, 2.0, 1.0];
+    let b = Packed::<f32>::transposed(View::new(&weight, 2, 2, 2));
+    for path in Path::all() {
+        let mut y = [0.0; 4];
+        let x = [f32::NAN, 1.0, f32::INFINITY, 1.0];
+        multiply_on(path, View::new(&x, 2, 2, 2), &b, &Epilogue::default(), ViewMut::new(&mut y, 2, 2, 2));
+        assert!(y[0].is_nan() && y[1].is_nan() && y[2] == f32::INFINITY && y[3] == f32::INFINITY, "{path:?}: {y:?}");
+    }
+}
+
+#[test]
+fn long_batches_are_summed_accurately() {
+    let rows = 100_000;
+    let g = vec![0.1_f32; rows];
+    for path in Path::all() {
+        let (mut dw, mut db) = ([0.0], [0.0]);
+        let view = View::new(&g, rows, 1, 1);
+        add_outer_on(path, view, view, ViewMut::new(&mut dw, 1, 1, 1), &mut Scratch::default());
+        add_column_sums_on(path, view, &mut db);
+        let exact = f64::from(0.1_f32);
+        assert!((f64::from(dw[0]) / (exact * exact * 1e5) - 1.0).abs() < 5e-6, "{path:?}: {dw:?}");
+        assert!((f64::from(db[0]) / (exact * 1e5) - 1.0).abs() < 5e-6, "{path:?}: {db:?}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "2 rows of 3, 4 apart")]
+fn views_lie_in_their_slices() {
+    View::new(&[0.0; 6], 2, 3, 4);
+}

@@ -1,0 +1,74 @@
+//! How fast the kernels are on one core: `cargo test --release --lib rates -- --ignored --nocapture`.
+
+use super::noise;
+use crate::field::ops::Activation;
+use crate::field::ops::kernel::*;
+use half::bf16;
+use std::time::Instant;
+
+/// Seconds of the fastest of many runs.
+fn seconds(mut run: impl FnMut()) -> f64 {
+    let once = || {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    };
+    std::iter::repeat_with(once).take(1000).fold(f64::INFINITY, f64::min)
+}
+
+fn products<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
+    let held = |len, seed| noise(len, seed).into_iter().map(T::of).collect::<Vec<_>>();
+    let (x, g, mut y) = (held(rows * input, 1), held(rows * output, 2), held(rows * output, 3));
+    let (weight, bias) = (noise(output * input, 4), noise(output, 5));
+    let b = Packed::<T>::transposed(View::new(&weight, output, input, input));
+    let (x, g) = (View::new(&x, rows, input, input), View::new(&g, rows, output, output));
+    let rate = |seconds: f64| 2e-9 * (rows * input * output) as f64 / seconds;
+    let mut product = |epilogue: Epilogue<'_, T>| {
+        rate(seconds(|| multiply(x, &b, &epilogue, ViewMut::new(&mut y, rows, output, output))))
+    };
+    let plain = product(Epilogue::default());
+    let half = product(Epilogue { rounding: Rounding::Half, ..Epilogue::default() });
+    let tanh = product(Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() });
+    let slope = product(Epilogue { then: Then::TimesSlope(Activation::Tanh, g), ..Epilogue::default() });
+    let (mut dw, mut db, mut scratch) = (weight.clone(), bias.clone(), Scratch::default());
+    let outer = rate(seconds(|| add_outer(g, x, ViewMut::new(&mut dw, output, input, input), &mut scratch)));
+    let sums = 1e9 * seconds(|| add_column_sums(g, &mut db)) / (rows * output) as f64;
+    println!(
+        "{what} {rows} × {input} × {output}: {plain:.0} GFLOP/s, F16 {half:.0}, bias and tanh {tanh:.0}, slope {slope:.0}, \
+         dW {outer:.0}, db {sums:.3} ns"
+    );
+}
+
+#[test]
+#[ignore = "prints rates"]
+fn rates() {
+    for shape in [(128, 256, 256), (128, 64, 256), (128, 256, 64), (128, 64, 64), (1024, 256, 256), (128, 1024, 1024)] {
+        products::<f32>("F32", shape);
+        products::<bf16>("BF16", shape);
+    }
+    let x = noise(4096, 1);
+    let mut y = x.clone();
+    for activation in [
+        Activation::Tanh,
+        Activation::Sigmoid,
+        Activation::Softplus,
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::Relu,
+        Activation::Elu(1.0),
+        Activation::Sin,
+        Activation::Cos,
+        Activation::LogCosh,
+    ] {
+        let mut nanoseconds = |run: &dyn Fn(&mut [f32])| {
+            let seconds = seconds(|| {
+                y.copy_from_slice(&x);
+                run(&mut y);
+            });
+            1e9 * seconds / x.len() as f64
+        };
+        let value = nanoseconds(&|y| activation.value_in_place(y));
+        let slope = nanoseconds(&|y| activation.slope_in_place(y));
+        println!("{activation:?}: {value:.3} ns an element, slope {slope:.3} ns");
+    }
+}

@@ -1,0 +1,131 @@
+//! The micro-kernel: a tile of sums in registers, Σ over k of a(m, k) b(k, n).
+//!
+//! Every sum is made in the order of k, one accumulation after another, whatever the height of the tile; so the bits of
+//! a row do not depend on its neighbours.
+
+use super::lanes::Lanes;
+use super::scheme::Scheme;
+
+/// The left-hand operand: element (m, k) at `m · row + k · step`; each is multiplied with a whole row of the right.
+pub(super) struct Left<E> {
+    pub(super) at: *const E,
+    pub(super) row: usize,
+    pub(super) step: usize,
+}
+
+/// The right-hand operand: row k at `k · step`, read in vectors.
+pub(super) struct Right<E> {
+    pub(super) at: *const E,
+    pub(super) step: usize,
+}
+
+/// `M` rows and `V` vectors of sums over `depth` elements; of the last vector of the right only `last` lanes are read.
+///
+/// # Safety
+/// The CPU has the instructions of `S`, and all that is named lies in memory.
+#[inline(always)]
+pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE: bool>(
+    depth: usize,
+    a: Left<S::Element>,
+    b: Right<S::Element>,
+    last: usize,
+) -> [[S::Lanes; V]; M] {
+    let width = S::Lanes::WIDTH * S::DEPTH;
+    unsafe {
+        let mut sums = [[S::Lanes::splat(0.0); V]; M];
+        let vectors = |k: usize| -> [S::Factor; V] {
+            let row = b.at.add(k * b.step);
+            std::array::from_fn(|v| {
+                let at = row.add(v * width);
+                if WHOLE || v + 1 < V { S::vector(at) } else { S::vector_first(at, last) }
+            })
+        };
+        for k in 0..depth / S::DEPTH {
+            let row = vectors(k);
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let factor = S::everywhere(a.at.add(m * a.row + k * a.step));
+                for (sum, &vector) in sums.iter_mut().zip(&row) {
+                    *sum = S::accumulate(*sum, factor, vector);
+                }
+            }
+        }
+        if S::DEPTH > 1 && !depth.is_multiple_of(S::DEPTH) {
+            let k = depth / S::DEPTH;
+            let row = vectors(k);
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let factor = S::everywhere_last(a.at.add(m * a.row + k * a.step));
+                for (sum, &vector) in sums.iter_mut().zip(&row) {
+                    *sum = S::accumulate(*sum, factor, vector);
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// Stores the sums, rows `stride` apart.
+///
+/// # Safety
+/// The CPU has the instructions of `L`; there is memory for `M` rows of `V` vectors.
+#[inline(always)]
+pub(super) unsafe fn store<L: Lanes, const M: usize, const V: usize>(sums: [[L; V]; M], to: *mut f32, stride: usize) {
+    for (m, sums) in sums.into_iter().enumerate() {
+        for (v, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { sum.store(to.add(m * stride + v * L::WIDTH)) }
+        }
+    }
+}
+
+/// Adds the sums, rows `stride` apart; of each row's last vector only the first `last` lanes.
+///
+/// # Safety
+/// The CPU has the instructions of `L`; there is memory for `M` rows of `V` vectors, the last one that short.
+#[inline(always)]
+pub(super) unsafe fn add<L: Lanes, const M: usize, const V: usize>(
+    sums: [[L; V]; M],
+    to: *mut f32,
+    stride: usize,
+    last: usize,
+) {
+    for (m, sums) in sums.into_iter().enumerate() {
+        for (v, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe {
+                let to = to.add(m * stride + v * L::WIDTH);
+                let count = if v + 1 < V { L::WIDTH } else { last };
+                L::load_first(to, count).plus(sum).store_first(to, count);
+            }
+        }
+    }
+}
+
+/// Runs `$body` with `$height` standing for the rows of the tallest tile of `$lanes` that has no more than `$left`,
+/// which is at least 1; gives that height.
+macro_rules! by_height {
+    ($lanes:ty, $left:expr, $height:ident => $body:block) => {{
+        let left = $left;
+        if <$lanes>::HEIGHT >= 8 && left >= 8 {
+            const $height: usize = 8;
+            $body
+            $height
+        } else if <$lanes>::HEIGHT == 6 && left >= 6 {
+            const $height: usize = 6;
+            $body
+            $height
+        } else if left >= 4 {
+            const $height: usize = 4;
+            $body
+            $height
+        } else if left >= 2 {
+            const $height: usize = 2;
+            $body
+            $height
+        } else {
+            const $height: usize = 1;
+            $body
+            $height
+        }
+    }};
+}
+pub(super) use by_height;

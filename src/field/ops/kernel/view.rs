@@ -1,0 +1,86 @@
+//! Row-major matrices in slices: a row is `columns` elements, the next begins `stride` further on.
+
+/// A matrix to be read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View<'a, T> {
+    values: &'a [T],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+}
+
+/// A matrix to be written.
+#[derive(Debug)]
+pub(crate) struct ViewMut<'a, T> {
+    values: &'a mut [T],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+}
+
+impl<'a, T> View<'a, T> {
+    /// # Panics
+    /// If a row is longer than the stride, or the slice too short: kernels read what a view says without looking.
+    pub(crate) fn new(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
+        assert!(fits(values.len(), rows, columns, stride), "{rows} rows of {columns}, {stride} apart");
+        Self { values, rows, columns, stride }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Row `n`.
+    #[inline(always)]
+    pub(crate) fn row(&self, n: usize) -> &'a [T] {
+        &self.values[n * self.stride..][..self.columns]
+    }
+
+    pub(super) fn as_ptr(&self) -> *const T {
+        self.values.as_ptr()
+    }
+}
+
+impl<'a, T> ViewMut<'a, T> {
+    /// # Panics
+    /// As [`View::new`].
+    pub(crate) fn new(values: &'a mut [T], rows: usize, columns: usize, stride: usize) -> Self {
+        assert!(fits(values.len(), rows, columns, stride), "{rows} rows of {columns}, {stride} apart");
+        Self { values, rows, columns, stride }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Row `n`.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, n: usize) -> &mut [T] {
+        &mut self.values[n * self.stride..][..self.columns]
+    }
+
+    pub(super) fn as_mut_ptr(&mut self) -> *mut T {
+        self.values.as_mut_ptr()
+    }
+}
+
+fn fits(len: usize, rows: usize, columns: usize, stride: usize) -> bool {
+    let end = rows.checked_sub(1).map_or(Some(0), |before| before.checked_mul(stride)?.checked_add(columns));
+    (columns <= stride || rows < 2) && end.is_some_and(|end| end <= len)
+}
