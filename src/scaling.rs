@@ -141,6 +141,14 @@ impl Scale {
         }
     }
 
+    /// S, read from the device if it is there.
+    pub(crate) fn on_host(&self) -> candle_core::Result<f64> {
+        match self {
+            Self::Host(s) => Ok(*s),
+            Self::Device { scale, .. } => scale.to_dtype(DType::F64)?.to_scalar(),
+        }
+    }
+
     /// x/S in `dtype`.
     ///
     /// # Errors

@@ -54,6 +54,11 @@ impl Time {
         self.in_dtype(y.dtype(), y.rank())
     }
 
+    /// Whether its cotangent is wanted.
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.leaves.is_some()
+    }
+
     /// This time as a differentiable leaf: a linearisation made at it also gives the cotangent of t.
     pub fn tracked(&self) -> Self {
         Self { leaves: Some(TimeLeaves::default()), ..self.clone() }

@@ -9,6 +9,7 @@ mod model;
 mod opened;
 pub mod ops;
 mod params;
+pub(crate) mod session;
 pub(crate) use params::{first_non_finite, on_host};
 pub mod sink;
 mod sum;

@@ -1,6 +1,7 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
 use super::params::{Casts, Gradients, Params};
+use super::session::Session;
 use super::{Field, Linearization, Opening, Pulled, VectorField, connected, draw, sink, vjp};
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
@@ -208,7 +209,9 @@ impl Field for ModelField {
         let model = draw::seeded(seed, || self.model.build(vb))
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
         let source = Source { constructor: self.model.clone(), seed, connected: self.connected.clone() };
-        Ok(Box::new(OpenModel { model, casts, source }))
+        let has_kernels = opening != Opening::Track && casts.device().is_cpu();
+        let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
+        Ok(Box::new(OpenModel { model, casts, source, session }))
     }
 
     fn needs_probe(&self) -> bool {
@@ -273,6 +276,8 @@ struct OpenModel {
     model: Box<dyn Model>,
     casts: Casts,
     source: Source,
+    /// Nothing where Candle's own graph is wanted.
+    session: Option<Arc<Session>>,
 }
 
 /// Where an open model came from.
@@ -297,14 +302,18 @@ impl OpenModel {
 
 impl VectorField for OpenModel {
     fn eval(&self, t: &Time, y: &State) -> candle_core::Result<State> {
-        self.model.eval(t, y, self.casts.inputs())
+        let eval = || self.model.eval(t, y, self.casts.inputs());
+        match &self.session {
+            Some(session) => session.open(eval),
+            None => eval(),
+        }
     }
 
     fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>> {
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
         self.check_connected(t, &y)?;
-        let output = self.model.eval(t, &y, self.casts.inputs())?;
+        let output = self.eval(t, &y)?;
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();

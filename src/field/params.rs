@@ -1,6 +1,7 @@
 //! Parameters: masters in the caller's dtype, casts made once per solve, gradient sums in the accumulate dtype.
 
 use super::ops::combine::{self, Finite};
+use super::session::{PackedWeights, Session};
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
 use crate::scaling::Scale;
@@ -178,12 +179,13 @@ pub struct Casts {
     params: usize,
     count: usize,
     owned: Option<Arc<Owned>>,
+    packed: Arc<PackedWeights>,
 }
 
 impl Casts {
     fn empty(dtype: DType, device: &Device) -> Self {
         let device = device.clone();
-        Self { dtype, names: vec![], leaves: vec![], device, params: 0, count: 0, owned: None }
+        Self { dtype, names: vec![], leaves: vec![], device, params: 0, count: 0, owned: None, packed: Arc::default() }
     }
 
     fn push(&mut self, source: Source<'_>, leaf: Tensor) {
@@ -227,6 +229,11 @@ impl Casts {
         &self.names
     }
 
+    /// What the layers of a field opened over these tensors share.
+    pub(super) fn session(&self, linearises: bool) -> Arc<Session> {
+        Session::new(&self.leaves, self.packed.clone(), linearises)
+    }
+
     /// The same values, untracked: what a forward pass runs on.
     pub(crate) fn detached(&self) -> Self {
         Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }
@@ -239,7 +246,7 @@ impl Casts {
         f: impl FnMut(&Tensor) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Self> {
         let leaves = self.leaves.iter().map(f).collect::<candle_core::Result<_>>()?;
-        Ok(Self { dtype, leaves, ..self.clone() })
+        Ok(Self { dtype, leaves, packed: Arc::default(), ..self.clone() })
     }
 
     /// The same values in storages of their own, as variables: writing to them harms nobody.
@@ -304,6 +311,21 @@ struct Sum {
     _owned: Owned,
 }
 
+impl Sum {
+    /// The sum in `place`; zeros like `like`, if there is none yet.
+    fn of<'a>(place: &'a mut Option<Self>, like: &Tensor, wide: bool) -> candle_core::Result<&'a mut Self> {
+        match place {
+            Some(sum) => Ok(sum),
+            empty => {
+                let dtype = if wide { DType::F64 } else { DType::F32 };
+                let tensor = Tensor::zeros(like.shape(), dtype, like.device())?;
+                let bytes = tensor.elem_count() * dtype.size_in_bytes();
+                Ok(empty.insert(Self { tensor, _owned: Owned::new(Category::Gradients, bytes) }))
+            }
+        }
+    }
+}
+
 impl Gradients {
     /// No sums yet, for `slots` parameters and inputs.
     pub(crate) fn new(slots: usize, accumulate: DType) -> Self {
@@ -338,15 +360,7 @@ impl Gradients {
         if self.ignored {
             return Ok(());
         }
-        let sum = match &mut self.sums[slot] {
-            Some(sum) => sum,
-            empty => {
-                let dtype = if self.wide { DType::F64 } else { DType::F32 };
-                let tensor = Tensor::zeros(gradient.shape(), dtype, gradient.device())?;
-                let bytes = tensor.elem_count() * dtype.size_in_bytes();
-                empty.insert(Sum { tensor, _owned: Owned::new(Category::Gradients, bytes) })
-            }
-        };
+        let sum = Sum::of(&mut self.sums[slot], gradient, self.wide)?;
         let finite = match &self.scale {
             Scale::Host(s) => combine::accumulate(&mut sum.tensor, 1.0 / s, gradient)?,
             scale => {
@@ -356,6 +370,41 @@ impl Gradients {
         };
         self.finite = std::mem::take(&mut self.finite).and(finite);
         Ok(())
+    }
+
+    /// Lets `contribute` add to the sum of the parameter that `leaf` stands for, without the scale. Sums in F64 are given
+    /// what it adds to zeros in F32.
+    pub(crate) fn add_in_place(
+        &mut self,
+        leaf: &Tensor,
+        contribute: impl FnOnce(&mut [f32]),
+    ) -> candle_core::Result<()> {
+        let Some(&slot) = self.slots.get(&leaf.id()) else {
+            candle_core::bail!("a layer's parameter is not the field's")
+        };
+        if self.ignored {
+            return Ok(());
+        }
+        if self.wide {
+            let mut part = vec![0.0; leaf.elem_count()];
+            contribute(&mut part);
+            let scale = std::mem::take(&mut self.scale);
+            let added = self.add(slot, &Tensor::from_vec(part, leaf.shape(), leaf.device())?);
+            self.scale = scale;
+            return added;
+        }
+        let sum = Sum::of(&mut self.sums[slot], leaf, false)?;
+        combine::in_place(&sum.tensor, contribute)
+    }
+
+    /// Notes whether something that was added is finite.
+    pub(crate) fn note(&mut self, finite: Finite) {
+        self.finite = std::mem::take(&mut self.finite).and(finite);
+    }
+
+    /// What carries the scale now.
+    pub(crate) fn scale(&self) -> &Scale {
+        &self.scale
     }
 
     /// Whether what is added from here on is wanted at all.

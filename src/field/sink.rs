@@ -4,6 +4,7 @@
 //! op whose weight *is* such a leaf adds its F32 contribution here and returns no gradient to Candle; in any other
 //! place (plain Candle training) [`add`] says `false` and the op returns the gradient as every Candle op does.
 
+use super::ops::combine::Finite;
 use super::params::Gradients;
 use candle_core::{Result, Tensor};
 use std::cell::RefCell;
@@ -22,6 +23,35 @@ pub fn add(weight: &Tensor, contribution: &Tensor) -> Result<bool> {
         Some(gradients) => gradients.add_leaf(weight, contribution),
         None => Ok(false),
     })
+}
+
+/// As [`add`] for a contribution that is not scaled: `contribute` adds it in place to the F32 sum of the parameter that
+/// `weight` is a leaf of.
+///
+/// # Errors
+/// When no sums are open, or none for `weight`; when the addition fails.
+pub(crate) fn add_in_place(weight: &Tensor, contribute: impl FnOnce(&mut [f32])) -> Result<()> {
+    OPEN.with_borrow_mut(|open| match open {
+        Some(gradients) => gradients.add_in_place(weight, contribute),
+        None => candle_core::bail!("the layers of a solve are pulled back by the solve alone"),
+    })
+}
+
+/// Notes whether something that went into the open sums is finite.
+pub(crate) fn note(finite: bool) {
+    OPEN.with_borrow_mut(|open| {
+        if let Some(gradients) = open {
+            gradients.note(Finite::Host(finite));
+        }
+    });
+}
+
+/// By what the cotangents of this pullback have been multiplied.
+///
+/// # Errors
+/// When the device fails.
+pub(crate) fn scale() -> Result<f64> {
+    OPEN.with_borrow(|open| open.as_ref().map_or(Ok(1.0), |gradients| gradients.scale().on_host()))
 }
 
 /// Runs `pull` with the sums open on this thread, and hands them back.

@@ -296,6 +296,32 @@ impl InplaceOp1 for AddScaled {
     }
 }
 
+/// Lets `write` at the elements of a contiguous F32 tensor on the CPU, which nothing else is reading.
+///
+/// # Errors
+/// For any other tensor.
+pub(crate) fn in_place(x: &Tensor, write: impl FnOnce(&mut [f32])) -> Result<()> {
+    x.inplace_op1(&Write(std::cell::Cell::new(Some(write))))
+}
+
+struct Write<F>(std::cell::Cell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for Write<F> {
+    fn name(&self) -> &'static str {
+        "write"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (storage, layout.contiguous_offsets(), self.0.take()) {
+            (CpuStorage::F32(values), Some((from, to)), Some(write)) => {
+                write(&mut values[from..to]);
+                Ok(())
+            }
+            (other, ..) => candle_core::bail!("{:?} is not written in place", other.dtype()),
+        }
+    }
+}
+
 /// Whether every element is finite.
 ///
 /// # Errors

@@ -3,9 +3,10 @@
 //! Shapes: x `(…, in)`, W `(out, in + 1)` whose last column belongs to t, b `(out)`, y `(…, out)`. Dtypes as
 //! [`linear`](super::linear()); t enters in F32 (F64 for F64), and so does its product with W's last column.
 
+use super::chain::{self, Chain, Linked};
 use super::linear::{Columns, leading_columns};
 use super::precomputed::{Precomputed, hand_over};
-use super::sequential::Timed;
+use super::sequential::{Timed, no_time};
 use super::weight::give;
 use crate::Time;
 use crate::field::Tangent;
@@ -87,6 +88,17 @@ impl ConcatLinear {
 
 impl Timed for ConcatLinear {
     fn forward_at(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
+        chain::run([self], Some(t), x)
+    }
+}
+
+impl Linked for ConcatLinear {
+    fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        t.is_some_and(|t| chain.linear(x, &self.weight, self.bias.as_ref(), Some(t)))
+    }
+
+    fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
+        let t = t.ok_or_else(no_time)?;
         let time = match wide_dtype(x.dtype()) {
             DType::F64 => t.like(&x.flatten_all()?)?.reshape(())?,
             _ => t.tensor()?,

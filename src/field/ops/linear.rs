@@ -5,6 +5,7 @@
 //! not (one row, or one column); dL/dW and dL/db are summed over the batch in F32, and F32 is what a solve receives.
 
 use super::bias::{add_channels, sum_channels};
+use super::chain::{self, Chain, Linked};
 use super::cpu::{Element, dense, dense_wide, wide_dtype, with_element};
 use super::precomputed::{Precomputed, hand_over};
 use super::product::{self, multiply};
@@ -91,6 +92,16 @@ impl Linear {
 
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        chain::run([self], None, x)
+    }
+}
+
+impl Linked for Linear {
+    fn link(&self, _: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        chain.linear(x, &self.weight, self.bias.as_ref(), None)
+    }
+
+    fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         affine(x, &self.weight, self.bias.as_ref())
     }
 }

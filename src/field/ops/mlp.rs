@@ -1,9 +1,10 @@
 //! The multilayer perceptron: linear layers with an activation between them, optionally seeing the time.
 
 use super::Activation;
+use super::chain::{self, Linked};
 use super::concat_time::{ConcatLinear, concat_linear};
 use super::linear::{Linear, linear};
-use super::sequential::{Timed, no_time};
+use super::sequential::Timed;
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -59,17 +60,14 @@ impl Mlp {
     }
 
     fn run(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
-        for (n, layer) in self.layers.iter().enumerate() {
-            if n > 0 {
-                x = self.activation.forward(&x)?;
-            }
-            x = match layer {
-                Stage::Plain(layer) => layer.forward(&x)?,
-                Stage::InTime(layer) => layer.forward_at(t.ok_or_else(no_time)?, &x)?,
+        let layers = self.layers.iter().enumerate().flat_map(|(n, layer)| {
+            let layer: &dyn Linked = match layer {
+                Stage::Plain(layer) => layer,
+                Stage::InTime(layer) => layer,
             };
-        }
-        Ok(x)
+            (n > 0).then_some(&self.activation as &dyn Linked).into_iter().chain([layer])
+        });
+        chain::run(layers, t, x)
     }
 }
 

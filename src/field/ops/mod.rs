@@ -26,6 +26,7 @@
 
 mod activation;
 mod bias;
+mod chain;
 pub mod combine;
 mod concat_time;
 mod conv;
@@ -33,7 +34,7 @@ mod cpu;
 mod dropout;
 #[cfg(test)]
 mod gradcheck;
-mod kernel;
+pub(super) mod kernel;
 mod linear;
 mod mlp;
 mod norm;

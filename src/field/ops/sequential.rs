@@ -1,9 +1,12 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
+use super::chain::{self, Chain, Linked};
+use super::{Activation, ConcatLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
 use candle_core::{Module, Result, Tensor};
+use std::any::Any;
 use std::fmt;
 
 /// A layer that needs the time.
@@ -75,7 +78,7 @@ impl Sequential {
     }
 
     fn run(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
-        self.layers.iter().try_fold(x.clone(), |x, layer| layer.value(t, &x))
+        chain::run(self.layers.iter().map(|layer| layer.as_linked()), t, x)
     }
 }
 
@@ -105,16 +108,30 @@ impl Tangent for Sequential {
 }
 
 /// What a `Sequential` holds.
-trait Layer {
-    fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor>;
+trait Layer: Linked {
+    fn as_linked(&self) -> &dyn Linked;
     fn push(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)>;
 }
 
 struct Plain<L>(L);
 
-impl<L: Module + Tangent> Layer for Plain<L> {
+impl<L: Module + Tangent + 'static> Linked for Plain<L> {
+    fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        let layer = &self.0 as &dyn Any;
+        match (layer.downcast_ref::<Linear>(), layer.downcast_ref::<Activation>()) {
+            (Some(linear), _) => linear.link(t, x, chain),
+            (_, Some(activation)) => activation.link(t, x, chain),
+            _ => false,
+        }
+    }
     fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward(x)
+    }
+}
+
+impl<L: Module + Tangent + 'static> Layer for Plain<L> {
+    fn as_linked(&self) -> &dyn Linked {
+        self
     }
     fn push(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.0.tangent(t, x, v)
@@ -123,9 +140,18 @@ impl<L: Module + Tangent> Layer for Plain<L> {
 
 struct InTime<L>(L);
 
-impl<L: Timed + Tangent> Layer for InTime<L> {
+impl<L: Timed + Tangent + 'static> Linked for InTime<L> {
+    fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        (&self.0 as &dyn Any).downcast_ref::<ConcatLinear>().is_some_and(|layer| layer.link(t, x, chain))
+    }
     fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward_at(t.ok_or_else(no_time)?, x)
+    }
+}
+
+impl<L: Timed + Tangent + 'static> Layer for InTime<L> {
+    fn as_linked(&self) -> &dyn Linked {
+        self
     }
     fn push(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.0.tangent(t, x, v)
@@ -137,9 +163,18 @@ struct Closure<F> {
     f: F,
 }
 
-impl<F: Fn(&Tensor) -> Result<Tensor>> Layer for Closure<F> {
+impl<F: Fn(&Tensor) -> Result<Tensor>> Linked for Closure<F> {
+    fn link(&self, _: Option<&Time>, _: &Tensor, _: &mut Chain) -> bool {
+        false
+    }
     fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         (self.f)(x)
+    }
+}
+
+impl<F: Fn(&Tensor) -> Result<Tensor>> Layer for Closure<F> {
+    fn as_linked(&self) -> &dyn Linked {
+        self
     }
     fn push(&self, _: &Time, _: &Tensor, _: &Tensor) -> Result<(Tensor, Tensor)> {
         let field = format!("layer {} of a Sequential, a function,", self.place);

@@ -6,11 +6,11 @@
 
 mod composed;
 mod functions;
-#[cfg_attr(not(test), expect(dead_code, reason = "fused layers will call it"))]
 pub(super) mod in_place;
 #[cfg(test)]
 mod tests;
 
+use super::chain::{Chain, Linked};
 use super::cpu::{CHUNK, Element, Kernel, dense, vectorised, with_element};
 use super::precomputed::{Precomputed, hand_over};
 use super::real::Real;
@@ -84,6 +84,16 @@ impl Activation {
                 x.apply_op2(v, scale)
             }
         }
+    }
+}
+
+impl Linked for Activation {
+    fn link(&self, _: Option<&Time>, _: &Tensor, chain: &mut Chain) -> bool {
+        chain.activation(*self)
+    }
+
+    fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
+        self.forward(x)
     }
 }
 

@@ -15,7 +15,6 @@
 //! Tiles hold F32 or BF16 ([`Held`]); F16 is held as F32 that is rounded to it ([`Rounding::Half`]). Products of BF16 are
 //! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
 //! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run time.
-#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "fused layers will call it"))]
 
 mod epilogue;
 mod held;

@@ -1,0 +1,227 @@
+//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows and one thread.
+//!
+//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve on the CPU, in F32, F16 and BF16, the layers of this crate
+//! run in it: weights are packed once per solve, the activation is applied to the product while that is in registers, the
+//! pullback multiplies by fₙ′ there too, and dL/dW is added in place to the F32 sums. Between its first and its last
+//! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer.
+
+mod compute;
+mod pass;
+
+use super::Activation;
+use crate::Time;
+use crate::field::session::Session;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use compute::{Compute, InBrain, InHalf, InSingle};
+use half::bf16;
+use pass::Saved;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A linear layer and what is done with its result.
+#[derive(Clone, Debug)]
+pub(super) struct Link {
+    weight: Parameter,
+    bias: Option<Parameter>,
+    /// Leading columns of W that the rows of x are multiplied with.
+    inputs: usize,
+    /// The time, which multiplies the one column beyond.
+    beyond: Option<f64>,
+    then: Activation,
+}
+
+/// A tensor that stands for a parameter of the open field.
+#[derive(Clone, Debug)]
+struct Parameter {
+    leaf: Tensor,
+    slot: usize,
+}
+
+/// A layer that may become part of a chain.
+pub(super) trait Linked {
+    /// Appends itself to the chain for `x`. Says whether it could.
+    fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool;
+
+    /// Its value by itself.
+    ///
+    /// # Errors
+    /// Shapes or dtypes that do not fit.
+    fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor>;
+}
+
+/// The layers one after another, those that can be in chains.
+pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
+    layers: impl IntoIterator<Item = &'a L>,
+    t: Option<&Time>,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let (mut x, mut chain) = (x.clone(), Chain::start(x));
+    for layer in layers {
+        if chain.as_mut().is_some_and(|chain| layer.link(t, &x, chain)) {
+            continue;
+        }
+        if let Some(done) = chain.take().filter(|chain| !chain.links.is_empty()) {
+            x = done.run(&x)?;
+            chain = Chain::start(&x);
+            if chain.as_mut().is_some_and(|chain| layer.link(t, &x, chain)) {
+                continue;
+            }
+        }
+        x = layer.value(t, &x)?;
+        chain = Chain::start(&x);
+    }
+    chain.map_or(Ok(x.clone()), |chain| chain.run(&x))
+}
+
+/// Layers that may become one op.
+pub(super) struct Chain {
+    session: Arc<Session>,
+    links: Vec<Link>,
+}
+
+impl Chain {
+    /// An empty chain for `x`, if layers can be chained here: inside a solve, on the CPU, in a dtype with kernels.
+    pub(super) fn start(x: &Tensor) -> Option<Self> {
+        let has_kernels = matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        let fits = x.device().is_cpu() && has_kernels && x.rank() > 0 && x.elem_count() > 0;
+        Some(Self { session: Session::current().filter(|_| fits)?, links: vec![] })
+    }
+
+    /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
+    pub(super) fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, t: Option<&Time>) -> bool {
+        let parameter = |leaf: &Tensor| Some(Parameter { leaf: leaf.clone(), slot: self.session.slot(leaf)? });
+        let Ok((_, columns)) = weight.dims2() else { return false };
+        let inputs = columns - usize::from(t.is_some()).min(columns);
+        let before =
+            self.links.last().map_or(x.dims().last().copied(), |link| link.weight.leaf.dims().first().copied());
+        let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0;
+        // What Candle would have to track to reach the weights has to be tracked through x.
+        let is_seen = |leaf: &Tensor| !self.session.linearises() || x.track_op() || !leaf.track_op();
+        let is_bias =
+            |b: &Tensor| b.dims() == &weight.dims()[..1] && matches!(b.dtype(), DType::F32) | (b.dtype() == x.dtype());
+        let is_tracked_time = t.is_some_and(Time::is_tracked);
+        if !fits || is_tracked_time || !is_seen(weight) || !bias.is_none_or(|b| is_bias(b) && is_seen(b)) {
+            return false;
+        }
+        let bias = match bias.map(parameter) {
+            Some(None) => return false,
+            bias => bias.flatten(),
+        };
+        let Some(weight) = parameter(weight) else { return false };
+        self.links.push(Link { weight, bias, inputs, beyond: t.map(Time::value), then: Activation::Identity });
+        true
+    }
+
+    /// Appends an activation. Says whether it could.
+    pub(super) fn activation(&mut self, activation: Activation) -> bool {
+        match self.links.last_mut() {
+            Some(Link { then: then @ Activation::Identity, .. }) => {
+                *then = activation;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Its value; x itself where nothing has been appended.
+    pub(super) fn run(self, x: &Tensor) -> Result<Tensor> {
+        if self.links.is_empty() {
+            return Ok(x.clone());
+        }
+        let x = x.contiguous()?;
+        let op = ChainOp { session: self.session, links: self.links, saved: Mutex::default(), tracked: x.track_op() };
+        if op.tracked { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+    }
+}
+
+struct ChainOp {
+    session: Arc<Session>,
+    links: Vec<Link>,
+    /// What the pullback needs, from the forward pass on.
+    saved: Mutex<Option<Saves>>,
+    tracked: bool,
+}
+
+/// By what the tiles hold.
+enum Saves {
+    Single(Saved<f32>),
+    Brain(Saved<bf16>),
+}
+
+impl ChainOp {
+    fn value<C: Compute>(&self, x: &[C::Stored], shape: &Shape) -> Result<(CpuStorage, Shape)> {
+        let mut dims = shape.dims().to_vec();
+        let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
+        *last = link.weight.leaf.dim(0)?;
+        let mut saved = self.tracked.then(Saved::default);
+        let value = pass::value::<C>(&self.session, &self.links, x, saved.as_mut())?;
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(C::Held::saves);
+        Ok((C::storage(value), Shape::from(dims)))
+    }
+
+    fn pull<C: Compute>(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(saved) = saved.as_ref().and_then(C::Held::saved) else {
+            bail!("a chain pulls back what it has evaluated")
+        };
+        pass::pull::<C>(&self.session, &self.links, saved, x, value, grad)
+    }
+}
+
+/// What holds the saves of a chain in its own elements.
+trait Saving: Sized {
+    fn saves(saved: Saved<Self>) -> Saves;
+    fn saved(saves: &Saves) -> Option<&Saved<Self>>;
+}
+
+impl Saving for f32 {
+    fn saves(saved: Saved<Self>) -> Saves {
+        Saves::Single(saved)
+    }
+    fn saved(saves: &Saves) -> Option<&Saved<Self>> {
+        if let Saves::Single(saved) = saves { Some(saved) } else { None }
+    }
+}
+
+impl Saving for bf16 {
+    fn saves(saved: Saved<Self>) -> Saves {
+        Saves::Brain(saved)
+    }
+    fn saved(saves: &Saves) -> Option<&Saved<Self>> {
+        if let Saves::Brain(saved) = saves { Some(saved) } else { None }
+    }
+}
+
+impl CustomOp1 for ChainOp {
+    fn name(&self) -> &'static str {
+        "layers"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
+        match x {
+            CpuStorage::F32(x) => self.value::<InSingle>(&x[from..to], layout.shape()),
+            CpuStorage::F16(x) => self.value::<InHalf>(&x[from..to], layout.shape()),
+            CpuStorage::BF16(x) => self.value::<InBrain>(&x[from..to], layout.shape()),
+            other => bail!("no kernels for {:?}", other.dtype()),
+        }
+    }
+
+    fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.detach().contiguous()?;
+        match x.dtype() {
+            DType::F16 => self.pull::<InHalf>(x, value, &grad),
+            DType::BF16 => self.pull::<InBrain>(x, value, &grad),
+            _ => self.pull::<InSingle>(x, value, &grad),
+        }
+    }
+}
+
+/// The elements of a contiguous tensor on the CPU.
+fn with_elements<T: candle_core::WithDType, R>(x: &Tensor, with: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (candle_core::Storage::Cpu(storage), Some((from, to))) => with(&storage.as_slice::<T>()?[from..to]),
+        _ => bail!("a chain takes contiguous tensors on the CPU"),
+    }
+}

@@ -1,0 +1,203 @@
+//! What the layers of an open field share during a pass on the CPU: which tensors stand for its parameters, their packed
+//! forms, and buffers that serve one evaluation after another.
+
+use super::ops::kernel::{Held, Packed, Scratch, View};
+use crate::account::{Category, Owned};
+use candle_core::{Tensor, TensorId};
+use half::bf16;
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+thread_local! {
+    static OPEN: RefCell<Option<Arc<Session>>> = const { RefCell::new(None) };
+}
+
+/// The session of one pass on one thread.
+#[derive(Debug)]
+pub(crate) struct Session {
+    slots: HashMap<TensorId, usize>,
+    packed: Arc<PackedWeights>,
+    linearises: bool,
+    single: Spare<f32>,
+    brain: Spare<bf16>,
+}
+
+impl Session {
+    pub(super) fn new(leaves: &[Tensor], packed: Arc<PackedWeights>, linearises: bool) -> Arc<Self> {
+        let slots = leaves.iter().enumerate().map(|(slot, leaf)| (leaf.id(), slot)).collect();
+        Arc::new(Self { slots, packed, linearises, single: Spare::default(), brain: Spare::default() })
+    }
+
+    /// Runs `pass` with the session open on this thread.
+    pub(super) fn open<T>(self: &Arc<Self>, pass: impl FnOnce() -> T) -> T {
+        let _outer = Outer(OPEN.replace(Some(self.clone())));
+        pass()
+    }
+
+    /// The one that is open on this thread.
+    pub(crate) fn current() -> Option<Arc<Self>> {
+        OPEN.with_borrow(Clone::clone)
+    }
+
+    /// Whether what is evaluated will be pulled back.
+    pub(crate) fn linearises(&self) -> bool {
+        self.linearises
+    }
+
+    /// Which parameter or input a tensor stands for.
+    pub(crate) fn slot(&self, leaf: &Tensor) -> Option<usize> {
+        self.slots.get(&leaf.id()).copied()
+    }
+
+    /// The weight of a slot on the side of a product, packed when first asked for in the life of the casts.
+    pub(crate) fn packed<T: Held>(&self, slot: usize, side: Side, pack: impl FnOnce() -> Packed<T>) -> Arc<Shared<T>> {
+        let mut packed = lock(&self.packed.0);
+        let found = packed.get(&(slot, side)).cloned().and_then(|found| found.downcast::<Shared<T>>().ok());
+        found.unwrap_or_else(|| {
+            let made = pack();
+            let owned = Owned::new(Category::Scratch, made.bytes());
+            let made = Arc::new(Shared { packed: made, _owned: owned });
+            packed.insert((slot, side), made.clone());
+            made
+        })
+    }
+}
+
+/// What was open before, put back however the pass ends.
+struct Outer(Option<Arc<Session>>);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        OPEN.set(self.0.take());
+    }
+}
+
+/// On which side of a product a weight stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Side {
+    /// y = x Wᵀ
+    Forward,
+    /// g W
+    Backward,
+}
+
+/// Packed weights of one set of casts, which all passes and threads share.
+#[derive(Default)]
+pub(crate) struct PackedWeights(Mutex<HashMap<(usize, Side), Arc<dyn Any + Send + Sync>>>);
+
+impl fmt::Debug for PackedWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} packed weights", lock(&self.0).len())
+    }
+}
+
+/// A packed weight and its announcement.
+pub(crate) struct Shared<T> {
+    packed: Packed<T>,
+    _owned: Owned,
+}
+
+impl<T> Deref for Shared<T> {
+    type Target = Packed<T>;
+
+    fn deref(&self) -> &Packed<T> {
+        &self.packed
+    }
+}
+
+/// Elements that tiles hold, each with its own spare buffers.
+pub(crate) trait Tile: Held {
+    fn spare(session: &Session) -> &Spare<Self>;
+}
+
+impl Tile for f32 {
+    fn spare(session: &Session) -> &Spare<Self> {
+        &session.single
+    }
+}
+
+impl Tile for bf16 {
+    fn spare(session: &Session) -> &Spare<Self> {
+        &session.brain
+    }
+}
+
+/// Buffers that nobody uses at the moment.
+#[derive(Debug)]
+pub(crate) struct Spare<T>(Arc<Mutex<Unused<T>>>);
+
+#[derive(Debug)]
+struct Unused<T> {
+    buffers: Vec<(Vec<T>, Owned)>,
+    scratch: Scratch<T>,
+}
+
+impl<T: Default> Default for Spare<T> {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Unused { buffers: vec![], scratch: Scratch::default() })))
+    }
+}
+
+impl<T: Held> Spare<T> {
+    /// A matrix with anything in it: the smallest buffer it fits into, or a new one.
+    pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
+        let len = rows * columns;
+        let mut unused = lock(&self.0);
+        let fitting = unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| buffer.len() >= len);
+        let best = fitting.min_by_key(|(_, (buffer, _))| buffer.len()).map(|(n, _)| n);
+        let buffer = match best {
+            Some(n) => unused.buffers.swap_remove(n),
+            None => (vec![T::default(); len], Owned::new(Category::Scratch, len * size_of::<T>())),
+        };
+        Matrix { buffer: Some(buffer), rows, columns, home: self.0.clone() }
+    }
+
+    /// Runs `with` with the scratch of sums over rows.
+    pub(crate) fn with_scratch<R>(&self, with: impl FnOnce(&mut Scratch<T>) -> R) -> R {
+        with(&mut lock(&self.0).scratch)
+    }
+}
+
+/// A row-major matrix in a buffer that goes back to the spare ones.
+#[derive(Debug)]
+pub(crate) struct Matrix<T> {
+    /// Nothing only while it is dropped.
+    buffer: Option<(Vec<T>, Owned)>,
+    rows: usize,
+    columns: usize,
+    home: Arc<Mutex<Unused<T>>>,
+}
+
+impl<T: Held> Matrix<T> {
+    pub(crate) fn view(&self) -> View<'_, T> {
+        View::new(self, self.rows, self.columns, self.columns)
+    }
+}
+
+impl<T> Deref for Matrix<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.buffer.as_ref().map_or(&[], |(values, _)| &values[..self.rows * self.columns])
+    }
+}
+
+impl<T> DerefMut for Matrix<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.buffer.as_mut().map_or(&mut [], |(values, _)| &mut values[..self.rows * self.columns])
+    }
+}
+
+impl<T> Drop for Matrix<T> {
+    fn drop(&mut self) {
+        lock(&self.home).buffers.extend(self.buffer.take());
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

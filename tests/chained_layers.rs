@@ -1,0 +1,200 @@
+//! Inside a solve the layers of `ops` run as one op, with kernels of their own: the values and gradients are those of
+//! the same layers one by one, in every dtype, whatever is frozen, without bias, in time, or made elsewhere.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use candle_ode::ops::{self, Activation, Mlp, Timed, affine};
+use candle_ode::prelude::*;
+use common::*;
+use std::collections::BTreeMap;
+
+const ACTIVATIONS: [Activation; 11] = [
+    Activation::Identity,
+    Activation::Tanh,
+    Activation::Sigmoid,
+    Activation::Softplus,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::Elu(1.0),
+    Activation::Elu(-0.5),
+    Activation::Sin,
+    Activation::LogCosh,
+];
+
+type Gradients = BTreeMap<String, Tensor>;
+
+/// y(T), dL/dy0 and dL/dθ of mean y(T)², in F64.
+fn gradients(ode: &Ode, vars: &VarMap, y0: &Var) -> Gradients {
+    let solution = ode.solve(y0.as_tensor()).unwrap();
+    let grads = solution.last().sqr().unwrap().mean_all().unwrap().backward().unwrap();
+    let mut found: Gradients = [("y(T)".to_owned(), solution.last().detach())].into();
+    found.extend(grads.get(y0).map(|g| ("y0".to_owned(), g.clone())));
+    found.extend(sorted(vars).into_iter().filter_map(|(name, var)| Some((name, grads.get(&var)?.clone()))));
+    found.into_iter().map(|(name, x)| (name, x.to_dtype(DType::F64).unwrap())).collect()
+}
+
+fn compare(found: &Gradients, exact: &Gradients, bound: f64, what: &str) {
+    assert_eq!(found.keys().collect::<Vec<_>>(), exact.keys().collect::<Vec<_>>(), "{what}");
+    for (name, exact) in exact {
+        let error = relative(&found[name], exact);
+        assert!(error < bound, "{what}, {name}: {error:e}");
+    }
+}
+
+/// Bounds of NUMERICS §9, over two steps.
+const BOUNDS: [(Precision, f64); 3] = [(Precision::F32, 1e-5), (Precision::F16, 2e-3), (Precision::BF16, 2e-2)];
+
+fn start(seed: u64, shape: &[usize]) -> Var {
+    variable(seed, shape, DType::F32)
+}
+
+fn ode(field: &ModelField) -> Ode {
+    Ode::new(field).span(0.0, 0.5).steps(2)
+}
+
+/// `field` in each precision against itself in F64, where layers run one by one.
+fn against_f64(field: &ModelField, vars: &VarMap, y0: &Var, what: &str) {
+    against_f64_within(1.0, field, vars, y0, what);
+}
+
+/// As [`against_f64`], with bounds of half precision so many times as wide: near a kink of f rounding decides the slope.
+fn against_f64_within(kinks: f64, field: &ModelField, vars: &VarMap, y0: &Var, what: &str) {
+    let wide = Var::from_tensor(&y0.to_dtype(DType::F64).unwrap()).unwrap();
+    let exact = gradients(&ode(field).precision(Precision::F64), vars, &wide);
+    for (precision, bound) in BOUNDS {
+        let found = gradients(&ode(field).precision(precision), vars, y0);
+        let bound = if precision == Precision::F32 { bound } else { bound * kinks };
+        compare(&found, &exact, bound, &format!("{what} in {precision:?}"));
+    }
+}
+
+fn model_field<M: 'static>(
+    vars: &VarMap,
+    build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+    eval: impl Fn(&M, &Time, &Tensor) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+) -> ModelField {
+    let field = ModelField::new(vars, &Device::Cpu, build, eval).unwrap();
+    fill(vars, 5, 1.0);
+    field
+}
+
+#[test]
+fn every_activation_between_layers_of_odd_sizes() {
+    for activation in ACTIVATIONS {
+        for sizes in [vec![7, 33, 7], vec![5, 70, 19, 5], vec![64, 64]] {
+            let (vars, width) = (VarMap::new(), sizes[0]);
+            let name = format!("{activation:?} {sizes:?}");
+            let field = model_field(&vars, move |vb| Mlp::new(&sizes, activation, vb), |m, _, y| m.forward(y));
+            for rows in [1, 13, 37] {
+                let kinks = if activation == Activation::Elu(-0.5) { 10.0 } else { 1.0 };
+                against_f64_within(kinks, &field, &vars, &start(2, &[rows, width]), &name);
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_that_see_the_time() {
+    for activation in [Activation::Tanh, Activation::Gelu] {
+        let vars = VarMap::new();
+        let build = move |vb| Mlp::builder(&[6, 40, 6], activation).in_time().build(vb);
+        let field = model_field(&vars, build, |m, t, y| m.forward_at(t, y));
+        against_f64(&field, &vars, &start(2, &[9, 6]), &format!("{activation:?} in time"));
+    }
+}
+
+/// An activation first, two in a row, one at the end, a closure between, layers without bias, a state of three dimensions.
+#[test]
+fn sequences_of_all_kinds() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| {
+        let inner = ops::seq().add(ops::linear(8, 8, vb.pp("inner"))?).add(Activation::Silu);
+        Ok(ops::seq()
+            .add(Activation::Sin)
+            .add(ops::linear_no_bias(8, 12, vb.pp(0))?)
+            .add(Activation::Tanh)
+            .add(Activation::Sigmoid)
+            .add(ops::linear(12, 8, vb.pp(1))?)
+            .add_fn(|x| x * 0.5)
+            .add(inner)
+            .add_timed(ops::concat_linear(8, 8, vb.pp(2))?)
+            .add(Activation::Softplus))
+    };
+    let field = model_field(&vars, build, |m, t, y| m.forward_at(t, y));
+    against_f64(&field, &vars, &start(2, &[3, 5, 8]), "a sequence");
+    let turned = model_field(&VarMap::new(), |vb| ops::linear(8, 8, vb), |m, _, y| m.forward(&y.t()?)?.t());
+    let y0 = start(2, &[8, 8]);
+    assert!(ode(&turned).solve(y0.as_tensor()).is_ok());
+}
+
+#[test]
+fn what_is_frozen_has_no_gradient_and_changes_no_other() {
+    let vars = VarMap::new();
+    let field = model_field(&vars, |vb| Mlp::new(&[6, 20, 6], Activation::Tanh, vb), |m, _, y| m.forward(y));
+    let y0 = start(2, &[9, 6]);
+    for precision in [Precision::F32, Precision::F16] {
+        let all = gradients(&ode(&field).precision(precision), &vars, &y0);
+        for frozen in ["0.weight", "0.bias", "1.weight", "1.bias"] {
+            let field = field.clone().freeze(move |name| name == frozen);
+            let mut expected = all.clone();
+            expected.remove(frozen);
+            compare(&gradients(&ode(&field).precision(precision), &vars, &y0), &expected, 1e-7, frozen);
+        }
+    }
+}
+
+/// A weight made by another layer, and a layer on what does not depend on y, are reached through Candle's graph.
+#[test]
+fn weights_from_elsewhere_and_branches_without_y_keep_their_gradients() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| {
+        Ok((ops::linear(1, 36, vb.pp("hyper"))?, ops::linear(1, 6, vb.pp("time"))?, ops::linear(6, 6, vb.pp("last"))?))
+    };
+    let eval = |(hyper, time, last): &(ops::Linear, ops::Linear, ops::Linear), t: &Time, y: &Tensor| {
+        let t = t.like(y)?;
+        let made = affine(y, &hyper.forward(&t)?.reshape((6, 6))?, None)?;
+        last.forward(&made.broadcast_add(&time.forward(&t)?)?.tanh()?)
+    };
+    let field = model_field(&vars, build, eval);
+    against_f64(&field, &vars, &start(2, &[9, 6]), "a hypernetwork");
+}
+
+#[test]
+fn scales_and_wide_sums_change_nothing() {
+    let vars = VarMap::new();
+    let build = |vb| Mlp::builder(&[6, 20, 6], Activation::Tanh).in_time().build(vb);
+    let field = model_field(&vars, build, |m, t, y| m.forward_at(t, y));
+    let y0 = start(2, &[9, 6]);
+    let plain = gradients(&ode(&field), &vars, &y0);
+    for scaling in [AdjointScaling::fixed(1024.0).unwrap(), AdjointScaling::fixed(0.25).unwrap()] {
+        compare(&gradients(&ode(&field).scaling(scaling), &vars, &y0), &plain, 1e-7, "a fixed scale");
+    }
+    let wide = Precision::new().compute(DType::F32).accumulate(DType::F64);
+    compare(&gradients(&ode(&field).precision(wide), &vars, &y0), &plain, 1e-6, "sums in F64");
+}
+
+/// A cotangent that is not finite is found, and the place is named.
+#[test]
+fn infinities_on_the_way_back_are_found() {
+    let vars = VarMap::new();
+    let field = model_field(&vars, |vb| Mlp::new(&[4, 8, 4], Activation::Relu, vb), |m, _, y| m.forward(y));
+    let solution = ode(&field).solve(start(2, &[3, 4]).as_tensor()).unwrap();
+    let loss = (solution.last().sum_all().unwrap() * f64::INFINITY).unwrap();
+    let error = OdeError::from(loss.backward().unwrap_err());
+    assert!(matches!(error, OdeError::Overflow { .. }), "{error}");
+}
+
+/// Outside a solve a layer is an op of Candle's graph like any other.
+#[test]
+fn outside_a_solve_candle_reaches_the_weights() {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let mlp = Mlp::new(&[3, 8, 2], Activation::Tanh, vb).unwrap();
+    let loss = mlp.forward(&normal(1, &[5, 3], DType::F32)).unwrap().sqr().unwrap().sum_all().unwrap();
+    let grads = loss.backward().unwrap();
+    assert!(sorted(&vars).values().all(|var| grads.get(var).is_some()));
+}
