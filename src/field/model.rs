@@ -210,7 +210,7 @@ impl Field for ModelField {
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
         let source = Source { constructor: self.model.clone(), seed, connected: self.connected.clone() };
         let has_kernels = opening != Opening::Track && casts.device().is_cpu();
-        let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
+        let session = has_kernels.then(|| casts.session());
         Ok(Box::new(OpenModel { model, casts, source, session }))
     }
 
@@ -289,6 +289,14 @@ struct Source {
 }
 
 impl OpenModel {
+    fn call(&self, t: &Time, y: &State, linearises: bool) -> candle_core::Result<State> {
+        let eval = || self.model.eval(t, y, self.casts.inputs());
+        match &self.session {
+            Some(session) => session.open(linearises, eval),
+            None => eval(),
+        }
+    }
+
     /// Once in the life of a field: see [`connected`].
     fn check_connected(&self, t: &Time, y: &State) -> candle_core::Result<()> {
         let Source { constructor, seed, connected } = &self.source;
@@ -302,18 +310,14 @@ impl OpenModel {
 
 impl VectorField for OpenModel {
     fn eval(&self, t: &Time, y: &State) -> candle_core::Result<State> {
-        let eval = || self.model.eval(t, y, self.casts.inputs());
-        match &self.session {
-            Some(session) => session.open(eval),
-            None => eval(),
-        }
+        self.call(t, y, false)
     }
 
     fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>> {
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
         self.check_connected(t, &y)?;
-        let output = self.eval(t, &y)?;
+        let output = self.call(t, &y, true)?;
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();

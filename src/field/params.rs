@@ -230,8 +230,8 @@ impl Casts {
     }
 
     /// What the layers of a field opened over these tensors share.
-    pub(super) fn session(&self, linearises: bool) -> Arc<Session> {
-        Session::new(&self.leaves, self.packed.clone(), linearises)
+    pub(super) fn session(&self) -> Arc<Session> {
+        Session::new(&self.leaves, self.packed.clone())
     }
 
     /// The same values, untracked: what a forward pass runs on.

@@ -13,7 +13,15 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 thread_local! {
-    static OPEN: RefCell<Option<Arc<Session>>> = const { RefCell::new(None) };
+    static OPEN: RefCell<Option<Current>> = const { RefCell::new(None) };
+}
+
+/// The session that is open on a thread, during one call of the field.
+#[derive(Clone, Debug)]
+pub(crate) struct Current {
+    pub(crate) session: Arc<Session>,
+    /// Whether what is evaluated will be pulled back.
+    pub(crate) linearises: bool,
 }
 
 /// The session of one pass on one thread.
@@ -21,31 +29,25 @@ thread_local! {
 pub(crate) struct Session {
     slots: HashMap<TensorId, usize>,
     packed: Arc<PackedWeights>,
-    linearises: bool,
     single: Spare<f32>,
     brain: Spare<bf16>,
 }
 
 impl Session {
-    pub(super) fn new(leaves: &[Tensor], packed: Arc<PackedWeights>, linearises: bool) -> Arc<Self> {
+    pub(super) fn new(leaves: &[Tensor], packed: Arc<PackedWeights>) -> Arc<Self> {
         let slots = leaves.iter().enumerate().map(|(slot, leaf)| (leaf.id(), slot)).collect();
-        Arc::new(Self { slots, packed, linearises, single: Spare::default(), brain: Spare::default() })
+        Arc::new(Self { slots, packed, single: Spare::default(), brain: Spare::default() })
     }
 
-    /// Runs `pass` with the session open on this thread.
-    pub(super) fn open<T>(self: &Arc<Self>, pass: impl FnOnce() -> T) -> T {
-        let _outer = Outer(OPEN.replace(Some(self.clone())));
-        pass()
+    /// Runs `call` with the session open on this thread.
+    pub(super) fn open<T>(self: &Arc<Self>, linearises: bool, call: impl FnOnce() -> T) -> T {
+        let _outer = Outer(OPEN.replace(Some(Current { session: self.clone(), linearises })));
+        call()
     }
 
     /// The one that is open on this thread.
-    pub(crate) fn current() -> Option<Arc<Self>> {
+    pub(crate) fn current() -> Option<Current> {
         OPEN.with_borrow(Clone::clone)
-    }
-
-    /// Whether what is evaluated will be pulled back.
-    pub(crate) fn linearises(&self) -> bool {
-        self.linearises
     }
 
     /// Which parameter or input a tensor stands for.
@@ -67,8 +69,8 @@ impl Session {
     }
 }
 
-/// What was open before, put back however the pass ends.
-struct Outer(Option<Arc<Session>>);
+/// What was open before, put back however the call ends.
+struct Outer(Option<Current>);
 
 impl Drop for Outer {
     fn drop(&mut self) {

@@ -10,7 +10,7 @@ mod pass;
 
 use super::Activation;
 use crate::Time;
-use crate::field::session::Session;
+use crate::field::session::{Current, Session};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use compute::{Compute, InBrain, InHalf, InSingle};
@@ -76,6 +76,7 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
 /// Layers that may become one op.
 pub(super) struct Chain {
     session: Arc<Session>,
+    linearises: bool,
     links: Vec<Link>,
 }
 
@@ -84,7 +85,8 @@ impl Chain {
     pub(super) fn start(x: &Tensor) -> Option<Self> {
         let has_kernels = matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
         let fits = x.device().is_cpu() && has_kernels && x.rank() > 0 && x.elem_count() > 0;
-        Some(Self { session: Session::current().filter(|_| fits)?, links: vec![] })
+        let Current { session, linearises } = Session::current().filter(|_| fits)?;
+        Some(Self { session, linearises, links: vec![] })
     }
 
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
@@ -96,7 +98,7 @@ impl Chain {
             self.links.last().map_or(x.dims().last().copied(), |link| link.weight.leaf.dims().first().copied());
         let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0;
         // What Candle would have to track to reach the weights has to be tracked through x.
-        let is_seen = |leaf: &Tensor| !self.session.linearises() || x.track_op() || !leaf.track_op();
+        let is_seen = |leaf: &Tensor| !self.linearises || x.track_op() || !leaf.track_op();
         let is_bias =
             |b: &Tensor| b.dims() == &weight.dims()[..1] && matches!(b.dtype(), DType::F32) | (b.dtype() == x.dtype());
         let is_tracked_time = t.is_some_and(Time::is_tracked);
