@@ -18,7 +18,7 @@ use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
 use crate::field::{Fallback, Field, Finite, Opened, Opening};
 use crate::precision::{Precision, largest_finite};
-use crate::solver::{Clock, Slopes, Solver, Stages, carry, visible};
+use crate::solver::{Clock, Linearized, Slopes, Solver, Stages, Step, StepAt, carry, no_linearizations, visible};
 use crate::stats::{Counters, count};
 use crate::trajectory::{Keeping, Trajectory};
 use candle_core::DType;
@@ -150,7 +150,12 @@ impl<'a> Forward<'a> {
         for n in 0.. {
             let (after, error) = match &mut pace {
                 Pace::Grid(clock) => {
-                    let after = self.step(opened, clock, n, &y, wide, suspects)?;
+                    let is_last = n + 2 == clock.times().len();
+                    let linearizes = trajectory.as_mut().is_some_and(|kept| kept.linearizes(n + 1, is_last));
+                    let (after, linearized) = self.step(opened, clock, n, &y, linearizes, wide, suspects)?;
+                    if let (Some(trajectory), Some(linearized)) = (&mut trajectory, linearized) {
+                        trajectory.slots.keep_linearized(n + 1, linearized);
+                    }
                     dtypes.push(self.dtype(n, wide));
                     (after, None)
                 }
@@ -196,22 +201,29 @@ impl<'a> Forward<'a> {
         Ok(Walked { outputs: reached, trajectory, anchors, clock, dtypes })
     }
 
-    /// One step; again in F32 if it is known to overflow and that is wanted.
+    /// One step, with its linearisations if it is to be linearised; again in F32 if it is known to overflow and that is
+    /// wanted.
+    #[allow(clippy::too_many_arguments)]
     fn step(
         &self,
         opened: &mut Opened<'_>,
         clock: &Clock,
         n: usize,
         y: &State,
+        linearizes: bool,
         wide: &mut Wide,
         suspects: &mut Vec<(Suspect, Finite)>,
-    ) -> Result<State> {
+    ) -> Result<(State, Option<Arc<Linearized>>)> {
         loop {
             let dtype = self.dtype(n, wide);
             let at = clock.step(n, dtype);
             let _span =
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
-            let step = self.solver.step(&self.stages(opened, dtype)?, &at, y)?;
+            let stages = self.stages(opened, dtype)?;
+            let (step, linearized) = match linearizes {
+                true => linearized_step(self.solver.as_ref(), &stages, &at, y)?,
+                false => (self.solver.step(&stages, &at, y)?, None),
+            };
             let finite = with_end(step.finite, &step.y)?;
             if let Some(stage) = finite.iter().position(Finite::known_bad) {
                 self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
@@ -219,7 +231,7 @@ impl<'a> Forward<'a> {
             }
             let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
             suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
-            return Ok(step.y);
+            return Ok((step.y, linearized));
         }
     }
 
@@ -318,6 +330,17 @@ impl<'a> Forward<'a> {
     fn dtype(&self, step: usize, wide: &Wide) -> DType {
         if wide.steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
     }
+}
+
+/// A step with its linearisations.
+fn linearized_step(
+    solver: &dyn Solver,
+    stages: &Stages<'_>,
+    at: &StepAt<'_>,
+    y: &State,
+) -> Result<(Step, Option<Arc<Linearized>>)> {
+    let (step, linearized) = solver.linearized_step(stages, at, y)?.ok_or_else(|| no_linearizations(solver.name()))?;
+    Ok((step, Some(Arc::new(linearized))))
 }
 
 /// Whatever a solver says of its stages, the end of the step counts with the last of them.

@@ -21,6 +21,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Rk4, Solver};
 use crate::stats::{Counters, add};
 use crate::tiles::{Cut, Tiles};
+use crate::trajectory::schedule::Slot;
 use candle_core::Tensor;
 use dense::Dense;
 use moments::TimeTensors;
@@ -348,6 +349,15 @@ impl Ode {
         add(&counters.casts, casts.count());
         let keeping = self.adjoint.keeping(precision)?;
         let anchors = self.adjoint.anchors(self.solver.as_ref())?;
+        let linearizes = tracked && keeping.as_ref().is_some_and(|keeping| keeping.schedule.slot() == Slot::Stages);
+        if linearizes {
+            self.check_linearizes(of_times)?;
+        }
+        let opening = match (unrolled, linearizes) {
+            (true, _) => Opening::Track,
+            (false, true) => Opening::Linearize,
+            (false, false) => Opening::Evaluate,
+        };
         let forward = Forward {
             field: self.field.clone(),
             solver: self.solver.clone(),
@@ -356,7 +366,7 @@ impl Ode {
             precision,
             seed: self.seed,
             casts: Arc::new(Fallback::new(casts, self.inputs.clone())),
-            opening: if unrolled { Opening::Track } else { Opening::Evaluate },
+            opening,
             keeping: keeping.filter(|_| tracked),
             anchors: anchors.filter(|_| tracked),
             overflow: self.overflow,
@@ -398,6 +408,19 @@ impl Ode {
         }
         let (at, states) = states.into_iter().unzip();
         Ok(Solution { states, times: at, last, end, counters, trajectory_bytes, dense })
+    }
+
+    /// Whether the linearisations of steps can be kept.
+    fn check_linearizes(&self, of_times: bool) -> Result<()> {
+        let refuse = |what: &str| {
+            let what = format!("keeping the linearisations of steps {what}");
+            Err(OdeError::Unsupported { what, instead: "keep states alone: leave out .with_stages()" })
+        };
+        match (self.is_adaptive(), of_times) {
+            (true, _) => refuse("of adaptive length"),
+            (_, true) => refuse("whose times have gradients"),
+            (false, false) => Ok(()),
+        }
     }
 
     /// The tiles that the batch is cut into.

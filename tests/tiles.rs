@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
 use candle_ode::prelude::*;
-use candle_ode::{Increments4, Increments8, Increments16, InputOnly, States};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
 use common::*;
 use std::ops::ControlFlow;
 
@@ -49,6 +49,8 @@ fn adjoints(reversible: bool) -> Vec<Adjoint> {
         Discrete::default().codec(Increments16),
         Discrete::default().codec(Increments8).checkpoints(2),
         Discrete::default().codec(Increments4),
+        Discrete::default().keep_linearizations(),
+        Discrete::default().schedule(Checkpoints::new(2).with_stages()).consume(),
     ];
     let discrete = discrete.into_iter().map(Adjoint::from);
     match reversible {

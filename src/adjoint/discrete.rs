@@ -5,8 +5,8 @@ use super::passes::{Pass, Passes};
 use super::{Reverse, Reversed};
 use crate::State;
 use crate::error::{OdeError, Result};
-use crate::solver::{Solver, StageMemory, fold, lift, zeros_like};
-use crate::trajectory::schedule::Action;
+use crate::solver::{Linearized, Solver, StageMemory, fold, lift, zeros_like};
+use crate::trajectory::schedule::{Action, Slot};
 use crate::trajectory::{AtHand, Keeping, Slots, Trajectory};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -39,10 +39,12 @@ impl Reverse for Recorded {
         let mut first = Some(share()?);
         let emptied = first.as_ref().map(Slots::emptied);
         self.passes.run(|pass| {
-            // A pass that is done again after its trajectory was freed computes it again.
-            let slots = match (first.take(), &emptied) {
+            // A pass that is done again after its trajectory was freed computes it again; and so does one whose
+            // linearisations were made in a dtype that overflows.
+            let is_of_use = !(pass.is_widened() && self.keeping.schedule.slot() == Slot::Stages);
+            let slots = match (first.take().filter(|_| is_of_use), &emptied) {
                 (Some(slots), _) => slots,
-                (None, Some(emptied)) if self.keeping.consume => emptied.emptied(),
+                (None, Some(emptied)) if self.keeping.consume || !is_of_use => emptied.emptied(),
                 (None, _) => share()?,
             };
             self.walk(pass, slots, cotangents)
@@ -64,9 +66,14 @@ impl Recorded {
         let steps = cotangents.last().map_or(0, |(at, _)| *at);
         let held = slots.states();
         let kept: Vec<usize> = self.scheduled.iter().copied().filter(|n| *n < steps && held.contains(n)).collect();
-        let last = steps.saturating_sub(1);
-        let is_at_last = steps > 0 && (last == 0 || held.contains(&last));
-        let mut at_hand = if is_at_last { Some(self.restore(&mut slots, last)?) } else { None };
+        // A step is reversed from its start, or from its end where its linearisations are kept there.
+        let with_stages = self.keeping.schedule.slot() == Slot::Stages;
+        let needed = |step: usize| if with_stages { step + 1 } else { step };
+        let last = needed(steps.saturating_sub(1));
+        let mut linearized = if steps > 0 { slots.linearized(last) } else { None };
+        let is_at_last =
+            steps > 0 && (last == 0 || if with_stages { linearized.is_some() } else { held.contains(&last) });
+        let mut at_hand = if is_at_last && !with_stages { Some(self.restore(&mut slots, last)?) } else { None };
         if !kept.contains(&last) {
             slots.drop_state(last)?;
         }
@@ -79,7 +86,7 @@ impl Recorded {
             index += 1;
             match action {
                 Action::Advance { from, to } => {
-                    if position != Some(from) || to <= from || to >= left {
+                    if position != Some(from) || to <= from || to > needed(left - 1) {
                         return illegal(
                             index - 1,
                             action,
@@ -91,8 +98,19 @@ impl Recorded {
                     let Some(y) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
                     let mut y = y.state()?;
                     for n in from..to {
-                        let after = pass.advance(solver, n, &y)?;
                         let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
+                        let after = match with_stages && n + 1 == to {
+                            true => {
+                                let (after, made) = pass.advance_linearized(solver, n, &y)?;
+                                let made = Arc::new(made);
+                                if keep {
+                                    slots.keep_linearized(to, made.clone());
+                                }
+                                linearized = Some(made);
+                                after
+                            }
+                            false => pass.advance(solver, n, &y)?,
+                        };
                         let (next, finite) = slots.reach(n + 1, &y, after, keep, |finite| Ok(finite.known_bad()))?;
                         pass.note(n, finite);
                         y = next;
@@ -103,11 +121,12 @@ impl Recorded {
                 Action::Keep(_) => {}
                 Action::Restore(n) => {
                     at_hand = Some(self.restore(&mut slots, n)?);
+                    linearized = slots.linearized(n);
                     position = Some(n);
                 }
                 Action::Drop(n) => slots.drop_state(n)?,
                 Action::Reverse(n) => {
-                    if position != Some(n) || n + 1 != left {
+                    if position != Some(needed(n)) || n + 1 != left {
                         return illegal(
                             index - 1,
                             action,
@@ -118,10 +137,15 @@ impl Recorded {
                     while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n + 1) {
                         lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
                     }
-                    let Some(y) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
+                    let from = match (linearized.take(), at_hand.take()) {
+                        (Some(kept), _) => From::Linearized(kept),
+                        (None, Some(y)) => From::State(y),
+                        (None, None) => return illegal(index - 1, action, NOTHING_AT_HAND),
+                    };
                     let Some(state) = lambda.take() else { continue };
-                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
-                        solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks)
+                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| match &from {
+                        From::Linearized(kept) => solver.pullback_linearized(stages, at, kept, &state, pullbacks),
+                        From::State(y) => solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks),
                     })?);
                     if pass.is_lost() {
                         return Ok(None);
@@ -145,6 +169,12 @@ impl Recorded {
     fn restore(&self, slots: &mut Slots, n: usize) -> Result<AtHand> {
         if n == 0 { Ok(AtHand::State(self.start.clone())) } else { slots.restore(n) }
     }
+}
+
+/// From what a step is pulled back.
+enum From {
+    State(AtHand),
+    Linearized(Arc<Linearized>),
 }
 
 const NOTHING_AT_HAND: &str = "no state is at hand; check the schedule with candle_ode::schedule::simulate";

@@ -18,9 +18,9 @@ pub(crate) use times::Moments;
 
 use crate::Precision;
 use crate::State;
-use crate::error::{OdeError, Result};
+use crate::error::Result;
 use crate::solver::{Solver, StageMemory};
-use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule, Slot};
+use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule};
 use crate::trajectory::{Codec, Keeping, States, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
@@ -99,6 +99,13 @@ impl Discrete {
     /// [`Checkpoints`].
     pub fn checkpoints(self, slots: usize) -> Self {
         self.schedule(Checkpoints::new(slots))
+    }
+
+    /// Keeps the linearisations of every step: the backward pass evaluates nothing, and so costs 2 evaluations' worth of
+    /// work a stage where it otherwise costs 3, for s linearisations a step. With fewer slots:
+    /// [`Checkpoints::with_stages`]. Needs an explicit Runge–Kutta method and given steps.
+    pub fn keep_linearizations(self) -> Self {
+        self.schedule(Checkpoints::new(usize::MAX).with_stages())
     }
 
     /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: all stage
@@ -182,17 +189,10 @@ pub enum Adjoint {
 }
 
 impl Adjoint {
-    /// How the forward pass keeps states, for those that go back over them; checks that they can.
+    /// How the forward pass keeps states, for those that go back over them.
     pub(crate) fn keeping(&self, precision: Precision) -> Result<Option<Keeping>> {
         let Self::Discrete(discrete) = self else { return Ok(None) };
-        let keeping = discrete.keeping(precision);
-        match keeping.schedule.slot() {
-            Slot::State => Ok(Some(keeping)),
-            Slot::Stages => Err(OdeError::Unsupported {
-                what: "a backward pass from slots that hold stages".into(),
-                instead: "keep states alone: leave out .with_stages(), which is there to be counted and simulated",
-            }),
-        }
+        Ok(Some(discrete.keeping(precision)))
     }
 
     /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.

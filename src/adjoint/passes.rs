@@ -8,7 +8,9 @@ use crate::error::{OdeError, PassKind, Result};
 use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
-use crate::solver::{Clock, Pullbacks, Slopes, Solver, StageScale, Stages, StepAt, StepTimes, largest};
+use crate::solver::{
+    Clock, Linearized, Pullbacks, Slopes, Solver, StageScale, Stages, StepAt, StepTimes, largest, no_linearizations,
+};
 use crate::stats::{Counters, count};
 use candle_core::DType;
 use std::collections::BTreeSet;
@@ -142,6 +144,35 @@ impl Pass<'_, '_> {
         let field = self.opened.get(dtype)?;
         let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
         Ok(solver.step(&stages, &at, y)?.y)
+    }
+
+    /// The same, with the linearisations of the step, which are made in the dtype of this pass.
+    pub(crate) fn advance_linearized(
+        &mut self,
+        solver: &dyn Solver,
+        index: usize,
+        y: &State,
+    ) -> Result<(State, Linearized)> {
+        let passes = self.passes;
+        let (dtype, of_forward) = (passes.dtype(index, self.widened), passes.dtypes[index]);
+        // A state stays what it was, whatever its step is linearised in.
+        let after = if dtype == of_forward { None } else { Some(self.advance(solver, index, y)?) };
+        let at = passes.clock.step(index, dtype);
+        let _span =
+            tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
+        if after.is_none() {
+            count(&passes.counters.recomputed_steps);
+        }
+        let field = self.opened.get(dtype)?;
+        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
+        let made = solver.linearized_step(&stages, &at, y)?;
+        let (step, linearized) = made.ok_or_else(|| no_linearizations(solver.name()))?;
+        Ok((after.unwrap_or(step.y), linearized))
+    }
+
+    /// Whether some steps are pulled back in a wider dtype than they were made in.
+    pub(crate) fn is_widened(&self) -> bool {
+        !self.widened.is_empty()
     }
 
     /// Notes whether something that step `index` left behind is finite.

@@ -68,8 +68,8 @@ pub trait VectorField {
     }
 }
 
-/// f's value at a point, with what its pullback needs.
-pub trait Linearization {
+/// f's value at a point, with what its pullback needs. It may outlive the field it came from.
+pub trait Linearization: Send + Sync {
     /// f(t, y), detached.
     fn value(&self) -> &State;
 

@@ -8,6 +8,7 @@ use crate::error::{OdeError, Result};
 use crate::memory::plan::Planned;
 use crate::memory::{Choice, Choices, MemoryPlan};
 use crate::scaling::AdjointScaling;
+use crate::trajectory::schedule::Slot;
 
 impl Ode {
     /// The bytes that [`solve`](Self::solve) from `y0` and its backward pass will take, and how often the field will be
@@ -47,6 +48,9 @@ impl Ode {
         outputs.sort_unstable();
         outputs.dedup();
         let Some(keeping) = self.adjoint.keeping(precision)? else { return unplanned("this adjoint") };
+        if keeping.schedule.slot() == Slot::Stages {
+            return unplanned("slots that hold linearisations");
+        }
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),

@@ -67,6 +67,31 @@ impl<M: ExplicitRungeKutta> Solver for M {
         Ok(stepped(tableau, stages, at, y, None, &used(tableau))?.0)
     }
 
+    fn linearized_step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Option<(Step, Linearized)>> {
+        let tableau = ExplicitRungeKutta::tableau(self);
+        let mut finite = vec![Finite::default(); tableau.stages()];
+        let all = linearizations(tableau, stages, at, y, |i, point, k| {
+            finite[i] = finite_stage(at, point, k)?;
+            Ok(())
+        })?;
+        let terms = weighted(at.h, tableau.weights().iter().copied(), values(&all));
+        let y = sum(Some(y), &terms, stages.accumulate())?;
+        Ok(Some((Step { y, finite }, Linearized(all))))
+    }
+
+    fn pullback_linearized(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        linearized: &Linearized,
+        lambda: &State,
+        pullbacks: &mut Pullbacks<'_>,
+    ) -> Result<State> {
+        let tableau = ExplicitRungeKutta::tableau(self);
+        let mus = pull(tableau, stages, at, Points::Kept(linearized), (1.0, lambda), pullbacks)?;
+        sum(Some(lambda), &cotangents(&mus), stages.accumulate())
+    }
+
     fn estimate_order(&self) -> Option<usize> {
         ExplicitRungeKutta::tableau(self)
             .embedded_order()
@@ -115,7 +140,7 @@ pub(super) fn pull(
     tableau: &Tableau,
     stages: &Stages<'_>,
     at: &StepAt<'_>,
-    mut points: Points,
+    mut points: Points<'_>,
     (factor, lambda): (f64, &State),
     pullbacks: &mut Pullbacks<'_>,
 ) -> Result<Vec<Option<Slope>>> {
@@ -128,7 +153,7 @@ pub(super) fn pull(
         let (coefficients, states): (Vec<_>, Vec<_>) = of_lambda.chain(of_later).unzip();
         let kappa = sum(None, &weighted(at.h, coefficients, states), stages.accumulate())?;
         let kappa = Slope::new(kappa, Category::Cotangents);
-        let mu = pullbacks.pull(linearization.as_ref(), at, i, kappa.state())?;
+        let mu = pullbacks.pull(linearization.get(), at, i, kappa.state())?;
         mus[i] = Some(Slope::new(mu, Category::Cotangents));
     }
     Ok(mus)
@@ -220,13 +245,16 @@ fn linearizations(
     stages: &Stages<'_>,
     at: &StepAt<'_>,
     y: &State,
+    mut see: impl FnMut(usize, &State, &State) -> Result<()>,
 ) -> Result<Vec<Option<Box<dyn Linearization>>>> {
     let mut all: Vec<Option<Box<dyn Linearization>>> = Vec::with_capacity(tableau.stages());
     for i in 0..tableau.stages() {
         let linearization = if tableau.is_used(i) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             let point = stage_state(tableau, at, y, i, |j| all[j].as_ref().map(|f| f.value()))?;
-            Some(stages.linearize(at, i, &point)?)
+            let linearization = stages.linearize(at, i, &point)?;
+            see(i, &point, linearization.value())?;
+            Some(linearization)
         } else {
             None
         };
@@ -235,13 +263,51 @@ fn linearizations(
     Ok(all)
 }
 
+/// The linearisations of a step, by stage: all that its pullback needs.
+pub struct Linearized(Vec<Option<Box<dyn Linearization>>>);
+
+impl Debug for Linearized {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} linearisations", self.0.iter().flatten().count())
+    }
+}
+
+/// The error of a solver that cannot keep linearisations.
+pub(crate) fn no_linearizations(solver: &str) -> OdeError {
+    OdeError::Unsupported {
+        what: format!("keeping the linearisations of the steps of {solver}"),
+        instead: "use an explicit Runge–Kutta method, or keep states alone",
+    }
+}
+
+/// kᵢ by stage.
+fn values(all: &[Option<Box<dyn Linearization>>]) -> impl Iterator<Item = Option<&State>> {
+    all.iter().map(|f| f.as_ref().map(|f| f.value()))
+}
+
 /// What the backward pass holds of the stages of a step.
-pub(super) enum Points {
+pub(super) enum Points<'a> {
     All(Vec<Option<Box<dyn Linearization>>>),
+    Kept(&'a Linearized),
     One { y: State, slopes: Vec<Option<Slope>> },
 }
 
-impl Points {
+/// The linearisation of one stage.
+pub(super) enum Taken<'a> {
+    Own(Box<dyn Linearization>),
+    Kept(&'a dyn Linearization),
+}
+
+impl Taken<'_> {
+    fn get(&self) -> &dyn Linearization {
+        match self {
+            Self::Own(linearization) => linearization.as_ref(),
+            Self::Kept(linearization) => *linearization,
+        }
+    }
+}
+
+impl<'a> Points<'a> {
     /// What is needed to pull a cotangent back through the stages.
     pub(super) fn new(
         tableau: &Tableau,
@@ -275,7 +341,7 @@ impl Points {
         end: usize,
     ) -> Result<Self> {
         Ok(match memory {
-            StageMemory::All => Self::All(linearizations(tableau, stages, at, y)?),
+            StageMemory::All => Self::All(linearizations(tableau, stages, at, y, |_, _, _| Ok(()))?),
             StageMemory::One => Self::One {
                 y: y.clone(),
                 slopes: slopes(tableau, stages, at, y, None, &used(tableau)[..end], |_, _, _| Ok(()))?,
@@ -286,25 +352,20 @@ impl Points {
     /// kᵢ by stage.
     pub(super) fn slopes(&self) -> Vec<Option<&State>> {
         match self {
-            Self::All(all) => all.iter().map(|f| f.as_ref().map(|f| f.value())).collect(),
+            Self::All(all) | Self::Kept(Linearized(all)) => values(all).collect(),
             Self::One { slopes, .. } => slopes.iter().map(|k| k.as_ref().map(Slope::state)).collect(),
         }
     }
 
     /// The linearisation of stage i, which is needed no more afterwards (nor is its slope).
-    fn take(
-        &mut self,
-        tableau: &Tableau,
-        stages: &Stages<'_>,
-        at: &StepAt<'_>,
-        i: usize,
-    ) -> Result<Option<Box<dyn Linearization>>> {
+    fn take(&mut self, tableau: &Tableau, stages: &Stages<'_>, at: &StepAt<'_>, i: usize) -> Result<Option<Taken<'a>>> {
         match self {
-            Self::All(all) => Ok(all[i].take()),
+            Self::All(all) => Ok(all[i].take().map(Taken::Own)),
+            Self::Kept(Linearized(all)) => Ok(all[i].as_deref().map(Taken::Kept)),
             Self::One { y, slopes } => {
                 slopes.truncate(i);
                 let point = stage_state(tableau, at, y, i, |j| slopes[j].as_ref().map(Slope::state))?;
-                stages.linearize(at, i, &point).map(Some)
+                Ok(Some(Taken::Own(stages.linearize(at, i, &point)?)))
             }
         }
     }

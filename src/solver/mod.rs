@@ -11,7 +11,8 @@ mod stages;
 mod tableau;
 
 pub(crate) use carried::{carry, fold, lift, visible};
-pub use explicit::{ExplicitRungeKutta, StageMemory};
+pub(crate) use explicit::no_linearizations;
+pub use explicit::{ExplicitRungeKutta, Linearized, StageMemory};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
 pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;
@@ -83,6 +84,31 @@ pub trait Solver: Debug + Send + Sync + 'static {
     /// # Errors
     /// Whatever the vector field reports, with its place.
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step>;
+
+    /// As [`step`](Self::step), with the linearisations of its stages; `None` from a solver that cannot keep them.
+    ///
+    /// # Errors
+    /// Whatever the vector field reports, with its place.
+    fn linearized_step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Option<(Step, Linearized)>> {
+        let _ = (stages, at, y);
+        Ok(None)
+    }
+
+    /// As [`pullback`](Self::pullback), by linearisations that were kept: evaluates nothing.
+    ///
+    /// # Errors
+    /// [`OdeError::Unsupported`] from a solver that cannot keep them; whatever the vector field reports, with its place.
+    fn pullback_linearized(
+        &self,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        linearized: &Linearized,
+        lambda: &State,
+        pullbacks: &mut Pullbacks<'_>,
+    ) -> Result<State> {
+        let _ = (stages, at, linearized, lambda, pullbacks);
+        Err(no_linearizations(self.name()))
+    }
 
     /// The order of the weaker of the two solutions whose difference estimates the error of a step; `None` for a method
     /// without an estimate, which cannot choose its steps.

@@ -5,7 +5,9 @@ use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
 use crate::field::{Finite, sum};
+use crate::solver::Linearized;
 use candle_core::DType;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// One kept state.
@@ -61,21 +63,33 @@ pub(crate) struct Slots {
     residual: Option<(State, Owned)>,
     /// The last state that was restored, from which the one below may have to be decoded.
     above: Option<(usize, State)>,
+    /// By state, the linearisations of the step that led to it.
+    linearized: BTreeMap<usize, Arc<Linearized>>,
 }
 
 impl Slots {
     pub(crate) fn new(codec: Arc<dyn Codec>, accumulate: DType) -> Self {
-        Self { codec, accumulate, kept: vec![], residual: None, above: None }
+        Self { codec, accumulate, kept: vec![], residual: None, above: None, linearized: BTreeMap::new() }
     }
 
     /// The same entries, for a walk that may drop them without taking them from others.
     pub(crate) fn share(&self) -> Self {
-        Self { kept: self.kept.clone(), ..self.emptied() }
+        Self { kept: self.kept.clone(), linearized: self.linearized.clone(), ..self.emptied() }
     }
 
     /// No entries, for a walk that starts over.
     pub(crate) fn emptied(&self) -> Self {
         Self::new(self.codec.clone(), self.accumulate)
+    }
+
+    /// Keeps the linearisations of the step that led to state `n`.
+    pub(crate) fn keep_linearized(&mut self, n: usize, linearized: Arc<Linearized>) {
+        self.linearized.insert(n, linearized);
+    }
+
+    /// The linearisations of the step that led to state `n`, if they are kept.
+    pub(crate) fn linearized(&self, n: usize) -> Option<Arc<Linearized>> {
+        self.linearized.get(&n).cloned()
     }
 
     /// The states that are kept, ascending.
@@ -199,6 +213,7 @@ impl Slots {
 
     /// Frees the entry of state `n`. An increment below it that could not be decoded any more becomes a state.
     pub(crate) fn drop_state(&mut self, n: usize) -> Result<()> {
+        self.linearized.remove(&n);
         let Some(index) = self.kept.iter().position(|kept| kept.at == n) else { return Ok(()) };
         let depends = index > 0 && self.kept[index - 1].is_increment;
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {

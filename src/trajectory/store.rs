@@ -2,7 +2,7 @@
 
 use super::Keeping;
 use super::codec::Encodes;
-use super::schedule::{Action, Sweep};
+use super::schedule::{Action, Slot, Sweep};
 use super::slots::Slots;
 use crate::State;
 use crate::error::{OdeError, Result};
@@ -20,6 +20,8 @@ pub(crate) struct Trajectory {
     /// States that the schedule keeps; the start of the last step may be in `slots` beside them.
     pub(crate) scheduled: Vec<usize>,
     sweep: Box<dyn Sweep>,
+    /// What the sweep has said of a state before it was reached.
+    ahead: Option<(usize, Vec<Action>)>,
 }
 
 impl Trajectory {
@@ -27,12 +29,34 @@ impl Trajectory {
     pub(crate) fn new(keeping: Keeping, start: &State, steps: Option<usize>, accumulate: DType) -> Self {
         let slots = Slots::new(keeping.codec.clone(), accumulate);
         let sweep = keeping.schedule.sweep(steps);
-        Self { keeping, start: start.detach(), slots, scheduled: vec![], sweep }
+        Self { keeping, start: start.detach(), slots, scheduled: vec![], sweep, ahead: None }
     }
 
     /// What is handed out for a step that has led to `after`.
     pub(crate) fn whole(&self, after: &State) -> Result<State> {
         self.slots.whole(after)
+    }
+
+    /// Whether the linearisations of the step to state `n` are to be kept, which is the last if `is_last`.
+    pub(crate) fn linearizes(&mut self, n: usize, is_last: bool) -> bool {
+        if self.keeping.schedule.slot() == Slot::State {
+            return false;
+        }
+        if is_last {
+            return self.keeping.schedule.keeps_last();
+        }
+        let actions = self.reached(n);
+        let keeps = actions.contains(&Action::Keep(n));
+        self.ahead = Some((n, actions));
+        keeps
+    }
+
+    /// What the schedule says of state `n`.
+    fn reached(&mut self, n: usize) -> Vec<Action> {
+        match self.ahead.take() {
+            Some((known, actions)) if known == n => actions,
+            _ => self.sweep.reached(n),
+        }
     }
 
     /// The step from `before` has led to `after`, state `n`, and another step follows: gives the state to go on from,
@@ -45,7 +69,7 @@ impl Trajectory {
         exactly: impl FnMut(&Finite) -> Result<bool>,
     ) -> Result<(State, Finite)> {
         let mut keep = false;
-        for action in self.sweep.reached(n) {
+        for action in self.reached(n) {
             match action {
                 Action::Drop(dropped) => {
                     self.slots.drop_state(dropped)?;
@@ -69,7 +93,7 @@ impl Trajectory {
         before: &State,
         exactly: impl FnMut(&Finite) -> Result<bool>,
     ) -> Result<Finite> {
-        match n > 0 && self.keeping.schedule.keeps_last() {
+        match n > 0 && self.keeping.schedule.keeps_last() && self.keeping.schedule.slot() == Slot::State {
             true => self.slots.keep(n, before, exactly),
             false => Ok(Finite::default()),
         }

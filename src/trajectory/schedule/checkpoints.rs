@@ -26,7 +26,7 @@ impl Checkpoints {
         Self { slots, slot: Slot::State }
     }
 
-    /// Slots that hold the stages of a step beside the state it led to.
+    /// Slots that hold the linearised stages of a step beside the state it led to: their pullback evaluates nothing.
     pub const fn with_stages(mut self) -> Self {
         self.slot = Slot::Stages;
         self

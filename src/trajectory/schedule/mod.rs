@@ -54,7 +54,7 @@ pub enum Slot {
     /// A state: the step that starts at it is evaluated again where it is reversed, which is part of its pullback.
     #[default]
     State,
-    /// A state with the stages of the step that led to it: that step is reversed without being computed again.
+    /// A state with the stages of the step that led to it, linearised: that step is reversed without an evaluation.
     Stages,
 }
 

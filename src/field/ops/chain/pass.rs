@@ -188,7 +188,8 @@ impl Link {
         let bias = self.bias_in_f32(session)?;
         let bias = bias.as_deref();
         let rows = x.rows();
-        if self.then.keeps() != Keeps::Input || !saving {
+        // A value is the same to the bit, saved or not.
+        if self.then.keeps() != Keeps::Input {
             let then = match self.then {
                 Activation::Identity => Then::Nothing,
                 activation => Then::Activation(activation),
@@ -205,7 +206,7 @@ impl Link {
             self.then.value_in_place(&mut row);
             out.iter_mut().zip(row.iter()).for_each(|(out, row)| *out = T::of(*row));
         }
-        Ok(Some(z))
+        Ok(saving.then_some(z))
     }
 
     /// dW += gᵀ x and db += Σ g, for those of the two that are tracked.
