@@ -36,6 +36,7 @@ mod dropout;
 mod gradcheck;
 pub(super) mod kernel;
 mod linear;
+mod minimax;
 mod mlp;
 mod norm;
 mod precomputed;

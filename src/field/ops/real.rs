@@ -1,10 +1,12 @@
 //! The elementary functions behind the activations, written so that plain loops over them become vector code.
 //!
 //! No branches, no tables, no calls: every function is a fixed sequence of adds, multiplications, divisions and
-//! selections, without fused multiply-adds, so each CPU gives the same bits. exp and expm1 are Taylor polynomials on
-//! |r| ≤ ln 2 / 2 after x = k ln 2 + r; log1p is 2 artanh(u / (2 + u)); erfc is a Chebyshev series of
-//! ln(erfc(z) e^{z²} / t) in t = 2 / (2 + z).
+//! selections, without fused multiply-adds, so each CPU gives the same bits. exp and expm1 are polynomials on
+//! |r| ≤ ln 2 / 2 after x = k ln 2 + r; log1p is 2 artanh(u / (2 + u)). The polynomials are Taylor's in F64 and minimax
+//! in F32, which has more such forms in [`minimax`]; erfc in F64 is a Chebyshev series of ln(erfc(z) e^{z²} / t) in
+//! t = 2 / (2 + z).
 
+use super::minimax;
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub};
 
 /// F32 or F64: what the ops calculate in.
@@ -25,18 +27,14 @@ pub(super) trait Real:
 {
     const ZERO: Self;
     const ONE: Self;
-    /// Terms of the erfc series that matter in this precision.
-    const ERFC_TERMS: usize;
     /// eˣ is zero here and below, even after multiplication by −x.
     const LOWEST: Self;
     /// Largest |x| for which [`sin_within`](Self::sin_within) holds.
     const TURNS: f64;
 
     fn of(value: f64) -> Self;
-    fn wide(self) -> f64;
     fn abs(self) -> Self;
     fn sqrt(self) -> Self;
-    fn copysign(self, sign: Self) -> Self;
 
     /// factor · eˣ for x ≤ 0.
     fn times_exp_negative(factor: Self, x: Self) -> Self;
@@ -49,6 +47,14 @@ pub(super) trait Real:
     fn exp_m1_negative(self) -> Self;
     /// ln(1 + u) for 0 ≤ u ≤ 1.
     fn ln_1p_unit(self) -> Self;
+    /// tanh x
+    fn tanh(self) -> Self;
+    /// ln cosh x for 0 ≤ x² = `self` ≤ 1.
+    fn log_cosh_unit(self) -> Self;
+    /// factor · ½ erfc(z / √2), the normal distribution's upper tail, for z ≥ 0.
+    fn times_normal_tail(factor: Self, z: Self) -> Self;
+    /// e^(−z²/2) / √(2π), the normal distribution's density, for z ≥ 0.
+    fn normal_density(self) -> Self;
     /// sin(x + quarters · π/2) for |x| ≤ [`TURNS`](Self::TURNS).
     fn sin_within(self, quarters: u32) -> Self;
     /// sin(x + quarters · π/2) for any x.
@@ -57,22 +63,17 @@ pub(super) trait Real:
 
 macro_rules! real {
     ($real:ident, $int:ident, $bits:ident, mantissa: $mantissa:literal, bias: $bias:literal, magic: $magic:literal,
-     ln2: ($ln2_high:literal, $ln2_low:literal), lowest: $lowest:literal, exp_terms: $exp_terms:literal,
-     log_terms: $log_terms:literal, erfc_terms: $erfc_terms:literal, turns: $turns:literal) => {
+     ln2: ($ln2_high:literal, $ln2_low:literal), lowest: $lowest:literal, exp: $exp:expr, log: $log:expr,
+     turns: $turns:literal, forms: { $($form:item)* }) => {
         impl Real for $real {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
-            const ERFC_TERMS: usize = $erfc_terms;
             const LOWEST: Self = $lowest;
             const TURNS: f64 = $turns;
 
             #[inline(always)]
             fn of(value: f64) -> Self {
                 value as $real
-            }
-            #[inline(always)]
-            fn wide(self) -> f64 {
-                f64::from(self)
             }
             #[inline(always)]
             fn abs(self) -> Self {
@@ -82,33 +83,26 @@ macro_rules! real {
             fn sqrt(self) -> Self {
                 $real::sqrt(self)
             }
-            #[inline(always)]
-            fn copysign(self, sign: Self) -> Self {
-                $real::copysign(self, sign)
-            }
 
             #[inline(always)]
             fn times_exp_negative(factor: Self, x: Self) -> Self {
-                let (p, a, b) = x.exp_parts();
+                let (p, a, b) = x.exp_parts(0.0);
                 // Two powers of two, so that a subnormal result is rounded once, at the end.
                 factor * (1.0 + p) * a * b
             }
             #[inline(always)]
             fn exp_m1_negative(self) -> Self {
-                let (p, a, b) = self.exp_parts();
+                let (p, a, b) = self.exp_parts(0.0);
                 let scale = a * b;
                 p * scale + (scale - 1.0)
             }
             #[inline(always)]
             fn ln_1p_unit(self) -> Self {
+                /// artanh(s) / s = 1 + c₁ s² + c₂ s⁴ + …
+                const COEFFICIENTS: &[$real] = &$log;
                 let s = self / (2.0 + self);
                 let square = s * s;
-                let mut sum = 0.0;
-                let mut n = $log_terms;
-                while n > 0 {
-                    sum = (sum + 1.0 / (2 * n + 1) as $real) * square;
-                    n -= 1;
-                }
+                let sum = COEFFICIENTS.iter().rev().fold(0.0, |sum, c| (sum + c) * square);
                 2.0 * (s + s * sum)
             }
             #[inline(always)]
@@ -124,22 +118,14 @@ macro_rules! real {
                     _ => -self.cos(),
                 }
             }
+            $($form)*
         }
 
         impl Exponential for $real {
             #[inline(always)]
-            fn exp_parts(self) -> (Self, Self, Self) {
-                /// 1 / n! for n = 2, 3, …
-                const COEFFICIENTS: [$real; $exp_terms] = {
-                    let mut table = [0.0; $exp_terms];
-                    let (mut n, mut factorial) = (0, 1.0_f64);
-                    while n < $exp_terms {
-                        factorial *= (n + 2) as f64;
-                        table[n] = (1.0 / factorial) as $real;
-                        n += 1;
-                    }
-                    table
-                };
+            fn exp_parts(self, more: Self) -> (Self, Self, Self) {
+                /// (eʳ − 1 − r) / r² = c₀ + c₁ r + …
+                const COEFFICIENTS: &[$real] = &$exp;
                 let power = |k: $int| $real::from_bits((k.wrapping_add($bias) as $bits) << $mantissa);
                 // A NaN passes this selection.
                 let x = if self < $lowest { $lowest } else { self };
@@ -147,13 +133,8 @@ macro_rules! real {
                 let shifted = x * std::f64::consts::LOG2_E as $real + $magic;
                 let rounded = shifted - $magic;
                 let k = (shifted.to_bits() as $int).wrapping_sub(($magic as $real).to_bits() as $int);
-                let r = x - rounded * $ln2_high - rounded * $ln2_low;
-                let mut tail = 0.0;
-                let mut n = $exp_terms;
-                while n > 0 {
-                    n -= 1;
-                    tail = tail * r + COEFFICIENTS[n];
-                }
+                let r = x - rounded * $ln2_high - rounded * $ln2_low + more;
+                let tail = COEFFICIENTS.iter().rev().fold(0.0, |tail, c| tail * r + c);
                 let half = k >> 1;
                 (r + r * r * tail, power(half), power(k.wrapping_sub(half)))
             }
@@ -163,21 +144,101 @@ macro_rules! real {
 
 /// The reduction x = k ln 2 + r.
 trait Exponential: Sized {
-    /// (p, a, b) with eˣ = (1 + p) a b, a and b powers of two.
-    fn exp_parts(self) -> (Self, Self, Self);
+    /// (p, a, b) with exp(x + `more`) = (1 + p) a b, a and b powers of two; |`more`| ≤ 0.1.
+    fn exp_parts(self, more: Self) -> (Self, Self, Self);
 }
 
 real!(f32, i32, u32, mantissa: 23, bias: 127, magic: 12_582_912.0,
-      ln2: (0.693_359_4, -2.121_944_4e-4), lowest: -125.0, exp_terms: 7, log_terms: 8, erfc_terms: 16,
-      turns: 1e6);
+      ln2: (0.693_359_4, -2.121_944_4e-4), lowest: -125.0,
+      exp: [0.5, 0.166_665_74, 4.166_686e-2, 8.363_74e-3, 1.390_15e-3],
+      log: [0.333_333_2, 0.200_038_03, 0.141_176_71, 0.134_298_76],
+      turns: 1e6, forms: {
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        minimax::tanh(self)
+    }
+    #[inline(always)]
+    fn log_cosh_unit(self) -> Self {
+        minimax::log_cosh_unit(self)
+    }
+    #[inline(always)]
+    fn times_normal_tail(factor: Self, z: Self) -> Self {
+        times_bell(factor * minimax::scaled_normal_tail(if z > BELL_END { BELL_END } else { z }), z)
+    }
+    #[inline(always)]
+    fn normal_density(self) -> Self {
+        times_bell(DENSITY_AT_ZERO as f32, self)
+    }
+});
 real!(f64, i64, u64, mantissa: 52, bias: 1023, magic: 6_755_399_441_055_744.0,
-      ln2: (6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10), lowest: -800.0, exp_terms: 13, log_terms: 17,
-      erfc_terms: 28, turns: 0.0);
+      ln2: (6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10), lowest: -800.0,
+      exp: TAYLOR_EXP, log: TAYLOR_ARTANH,
+      turns: 0.0, forms: {
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let m = (self.abs() * -2.0).exp_m1_negative();
+        (-m / (m + 2.0)).copysign(self)
+    }
+    /// ln(1 + u) with u = cosh x − 1 by its Taylor series.
+    #[inline(always)]
+    fn log_cosh_unit(self) -> Self {
+        const TERMS: u32 = 10;
+        let series = (2..=TERMS).rev().fold(1.0, |sum, n| 1.0 + sum * self * (1.0 / f64::from(2 * n * (2 * n - 1))));
+        (0.5 * self * series).ln_1p_unit()
+    }
+    #[inline(always)]
+    fn times_normal_tail(factor: Self, z: Self) -> Self {
+        factor * normal_tail(if z > 100.0 { 100.0 } else { z })
+    }
+    #[inline(always)]
+    fn normal_density(self) -> Self {
+        DENSITY_AT_ZERO * (-0.5 * self * self).exp_negative()
+    }
+});
+
+/// 1 / (n + 2)! for n = 0, 1, …
+const TAYLOR_EXP: [f64; 13] = {
+    let mut table = [0.0; 13];
+    let (mut n, mut factorial) = (0, 1.0);
+    while n < table.len() {
+        factorial *= (n + 2) as f64;
+        table[n] = 1.0 / factorial;
+        n += 1;
+    }
+    table
+};
+
+/// 1 / (2 n + 3) for n = 0, 1, …
+const TAYLOR_ARTANH: [f64; 17] = {
+    let mut table = [0.0; 17];
+    let mut n = 0;
+    while n < table.len() {
+        table[n] = 1.0 / (2 * n + 3) as f64;
+        n += 1;
+    }
+    table
+};
+
+/// 1 / √(2π)
+const DENSITY_AT_ZERO: f64 = 0.398_942_280_401_432_7;
+
+/// Where e^(−z²/2) is zero in F32.
+const BELL_END: f32 = 15.0;
+
+/// factor · e^(−z²/2) for z ≥ 0.
+#[inline(always)]
+fn times_bell(factor: f32, z: f32) -> f32 {
+    let z = if z > BELL_END { BELL_END } else { z };
+    // z² in two parts: the square of a number of twelve bits is exact.
+    let short = f32::from_bits(z.to_bits() & 0xffff_f000);
+    let (p, a, b) = (-0.5 * short * short).exp_parts(-0.5 * (z - short) * (z + short));
+    factor * (1.0 + p) * a * b
+}
 
 /// ln 2 for the activations that need it.
 pub(super) const LN_2: f64 = std::f64::consts::LN_2;
 
-/// sin(x + quarters · π/2) in F64 arithmetic, good to 1e-11 for |x| ≤ 1e6: what F32 needs.
+/// sin(x + quarters · π/2) in F64 arithmetic, good to 1e-9 for |x| ≤ 1e6: what F32 needs.
 #[inline(always)]
 fn sin_reduced(x: f64, quarters: u32) -> f64 {
     const MAGIC: f64 = 6_755_399_441_055_744.0;
@@ -190,30 +251,26 @@ fn sin_reduced(x: f64, quarters: u32) -> f64 {
     let turns = (shifted - MAGIC) - 0.5 * odd;
     let r = x - turns * PI_HIGH - turns * PI_LOW;
     let square = r * r;
-    let mut sum = 0.0;
-    let mut n = 7;
-    while n > 0 {
-        sum = (1.0 + sum) * -square / ((2 * n) * (2 * n + 1)) as f64;
-        n -= 1;
-    }
-    let value = r + r * sum;
+    let sum = SINE.iter().rev().fold(0.0, |sum, c| (sum + c) * square);
+    // A negative zero stays one.
+    let value = r * (1.0 + sum);
     // Each half turn changes the sign; so do two quarters.
     let flips = shifted.to_bits() ^ u64::from(quarters / 2);
     f64::from_bits(value.to_bits() ^ (flips << 63))
 }
 
-/// The upper tail of the normal distribution, ½ erfc(z / √2), for z ≥ 0, to the precision of `R`.
+/// sin(r) / r = 1 + c₁ r² + c₂ r⁴ + … for |r| ≤ π/2, to a relative error of 2e-10.
+const SINE: [f64; 5] =
+    [-1.666_666_666_4e-1, 8.333_332_745_6e-3, -1.984_108_162e-4, 2.753_613_015_3e-6, -2.407_319_210_2e-8];
+
+/// The upper tail of the normal distribution, ½ erfc(z / √2), for z ≥ 0.
 #[inline(always)]
-pub(super) fn normal_tail<R: Real>(z: f64) -> f64 {
+fn normal_tail(z: f64) -> f64 {
     let z = z * std::f64::consts::FRAC_1_SQRT_2;
     let t = 2.0 / (2.0 + z);
     let u = 2.0 * t - 1.0;
-    let (mut before, mut sum) = (0.0, 0.0);
-    let mut n = R::ERFC_TERMS - 1;
-    while n > 0 {
-        (before, sum) = (sum, 2.0 * u * sum - before + ERFC[n]);
-        n -= 1;
-    }
+    let (before, sum) =
+        ERFC.iter().skip(1).rev().fold((0.0, 0.0), |(before, sum), c| (sum, 2.0 * u * sum - before + c));
     let exponent = u * sum - before + ERFC[0] - z * z;
     0.5 * t * if exponent > 0.0 { 1.0 } else { exponent.exp_negative() }
 }
@@ -314,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn the_normal_tail_matches_known_values() {
+    fn the_normal_tail_and_density_match_known_values() {
         // mpmath: erfc(z / sqrt(2)) / 2
         for (z, exact) in [
             (0.0, 0.5),
@@ -323,8 +380,11 @@ mod tests {
             (3.0, 1.349_898_031_630_094_6e-3),
             (10.0, 7.619_853_024_160_527e-24),
         ] {
-            assert!((normal_tail::<f64>(z) / exact - 1.0).abs() < 3e-14, "{z}: {}", normal_tail::<f64>(z));
-            assert!((normal_tail::<f32>(z) / exact - 1.0).abs() < 3e-9, "{z}: {}", normal_tail::<f32>(z));
+            let (tail, density) = (f64::times_normal_tail(2.0, z), z.normal_density());
+            assert!((tail / exact / 2.0 - 1.0).abs() < 3e-14, "{z}: {tail}");
+            let (tail, density_in_f32) = (f32::times_normal_tail(2.0, z as f32), (z as f32).normal_density());
+            assert!(ulps(tail, 2.0 * exact) < 3.0, "{z}: {tail}");
+            assert!(ulps(density_in_f32, density) < 3.0, "{z}: {density_in_f32}");
         }
     }
 }

@@ -1,7 +1,6 @@
 //! The scalar functions with their first and second derivatives, finite wherever the mathematics is.
 
-use super::super::real::{LN_2, Real, normal_tail};
-use std::f64::consts::{FRAC_2_SQRT_PI, SQRT_2};
+use super::super::real::{LN_2, Real};
 
 /// A scalar function that is differentiated twice.
 pub(super) trait Function: Copy + Send + Sync + 'static {
@@ -35,8 +34,7 @@ pub(super) struct Tanh;
 impl Function for Tanh {
     #[inline(always)]
     fn value<R: Real>(self, x: R) -> R {
-        let m = (x.abs() * R::of(-2.0)).exp_m1_negative();
-        (-m / (m + R::of(2.0))).copysign(x)
+        x.tanh()
     }
     /// sech² x = 4 e / (1 + e)², e = exp(−2|x|)
     #[inline(always)]
@@ -130,42 +128,32 @@ impl Function for Silu {
     }
 }
 
-/// x Φ(x) in F64 arithmetic with a series as long as `R` needs, because its tail loses digits in F32.
 #[derive(Clone, Copy)]
 pub(super) struct Gelu;
 
-impl Gelu {
-    /// Φ(x)
-    #[inline(always)]
-    fn distribution<R: Real>(x: f64) -> f64 {
-        let tail = normal_tail::<R>(x.abs());
-        if x < 0.0 { tail } else { 1.0 - tail }
-    }
-    /// φ(x)
-    #[inline(always)]
-    fn density(x: f64) -> f64 {
-        0.25 * SQRT_2 * FRAC_2_SQRT_PI * (-0.5 * x * x).exp_negative()
-    }
-}
-
 impl Function for Gelu {
+    /// x Φ(x)
     #[inline(always)]
     fn value<R: Real>(self, x: R) -> R {
-        let x = x.wide();
-        R::of(x * Self::distribution::<R>(x))
+        // Below, Φ is zero, and zero times infinity would not be.
+        let below = if x < R::LOWEST { R::LOWEST } else { x };
+        let tail = R::times_normal_tail(if x < R::ZERO { below } else { R::ONE }, x.abs());
+        if x < R::ZERO { tail } else { x * (R::ONE - tail) }
     }
+    /// Φ(x) + x φ(x), which is 1 less its value at −x.
     #[inline(always)]
     fn slope<R: Real>(self, x: R) -> R {
-        let x = x.wide();
-        R::of(Self::distribution::<R>(x) + x * Self::density(x))
+        let size = if x.abs() > -R::LOWEST { -R::LOWEST } else { x.abs() };
+        let below = R::times_normal_tail(R::ONE, size) - size * size.normal_density();
+        if x < R::ZERO { below } else { R::ONE - below }
     }
+    /// φ(x) (2 − x²)
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
-        let x = x.wide();
         let square = x * x;
         // Beyond, the density is zero, and zero times an overflown square would not be.
-        let square = if square > 1e4 { 1e4 } else { square };
-        R::of(Self::density(x) * (2.0 - square))
+        let square = if square > R::of(1e4) { R::of(1e4) } else { square };
+        x.abs().normal_density() * (R::of(2.0) - square)
     }
 }
 
@@ -249,20 +237,11 @@ impl<const QUARTERS: u32> Function for Sine<QUARTERS> {
 pub(super) struct LogCosh;
 
 impl Function for LogCosh {
-    /// ln(1 + u) with u = cosh x − 1 by its Taylor series for |x| < 1, |x| + ln(1 + exp(−2|x|)) − ln 2 beyond.
+    /// |x| + ln(1 + exp(−2|x|)) − ln 2 for |x| ≥ 1.
     #[inline(always)]
     fn value<R: Real>(self, x: R) -> R {
-        const TERMS: u32 = 10;
         let size = x.abs();
-        let square = size * size;
-        let mut series = R::ONE;
-        let mut n = TERMS;
-        while n > 1 {
-            series = R::ONE + series * square * R::of(1.0 / f64::from(2 * n * (2 * n - 1)));
-            n -= 1;
-        }
-        let u = R::of(0.5) * square * series;
-        let near = (if size < R::ONE { u } else { R::ONE }).ln_1p_unit();
+        let near = (if size < R::ONE { size * size } else { R::ONE }).log_cosh_unit();
         let e = (-size).exp_negative();
         let far = size - R::of(LN_2) + (e * e).ln_1p_unit();
         if size < R::ONE { near } else { far }

@@ -61,8 +61,8 @@ fn worst_ulp(activation: Activation, xs: Vec<f32>) -> (f64, f32) {
 fn f32_values_are_within_five_ulp() {
     for activation in ALL {
         let even = (-1_000_000..=1_000_000).map(|n| n as f32 * 2e-5);
-        // Every exponent, both signs: 2^-126 to 2^7 in steps of 1/64 of an octave.
-        let octaves = (-126 * 64..7 * 64).flat_map(|n| [1.0, -1.0].map(|sign| sign * (n as f32 / 64.0).exp2()));
+        // Every exponent, both signs: 2^-149 to 2^7 in steps of 1/64 of an octave.
+        let octaves = (-149 * 64..7 * 64).flat_map(|n| [1.0, -1.0].map(|sign| sign * (n as f32 / 64.0).exp2()));
         let (error, x) = worst_ulp(activation, even.chain(octaves).collect());
         println!("{activation:?}: {error:.2} ulp at {x:e}");
         assert!(error <= 5.0, "{activation:?}: {error} ulp at {x:e}");
@@ -167,6 +167,30 @@ fn extremes_stay_finite() {
     let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
     for activation in ALL {
         assert!(values(&activation.forward(&nan).unwrap())[0].is_nan(), "{activation:?}");
+    }
+}
+
+#[test]
+fn infinities_become_the_limits_and_zeros_keep_their_sign() {
+    let infinity = f32::INFINITY;
+    for (activation, below, above) in [
+        (Activation::Tanh, -1.0, 1.0),
+        (Activation::Sigmoid, 0.0, 1.0),
+        (Activation::Softplus, 0.0, infinity),
+        (Activation::Silu, -0.0, infinity),
+        (Activation::Gelu, -0.0, infinity),
+        (Activation::Relu, 0.0, infinity),
+        (Activation::Elu(0.7), -0.7, infinity),
+        (Activation::LogCosh, infinity, infinity),
+    ] {
+        let mut ends = [-infinity, infinity];
+        activation.value_in_place(&mut ends);
+        assert_eq!(ends, [below, above], "{activation:?}");
+    }
+    for activation in [Activation::Tanh, Activation::Silu, Activation::Gelu, Activation::Sin, Activation::Identity] {
+        let mut zeros = [-0.0, 0.0];
+        activation.value_in_place(&mut zeros);
+        assert_eq!(zeros.map(f32::to_bits), [-0.0_f32, 0.0].map(f32::to_bits), "{activation:?}");
     }
 }
 
