@@ -1,14 +1,16 @@
 //! What happens to a product before it is stored: bias, activation or its slope, rounding.
 
 use super::held::Held;
+use super::machine::{Machine, Path, Work};
 use super::view::{View, ViewMut};
 use crate::field::ops::Activation;
+use half::bf16;
 use std::ops::Range;
 
 /// out = round(f(x B + bias)), or round((x B + bias) ∘ f′).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Epilogue<'a, T> {
-    /// Added to every row, as long as it.
+    /// Added to every row of the batch; as long as it.
     pub(crate) bias: Option<&'a [f32]>,
     /// Done with the sum.
     pub(crate) then: Then<'a, T>,
@@ -35,6 +37,39 @@ pub(crate) enum Rounding {
     None,
     /// To the nearest F16, so that F32 tiles hold F16 values.
     Half,
+    /// To the nearest BF16, likewise.
+    Brain,
+}
+
+impl Rounding {
+    /// Rounds values that no kernel has rounded.
+    pub(crate) fn apply(self, values: &mut [f32]) {
+        f32::path(Path::best()).run(Round { rounding: self, values });
+    }
+
+    /// The value that is stored.
+    #[inline(always)]
+    fn of(self, value: f32) -> f32 {
+        match self {
+            Self::None => value,
+            Self::Half => nearest_half(value),
+            Self::Brain => bf16::of(value).wide(),
+        }
+    }
+}
+
+struct Round<'a> {
+    rounding: Rounding,
+    values: &'a mut [f32],
+}
+
+impl Work for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(self) {
+        self.values.iter_mut().for_each(|value| *value = self.rounding.of(*value));
+    }
 }
 
 impl<T> Default for Epilogue<'_, T> {
@@ -53,18 +88,32 @@ pub(super) struct Sums<'a> {
 }
 
 impl<T: Held> Epilogue<'_, T> {
-    /// Finishes the sums and stores them in those rows and columns of `out`.
+    /// Adds the bias of those columns to a block of sums.
     #[inline(always)]
-    pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>, out: &mut ViewMut<'_, T>) {
-        let Sums { values, stride, slopes } = sums;
+    pub(super) fn add_to_columns(&self, sums: &mut [f32], stride: usize, columns: Range<usize>) {
         if let Some(bias) = self.bias {
-            let bias = &bias[columns.clone()];
-            for row in values.chunks_exact_mut(stride) {
-                for (sum, &bias) in row.iter_mut().zip(bias) {
+            for row in sums.chunks_exact_mut(stride) {
+                for (sum, &bias) in row.iter_mut().zip(&bias[columns.clone()]) {
                     *sum += bias;
                 }
             }
         }
+    }
+
+    /// Adds the bias of those rows to a block of sums.
+    #[inline(always)]
+    pub(super) fn add_to_rows(&self, sums: &mut [f32], stride: usize, rows: Range<usize>) {
+        if let Some(bias) = self.bias {
+            for (row, &bias) in sums.chunks_exact_mut(stride).zip(&bias[rows]) {
+                row.iter_mut().for_each(|sum| *sum += bias);
+            }
+        }
+    }
+
+    /// Finishes the sums, which have their bias, and stores them in those rows and columns of `out`.
+    #[inline(always)]
+    pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>, out: &mut ViewMut<'_, T>) {
+        let Sums { values, stride, slopes } = sums;
         match self.then {
             Then::Nothing => {}
             Then::Activation(activation) => activation.value_in_place(values),
@@ -82,17 +131,8 @@ impl<T: Held> Epilogue<'_, T> {
         }
         for (row, values) in rows.zip(values.chunks_exact(stride)) {
             let out = &mut out.row(row)[columns.clone()];
-            match self.rounding {
-                Rounding::None => {
-                    for (out, &value) in out.iter_mut().zip(values) {
-                        *out = T::of(value);
-                    }
-                }
-                Rounding::Half => {
-                    for (out, &value) in out.iter_mut().zip(values) {
-                        *out = T::of(nearest_half(value));
-                    }
-                }
+            for (out, &value) in out.iter_mut().zip(values) {
+                *out = T::of(self.rounding.of(value));
             }
         }
     }

@@ -24,6 +24,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn plus(self, other: Self) -> Self;
     /// `self + a b`, fused where the CPU can.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
+    /// The sum of the lanes, halves first.
+    unsafe fn total(self) -> f32;
     /// Each lane taken for two BF16 side by side: (those in the low halves, those in the high halves), widened.
     unsafe fn split(self) -> (Self, Self);
 }
@@ -76,6 +78,11 @@ unsafe impl Lanes for Plain {
                 if FUSED { a.0[n].mul_add(b.0[n], self.0[n]) } else { self.0[n] + a.0[n] * b.0[n] }
             },
         ))
+    }
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        let [a, b, c, d] = self.0;
+        (a + c) + (b + d)
     }
     #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {

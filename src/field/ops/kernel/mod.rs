@@ -11,11 +11,13 @@
 //! | [`multiply()`] with [`Packed::straight`] | (g W) ∘ f′ | its pullback to x, through the activation before |
 //! | [`add_outer`] | dW += gᵀ x | its pullback to W |
 //! | [`add_column_sums`] | db += Σ g | its pullback to b |
+//! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
 //!
-//! Tiles hold F32 or BF16 ([`Held`]); F16 is held as F32 that is rounded to it ([`Rounding::Half`]). Products of BF16 are
+//! Tiles hold F32 or BF16 ([`Held`]); F16 is held as F32 that is rounded to it ([`Rounding`]). Products of BF16 are
 //! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
 //! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run time.
 
+mod batch_lanes;
 mod epilogue;
 mod held;
 mod lanes;
@@ -31,6 +33,7 @@ mod view;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(crate) use batch_lanes::{add_column_sums_lanes, add_outer_lanes, multiply_lanes, transpose};
 pub(crate) use epilogue::{Epilogue, Rounding, Then};
 pub(crate) use held::Held;
 pub(crate) use multiply::multiply;

@@ -70,6 +70,7 @@ impl<T: Held> Work for Multiply<'_, T> {
                     }
                 });
                 let space = height * stride;
+                self.epilogue.add_to_columns(&mut sums[..space], stride, columns.clone());
                 let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
                 self.epilogue.finish(sums, row..row + height, columns.clone(), &mut self.out);
                 row += height;

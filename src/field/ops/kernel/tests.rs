@@ -1,5 +1,6 @@
 //! Every path against sums in F64, for odd shapes, strides and edges; and how fast the best one is.
 
+mod lanes;
 mod rates;
 
 use super::machine::Path;
@@ -213,6 +214,11 @@ fn every_f16_and_every_bf16_is_rounded_to() {
                 // Before it is rounded, x is added to a zero, which takes the sign of one.
                 let exact = f16::from_f32(x).to_f32();
                 assert!(y == exact || y.is_nan() && x.is_nan(), "{path:?}: {x:e} became {y:e}, not {exact:e}");
+                let mut alone = [x, x];
+                Rounding::Half.apply(&mut alone[..1]);
+                Rounding::Brain.apply(&mut alone[1..]);
+                assert!(alone[0].to_bits() == exact.to_bits() || x.is_nan() && alone[0].is_nan(), "{x:e}");
+                assert_eq!(alone[1].to_bits(), bf16::from_f32(x).to_f32().to_bits(), "{x:e}");
                 let brain = <bf16 as Held>::of(x);
                 assert_eq!(brain.to_bits(), bf16::from_f32(x).to_bits(), "{x:e}");
                 assert_eq!(Held::wide(brain).to_bits(), brain.to_f32().to_bits());

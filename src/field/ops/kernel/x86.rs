@@ -53,6 +53,14 @@ unsafe impl Lanes for Eight {
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
     #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+    #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {
         unsafe {
             let bits = _mm256_castps_si256(self.0);
@@ -98,6 +106,10 @@ unsafe impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
         Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+    }
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        unsafe { _mm512_reduce_add_ps(self.0) }
     }
     #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {

@@ -39,12 +39,42 @@ fn products<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
     );
 }
 
+/// A layer of the batch in the lanes, and the same row by row: nanoseconds a row of the batch.
+fn tiny((rows, input, output): (usize, usize, usize)) {
+    let (x, g, mut y) = (noise(rows * input, 1), noise(rows * output, 2), noise(rows * output, 3));
+    let (weight, bias) = (noise(output * input, 4), noise(output, 5));
+    let b = Packed::transposed(View::new(&weight, output, input, input));
+    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
+    let (mut dw, mut db) = (weight.clone(), bias.clone());
+    let each = |seconds: f64| 1e9 * seconds / rows as f64;
+    let lanes = (View::new(&x, input, rows, rows), View::new(&g, output, rows, rows));
+    let layer = each(seconds(|| multiply_lanes(lanes.0, &b, &epilogue, ViewMut::new(&mut y, output, rows, rows))));
+    let outer = each(seconds(|| add_outer_lanes(lanes.1, lanes.0, ViewMut::new(&mut dw, output, input, input))));
+    let sums = each(seconds(|| add_column_sums_lanes(lanes.1, &mut db)));
+    let turn =
+        each(seconds(|| transpose(View::new(&g, rows, output, output), ViewMut::new(&mut y, output, rows, rows))));
+    let by_row = (View::new(&x, rows, input, input), View::new(&g, rows, output, output));
+    let out = (rows, output, output);
+    let row_layer = each(seconds(|| multiply(by_row.0, &b, &epilogue, ViewMut::new(&mut y, out.0, out.1, out.2))));
+    let mut scratch = Scratch::default();
+    let dw = &mut dw;
+    let row_outer =
+        each(seconds(|| add_outer(by_row.1, by_row.0, ViewMut::new(dw, output, input, input), &mut scratch)));
+    println!(
+        "lanes {rows} × {input} × {output}: layer {layer:.2} ns (row-major {row_layer:.2}), dW {outer:.2} ns \
+         ({row_outer:.2}), db {sums:.2} ns, transposing g {turn:.2} ns"
+    );
+}
+
 #[test]
 #[ignore = "prints rates"]
 fn rates() {
     for shape in [(128, 256, 256), (128, 64, 256), (128, 256, 64), (128, 64, 64), (1024, 256, 256), (128, 1024, 1024)] {
         products::<f32>("F32", shape);
         products::<bf16>("BF16", shape);
+    }
+    for shape in [(256, 2, 64), (256, 64, 2), (256, 64, 64), (256, 16, 16), (64, 2, 64)] {
+        tiny(shape);
     }
     let x = noise(4096, 1);
     let mut y = x.clone();

@@ -1,0 +1,274 @@
+//! The same kernels with the batch in the lanes of the vectors, for layers with few inputs or outputs.
+//!
+//! Tiles are stored feature by feature: element (row r of the batch, feature j) is in row j, column r of the matrix. A
+//! weight is then broadcast and multiplied with many rows of the batch at a time, where row-major kernels would fill
+//! panels with zeros. Tiles are F32, also for BF16 ([`Rounding::Brain`](super::Rounding::Brain)): products of rounded
+//! numbers are the same. Results have the bits of the row-major kernels.
+
+use super::epilogue::{Epilogue, Sums, Then};
+use super::held::Held;
+use super::lanes::Lanes;
+use super::machine::{Machine, Path, Work};
+use super::packed::{PANEL, Packed};
+use super::scheme::Single;
+use super::tile::{Left, Right, by_height, store, tile};
+use super::view::{View, ViewMut};
+
+/// Features of a block at most.
+const FEATURES: usize = 8;
+/// Rows of the batch in a block at most.
+const ROWS: usize = 256;
+
+/// out = epilogue(Bᵀ x) for x `(k, rows)` and B `(k, n)`; the bias belongs to the rows of `out` `(n, rows)`.
+pub(crate) fn multiply_lanes(x: View<'_, f32>, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>, out: ViewMut<'_, f32>) {
+    multiply_lanes_on(f32::path(Path::best()), x, b, epilogue, out);
+}
+
+/// [`multiply_lanes`] on a path that this CPU has.
+pub(super) fn multiply_lanes_on(
+    path: Path,
+    x: View<'_, f32>,
+    b: &Packed<f32>,
+    epilogue: &Epilogue<'_, f32>,
+    out: ViewMut<'_, f32>,
+) {
+    let shape = (out.rows(), out.columns());
+    assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.0));
+    if let Then::TimesSlope(_, kept) = &epilogue.then {
+        assert_eq!((kept.rows(), kept.columns()), shape);
+    }
+    path.run(Multiply { x, b, epilogue, out });
+}
+
+struct Multiply<'a> {
+    x: View<'a, f32>,
+    b: &'a Packed<f32>,
+    epilogue: &'a Epilogue<'a, f32>,
+    out: ViewMut<'a, f32>,
+}
+
+impl Work for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(mut self) {
+        let (mut sums, mut slopes) = ([0.0; FEATURES * ROWS], [0.0; FEATURES * ROWS]);
+        let features = self.out.rows();
+        for first in (0..self.out.columns()).step_by(ROWS) {
+            let rows = first..self.out.columns().min(first + ROWS);
+            let stride = rows.len().next_multiple_of(2 * M::Lanes::WIDTH);
+            for panel in (0..features).step_by(PANEL) {
+                let end = features.min(panel + PANEL);
+                let mut feature = panel;
+                while feature < end {
+                    let height = by_height!(M::Lanes, end - feature, HEIGHT => {
+                        // SAFETY: the CPU has the instructions, says the caller; the loops stay in the shapes.
+                        unsafe { self.block::<M, HEIGHT>(feature, rows.start, rows.len(), &mut sums, stride) };
+                    });
+                    let space = height * stride;
+                    let features = feature..feature + height;
+                    self.epilogue.add_to_rows(&mut sums[..space], stride, features.clone());
+                    let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
+                    self.epilogue.finish(sums, features, rows.clone(), &mut self.out);
+                    feature += height;
+                }
+            }
+        }
+    }
+}
+
+impl Multiply<'_> {
+    /// `HEIGHT` features from `feature` on, which lie in one panel, of `count` rows of the batch from `row` on.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `M`; there are such features and rows.
+    #[inline(always)]
+    unsafe fn block<M: Machine, const HEIGHT: usize>(
+        &self,
+        feature: usize,
+        row: usize,
+        count: usize,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        let width = M::Lanes::WIDTH;
+        let panel = self.b.panel(feature / PANEL * PANEL);
+        let depth = self.b.depth();
+        assert!(sums.len() >= HEIGHT * stride && stride >= count.next_multiple_of(2 * width));
+        let mut at = 0;
+        while at < count {
+            let left = count - at;
+            // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x no more is read
+            // than `count` rows of the batch, and the sums have space for whole vectors, asserted above.
+            unsafe {
+                let a = Left { at: panel.values.as_ptr().add(feature % PANEL), row: 1, step: panel.width };
+                let b = Right { at: self.x.as_ptr().add(row + at), step: self.x.stride() };
+                let to = sums.as_mut_ptr().add(at);
+                if HEIGHT <= 2 && left >= 4 * width {
+                    // Few sums wait for each other; these are enough to fill the time.
+                    store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0), to, stride);
+                    at += 4 * width;
+                } else if left >= 2 * width {
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, true>(depth, a, b, 0), to, stride);
+                    at += 2 * width;
+                } else if left > width {
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, false>(depth, a, b, left - width), to, stride);
+                    at = count;
+                } else {
+                    store(tile::<Single<M::Lanes>, HEIGHT, 1, false>(depth, a, b, left), to, stride);
+                    at = count;
+                }
+            }
+        }
+    }
+}
+
+/// dW += g xᵀ for g `(out, rows)`, x `(in, rows)` and dW `(out, in)`.
+pub(crate) fn add_outer_lanes(g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
+    add_outer_lanes_on(f32::path(Path::best()), g, x, dw);
+}
+
+/// [`add_outer_lanes`] on a path that this CPU has.
+pub(super) fn add_outer_lanes_on(path: Path, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
+    assert_eq!((g.columns(), g.rows(), x.rows()), (x.columns(), dw.rows(), dw.columns()));
+    path.run(Outer { g, x, dw });
+}
+
+struct Outer<'a> {
+    g: View<'a, f32>,
+    x: View<'a, f32>,
+    dw: ViewMut<'a, f32>,
+}
+
+impl Work for Outer<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(mut self) {
+        let (out, input) = (self.dw.rows(), self.dw.columns());
+        let mut row = 0;
+        while row < out {
+            let (height, width) = match out - row {
+                1 => (1, 4),
+                2 | 3 => (2, 4),
+                _ => (4, 2),
+            };
+            let mut column = 0;
+            while column < input {
+                let width = if input - column >= width { width } else { 1 };
+                // SAFETY: the CPU has the instructions, says the caller; the loops stay in the shapes.
+                unsafe {
+                    match (height, width) {
+                        (4, 2) => self.block::<M::Lanes, 4, 2>(row, column),
+                        (4, _) => self.block::<M::Lanes, 4, 1>(row, column),
+                        (2, 4) => self.block::<M::Lanes, 2, 4>(row, column),
+                        (2, _) => self.block::<M::Lanes, 2, 1>(row, column),
+                        (_, 4) => self.block::<M::Lanes, 1, 4>(row, column),
+                        _ => self.block::<M::Lanes, 1, 1>(row, column),
+                    }
+                }
+                column += width;
+            }
+            row += height;
+        }
+    }
+}
+
+impl Outer<'_> {
+    /// Adds the scalar products of `M` rows of g from `row` on with `N` rows of x from `column` on.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `L`; there are such rows.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const M: usize, const N: usize>(&mut self, row: usize, column: usize) {
+        let count = self.g.columns();
+        let g: [_; M] = std::array::from_fn(|m| self.g.row(row + m).as_ptr());
+        let x: [_; N] = std::array::from_fn(|n| self.x.row(column + n).as_ptr());
+        // SAFETY: rows of both operands are `count` long, `add_outer_lanes_on` has seen to that.
+        let sums = unsafe {
+            let mut sums = [[L::splat(0.0); N]; M];
+            let mut add = |g: [L; M], x: [L; N]| {
+                for (sums, &g) in sums.iter_mut().zip(&g) {
+                    for (sum, &x) in sums.iter_mut().zip(&x) {
+                        *sum = sum.plus_product(g, x);
+                    }
+                }
+            };
+            let whole = count / L::WIDTH * L::WIDTH;
+            for at in (0..whole).step_by(L::WIDTH) {
+                add(g.map(|g| L::load(g.add(at))), x.map(|x| L::load(x.add(at))));
+            }
+            if whole < count {
+                let rest = |from: *const f32| L::load_first(from.add(whole), count - whole);
+                add(g.map(rest), x.map(rest));
+            }
+            sums
+        };
+        for (m, sums) in sums.into_iter().enumerate() {
+            for (dw, sum) in self.dw.row(row + m)[column..].iter_mut().zip(sums) {
+                // SAFETY: the caller's.
+                *dw += unsafe { sum.total() };
+            }
+        }
+    }
+}
+
+/// db += Σ over the batch of g `(out, rows)`.
+pub(crate) fn add_column_sums_lanes(g: View<'_, f32>, db: &mut [f32]) {
+    add_column_sums_lanes_on(f32::path(Path::best()), g, db);
+}
+
+/// [`add_column_sums_lanes`] on a path that this CPU has.
+pub(super) fn add_column_sums_lanes_on(path: Path, g: View<'_, f32>, db: &mut [f32]) {
+    assert_eq!(g.rows(), db.len());
+    path.run(RowSums { g, db });
+}
+
+struct RowSums<'a> {
+    g: View<'a, f32>,
+    db: &'a mut [f32],
+}
+
+impl Work for RowSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(self) {
+        let width = M::Lanes::WIDTH;
+        for (n, db) in self.db.iter_mut().enumerate() {
+            let row = self.g.row(n);
+            // SAFETY: the CPU has the instructions, says the caller; `whole` elements are four vectors many times, and no
+            // chunk of the others is longer than a vector.
+            unsafe {
+                let mut sums = [M::Lanes::splat(0.0); 4];
+                let whole = row.len() / (4 * width) * (4 * width);
+                for at in (0..whole).step_by(4 * width) {
+                    for (n, sum) in sums.iter_mut().enumerate() {
+                        *sum = sum.plus(M::Lanes::load(row.as_ptr().add(at + n * width)));
+                    }
+                }
+                for (sum, chunk) in sums.iter_mut().zip(row[whole..].chunks(width)) {
+                    *sum = sum.plus(M::Lanes::load_first(chunk.as_ptr(), chunk.len()));
+                }
+                let [a, b, c, d] = sums;
+                *db += a.plus(b).plus(c.plus(d)).total();
+            }
+        }
+    }
+}
+
+/// The transpose of `from` `(rows, columns)` in `to` `(columns, rows)`: from row-major to feature by feature and back.
+pub(crate) fn transpose<T: Copy>(from: View<'_, T>, mut to: ViewMut<'_, T>) {
+    const BLOCK: usize = 16;
+    assert_eq!((from.rows(), from.columns()), (to.columns(), to.rows()));
+    for first in (0..from.rows()).step_by(BLOCK) {
+        let rows = first..from.rows().min(first + BLOCK);
+        for column in 0..from.columns() {
+            let to = &mut to.row(column)[rows.clone()];
+            for (row, to) in rows.clone().zip(to) {
+                *to = from.row(row)[column];
+            }
+        }
+    }
+}
