@@ -68,7 +68,6 @@ impl Work for Multiply<'_> {
                     });
                     let space = height * stride;
                     let features = feature..feature + height;
-                    self.epilogue.add_to_rows(&mut sums[..space], stride, features.clone());
                     let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
                     self.epilogue.finish(sums, features, rows.clone(), &mut self.out);
                     feature += height;
@@ -94,6 +93,7 @@ impl Multiply<'_> {
     ) {
         let width = M::Lanes::WIDTH;
         let panel = self.b.panel(feature / PANEL * PANEL);
+        let bias: [f32; HEIGHT] = std::array::from_fn(|m| self.epilogue.bias.map_or(0.0, |bias| bias[feature + m]));
         let depth = self.b.depth();
         assert!(sums.len() >= HEIGHT * stride && stride >= count.next_multiple_of(2 * width));
         let mut at = 0;
@@ -105,18 +105,19 @@ impl Multiply<'_> {
                 let a = Left { at: panel.values.as_ptr().add(feature % PANEL), row: 1, step: panel.width };
                 let b = Right { at: self.x.as_ptr().add(row + at), step: self.x.stride() };
                 let to = sums.as_mut_ptr().add(at);
+                let start = |m: usize, _| M::Lanes::splat(bias[m]);
                 if HEIGHT <= 2 && left >= 4 * width {
                     // Few sums wait for each other; these are enough to fill the time.
-                    store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0, start), to, stride);
                     at += 4 * width;
                 } else if left >= 2 * width {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 2, true>(depth, a, b, 0), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, true>(depth, a, b, 0, start), to, stride);
                     at += 2 * width;
                 } else if left > width {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 2, false>(depth, a, b, left - width), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, false>(depth, a, b, left - width, start), to, stride);
                     at = count;
                 } else {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 1, false>(depth, a, b, left), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 1, false>(depth, a, b, left, start), to, stride);
                     at = count;
                 }
             }

@@ -10,7 +10,7 @@ use std::ops::Range;
 /// out = round(f(x B + bias)), or round((x B + bias) ∘ f′).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Epilogue<'a, T> {
-    /// Added to every row of the batch; as long as it.
+    /// Where the sums of every row of the batch begin; as long as it.
     pub(crate) bias: Option<&'a [f32]>,
     /// Done with the sum.
     pub(crate) then: Then<'a, T>,
@@ -88,29 +88,7 @@ pub(super) struct Sums<'a> {
 }
 
 impl<T: Held> Epilogue<'_, T> {
-    /// Adds the bias of those columns to a block of sums.
-    #[inline(always)]
-    pub(super) fn add_to_columns(&self, sums: &mut [f32], stride: usize, columns: Range<usize>) {
-        if let Some(bias) = self.bias {
-            for row in sums.chunks_exact_mut(stride) {
-                for (sum, &bias) in row.iter_mut().zip(&bias[columns.clone()]) {
-                    *sum += bias;
-                }
-            }
-        }
-    }
-
-    /// Adds the bias of those rows to a block of sums.
-    #[inline(always)]
-    pub(super) fn add_to_rows(&self, sums: &mut [f32], stride: usize, rows: Range<usize>) {
-        if let Some(bias) = self.bias {
-            for (row, &bias) in sums.chunks_exact_mut(stride).zip(&bias[rows]) {
-                row.iter_mut().for_each(|sum| *sum += bias);
-            }
-        }
-    }
-
-    /// Finishes the sums, which have their bias, and stores them in those rows and columns of `out`.
+    /// Finishes the sums, which began with the bias, and stores them in those rows and columns of `out`.
     #[inline(always)]
     pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>, out: &mut ViewMut<'_, T>) {
         let Sums { values, stride, slopes } = sums;

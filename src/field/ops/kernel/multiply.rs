@@ -54,23 +54,26 @@ impl<T: Held> Work for Multiply<'_, T> {
 
     #[inline(always)]
     unsafe fn run<M: Machine>(mut self) {
-        let (mut sums, mut slopes) = ([0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
+        let (mut start, mut sums, mut slopes) = ([0.0; COLUMNS], [0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
         let group = (GROUP / self.x.columns().max(1) / PANEL * PANEL).clamp(PANEL, COLUMNS);
         let (rows, columns) = (self.out.rows(), self.out.columns());
         for first in (0..columns).step_by(group) {
             let columns = first..columns.min(first + group);
             let stride = columns.len().div_ceil(PANEL / 2) * (PANEL / 2);
+            if let Some(bias) = self.epilogue.bias {
+                start[..columns.len()].copy_from_slice(&bias[columns.clone()]);
+            }
             let mut row = 0;
             while row < rows {
                 let height = by_height!(M::Lanes, rows - row, HEIGHT => {
                     for panel in columns.clone().step_by(PANEL) {
+                        let at = panel - first;
                         // SAFETY: the CPU has the instructions, says the caller; the block lies in x, the panel in the
                         // group.
-                        unsafe { self.block::<M, HEIGHT>(row, panel, &mut sums[panel - first..], stride) };
+                        unsafe { self.block::<M, HEIGHT>(row, panel, &start[at..], &mut sums[at..], stride) };
                     }
                 });
                 let space = height * stride;
-                self.epilogue.add_to_columns(&mut sums[..space], stride, columns.clone());
                 let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
                 self.epilogue.finish(sums, row..row + height, columns.clone(), &mut self.out);
                 row += height;
@@ -80,7 +83,8 @@ impl<T: Held> Work for Multiply<'_, T> {
 }
 
 impl<T: Held> Multiply<'_, T> {
-    /// The products of `HEIGHT` rows of x from `row` on with the panel at `column`, to the first columns of `sums`.
+    /// The products of `HEIGHT` rows of x from `row` on with the panel at `column`, added to `start`, to the first columns
+    /// of `sums`.
     ///
     /// # Safety
     /// The CPU has the instructions of `M`; there are so many rows, and that panel.
@@ -89,25 +93,27 @@ impl<T: Held> Multiply<'_, T> {
         &self,
         row: usize,
         column: usize,
+        start: &[f32],
         sums: &mut [f32],
         stride: usize,
     ) {
         let panel = self.b.panel(column);
         let depth = self.x.columns();
-        assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width);
+        assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width && start.len() >= panel.width);
         let mut at = 0;
         while at < panel.width {
             // SAFETY: x has the rows and is as wide as the panel is deep, `multiply_on` has seen to that; the panel is
-            // as wide as the vectors from `at` on, and the sums are wide enough for them, asserted above.
+            // as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
             unsafe {
                 let a = Left { at: self.x.as_ptr().add(row * self.x.stride()), row: self.x.stride(), step: T::DEPTH };
                 let b = Right { at: panel.values.as_ptr().add(at * T::DEPTH), step: panel.width * T::DEPTH };
                 let to = sums.as_mut_ptr().add(at);
+                let start = |_, v| M::Lanes::load(start.as_ptr().add(at + v * M::Lanes::WIDTH));
                 if panel.width - at >= 2 * M::Lanes::WIDTH {
-                    store(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0), to, stride);
+                    store(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0, start), to, stride);
                     at += 2 * M::Lanes::WIDTH;
                 } else {
-                    store(tile::<T::Scheme<M>, HEIGHT, 1, true>(depth, a, b, 0), to, stride);
+                    store(tile::<T::Scheme<M>, HEIGHT, 1, true>(depth, a, b, 0, start), to, stride);
                     at += M::Lanes::WIDTH;
                 }
             }

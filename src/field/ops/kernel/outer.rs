@@ -85,12 +85,18 @@ impl<T: Held> Outer<'_, T> {
             let b = Right { at: x, step: self.x.stride() };
             let to = self.dw.as_mut_ptr().add(row * stride + column);
             let depth = steps * T::DEPTH;
+            let zero = |_, _| M::Lanes::splat(0.0);
             if columns >= 2 * width {
-                add(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0), to, stride, width);
+                add(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0, zero), to, stride, width);
             } else if columns > width {
-                add(tile::<T::Scheme<M>, HEIGHT, 2, false>(depth, a, b, columns - width), to, stride, columns - width);
+                add(
+                    tile::<T::Scheme<M>, HEIGHT, 2, false>(depth, a, b, columns - width, zero),
+                    to,
+                    stride,
+                    columns - width,
+                );
             } else {
-                add(tile::<T::Scheme<M>, HEIGHT, 1, false>(depth, a, b, columns), to, stride, columns);
+                add(tile::<T::Scheme<M>, HEIGHT, 1, false>(depth, a, b, columns, zero), to, stride, columns);
             }
         }
     }

@@ -19,7 +19,8 @@ pub(super) struct Right<E> {
     pub(super) step: usize,
 }
 
-/// `M` rows and `V` vectors of sums over `depth` elements; of the last vector of the right only `last` lanes are read.
+/// `M` rows and `V` vectors of sums over `depth` elements, which begin at `start(row, vector)`; of the last vector of the
+/// right only `last` lanes are read.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`, and all that is named lies in memory.
@@ -29,10 +30,11 @@ pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE
     a: Left<S::Element>,
     b: Right<S::Element>,
     last: usize,
+    start: impl Fn(usize, usize) -> S::Lanes,
 ) -> [[S::Lanes; V]; M] {
     let width = S::Lanes::WIDTH * S::DEPTH;
     unsafe {
-        let mut sums = [[S::Lanes::splat(0.0); V]; M];
+        let mut sums: [[_; V]; M] = std::array::from_fn(|m| std::array::from_fn(|v| start(m, v)));
         let vectors = |k: usize| -> [S::Factor; V] {
             let row = b.at.add(k * b.step);
             std::array::from_fn(|v| {

@@ -1,6 +1,6 @@
 //! How fast the kernels are on one core: `cargo test --release --lib rates -- --ignored --nocapture`.
 
-use super::noise;
+use super::{Path, add_outer_on, multiply_on, noise};
 use crate::field::ops::Activation;
 use crate::field::ops::kernel::*;
 use half::bf16;
@@ -39,6 +39,23 @@ fn products<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
     );
 }
 
+/// The same product on every path.
+fn paths<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
+    let held = |len, seed| noise(len, seed).into_iter().map(T::of).collect::<Vec<_>>();
+    let (x, g, mut y) = (held(rows * input, 1), held(rows * output, 2), held(rows * output, 3));
+    let mut dw = noise(output * input, 4);
+    let b = Packed::<T>::transposed(View::new(&dw, output, input, input));
+    let (x, g) = (View::new(&x, rows, input, input), View::new(&g, rows, output, output));
+    let rate = |seconds: f64| 2e-9 * (rows * input * output) as f64 / seconds;
+    for path in Path::all() {
+        let (plain, mut scratch) = (Epilogue::default(), Scratch::default());
+        let product = rate(seconds(|| multiply_on(path, x, &b, &plain, ViewMut::new(&mut y, rows, output, output))));
+        let outer =
+            rate(seconds(|| add_outer_on(path, g, x, ViewMut::new(&mut dw, output, input, input), &mut scratch)));
+        println!("{what} on {path:?}: {product:.0} GFLOP/s, dW {outer:.0}");
+    }
+}
+
 /// A layer of the batch in the lanes, and the same row by row: nanoseconds a row of the batch.
 fn tiny((rows, input, output): (usize, usize, usize)) {
     let (x, g, mut y) = (noise(rows * input, 1), noise(rows * output, 2), noise(rows * output, 3));
@@ -73,6 +90,8 @@ fn rates() {
         products::<f32>("F32", shape);
         products::<bf16>("BF16", shape);
     }
+    paths::<f32>("F32", (128, 256, 256));
+    paths::<bf16>("BF16", (128, 256, 256));
     for shape in [(256, 2, 64), (256, 64, 2), (256, 64, 64), (256, 16, 16), (64, 2, 64)] {
         tiny(shape);
     }
