@@ -1,28 +1,37 @@
 //! The compute dtypes of a chain: what tensors store and what tiles hold of it.
 
-use super::Saving;
-use crate::field::ops::kernel::View;
-use crate::field::session::{Matrix, Session, Tile};
+use super::order::{Order, Ordered};
+use super::{Link, Saving};
+use crate::field::ops::kernel::{View, transpose};
+use crate::field::session::{Matrix, Session};
 use candle_core::{CpuStorage, WithDType};
+use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use std::marker::PhantomData;
 
 /// A compute dtype.
 pub(super) trait Compute {
     /// What its tensors store.
     type Stored: WithDType + Into<f32>;
     /// What tiles hold of it.
-    type Held: Tile + Saving;
+    type Held: Ordered + Saving;
 
-    /// Stored elements as a tile holds them: where they lie, if they can be.
-    fn held<'a>(session: &Session, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held>;
-    /// Elements to be stored, made by `fill`, which is given a tile of that shape.
+    /// How its tiles lie.
+    fn order(links: &[Link], rows: usize) -> Order {
+        Order::of(links, rows)
+    }
+
+    /// Stored rows as a tile holds them: where they lie, if they can be.
+    fn held<'a>(session: &Session, order: Order, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held>;
+
+    /// Rows to be stored, of a tile of that shape (rows, features) that `fill` fills.
     fn stored(
         session: &Session,
-        rows: usize,
-        columns: usize,
+        order: Order,
+        shape: [usize; 2],
         fill: impl FnOnce(&mut [Self::Held]),
     ) -> Vec<Self::Stored>;
+
     /// As a storage of Candle's.
     fn storage(stored: Vec<Self::Stored>) -> CpuStorage {
         Self::Stored::to_cpu_storage_owned(stored)
@@ -35,7 +44,7 @@ pub(super) enum Input<'a, T> {
     Here(Matrix<T>),
 }
 
-impl<T: Tile> Input<'_, T> {
+impl<T: Ordered> Input<'_, T> {
     pub(super) fn view(&self) -> View<'_, T> {
         match self {
             Self::There(view) => *view,
@@ -44,49 +53,81 @@ impl<T: Tile> Input<'_, T> {
     }
 }
 
-/// Where tiles hold what tensors store.
-macro_rules! as_stored {
-    ($name:ident, $element:ty, $zero:expr) => {
-        pub(super) struct $name;
-
-        impl Compute for $name {
-            type Stored = $element;
-            type Held = $element;
-
-            fn held<'a>(_: &Session, stored: &'a [$element], rows: usize) -> Input<'a, $element> {
-                let columns = stored.len() / rows.max(1);
-                Input::There(View::new(stored, rows, columns, columns))
-            }
-
-            fn stored(_: &Session, rows: usize, columns: usize, fill: impl FnOnce(&mut [$element])) -> Vec<$element> {
-                let mut stored = vec![$zero; rows * columns];
-                fill(&mut stored);
-                stored
-            }
-        }
-    };
+/// Rows in another order.
+fn turned<T: Ordered>(session: &Session, stored: View<'_, T>) -> Matrix<T> {
+    let mut tile = Order::Lanes.tile(session, stored.rows(), stored.columns());
+    transpose(stored, Order::Lanes.write(&mut tile, stored.rows()));
+    tile
 }
 
-as_stored!(InSingle, f32, 0.0);
-as_stored!(InBrain, bf16, bf16::ZERO);
+fn whole<T>(stored: &[T], rows: usize) -> View<'_, T> {
+    let columns = stored.len() / rows.max(1);
+    View::new(stored, rows, columns, columns)
+}
 
-/// F16, held in F32.
-pub(super) struct InHalf;
+/// Tiles hold what tensors store.
+pub(super) struct AsStored<T>(PhantomData<T>);
 
-impl Compute for InHalf {
-    type Stored = f16;
-    type Held = f32;
+impl<T: Ordered + Saving + WithDType + Into<f32>> Compute for AsStored<T> {
+    type Stored = T;
+    type Held = T;
 
-    fn held<'a>(session: &Session, stored: &'a [f16], rows: usize) -> Input<'a, f32> {
-        let mut wide = f32::spare(session).matrix(rows, stored.len() / rows.max(1));
-        stored.convert_to_f32_slice(&mut wide);
-        Input::Here(wide)
+    fn order(links: &[Link], rows: usize) -> Order {
+        if T::DTYPE == bf16::DTYPE { Order::Rows } else { Order::of(links, rows) }
     }
 
-    fn stored(session: &Session, rows: usize, columns: usize, fill: impl FnOnce(&mut [f32])) -> Vec<f16> {
-        let mut wide = f32::spare(session).matrix(rows, columns);
-        fill(&mut wide);
-        let mut stored = vec![f16::ZERO; wide.len()];
+    fn held<'a>(session: &Session, order: Order, stored: &'a [T], rows: usize) -> Input<'a, T> {
+        match order {
+            Order::Rows => Input::There(whole(stored, rows)),
+            Order::Lanes => Input::Here(turned(session, whole(stored, rows))),
+        }
+    }
+
+    fn stored(session: &Session, order: Order, [rows, features]: [usize; 2], fill: impl FnOnce(&mut [T])) -> Vec<T> {
+        let mut stored = vec![T::zero(); rows * features];
+        match order {
+            Order::Rows => fill(&mut stored),
+            Order::Lanes => {
+                let mut tile = order.tile(session, rows, features);
+                fill(&mut tile);
+                transpose(tile.view(), Order::Rows.write(&mut stored, rows));
+            }
+        }
+        stored
+    }
+}
+
+/// Tiles hold half precision in F32.
+pub(super) struct Widened<T>(PhantomData<T>);
+
+impl<T: WithDType + Into<f32>> Compute for Widened<T>
+where
+    [T]: HalfFloatSliceExt,
+{
+    type Stored = T;
+    type Held = f32;
+
+    fn held<'a>(session: &Session, order: Order, stored: &'a [T], rows: usize) -> Input<'a, f32> {
+        let mut wide = Order::Rows.tile(session, rows, stored.len() / rows.max(1));
+        stored.convert_to_f32_slice(&mut wide);
+        Input::Here(match order {
+            Order::Rows => wide,
+            Order::Lanes => turned(session, wide.view()),
+        })
+    }
+
+    fn stored(session: &Session, order: Order, shape: [usize; 2], fill: impl FnOnce(&mut [f32])) -> Vec<T> {
+        let [rows, features] = shape;
+        let mut wide = Order::Rows.tile(session, rows, features);
+        match order {
+            Order::Rows => fill(&mut wide),
+            Order::Lanes => {
+                let mut tile = order.tile(session, rows, features);
+                fill(&mut tile);
+                transpose(tile.view(), Order::Rows.write(&mut wide, rows));
+            }
+        }
+        let mut stored = vec![T::zero(); wide.len()];
         stored.convert_from_f32_slice(&wide);
         stored
     }

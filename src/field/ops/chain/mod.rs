@@ -3,9 +3,11 @@
 //! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve on the CPU, in F32, F16 and BF16, the layers of this crate
 //! run in it: weights are packed once per solve, the activation is applied to the product while that is in registers, the
 //! pullback multiplies by fₙ′ there too, and dL/dW is added in place to the F32 sums. Between its first and its last
-//! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer.
+//! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer, unless the
+//! layers are narrow.
 
 mod compute;
+mod order;
 mod pass;
 
 use super::Activation;
@@ -13,8 +15,9 @@ use crate::Time;
 use crate::field::session::{Current, Session};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
-use compute::{Compute, InBrain, InHalf, InSingle};
-use half::bf16;
+use compute::{AsStored, Compute, Widened};
+use half::{bf16, f16};
+use order::Order;
 use pass::Saved;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,6 +28,8 @@ pub(super) struct Link {
     bias: Option<Parameter>,
     /// Leading columns of W that the rows of x are multiplied with.
     inputs: usize,
+    /// Rows of W.
+    outputs: usize,
     /// The time, which multiplies the one column beyond.
     beyond: Option<f64>,
     then: Activation,
@@ -92,10 +97,9 @@ impl Chain {
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
     pub(super) fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, t: Option<&Time>) -> bool {
         let parameter = |leaf: &Tensor| Some(Parameter { leaf: leaf.clone(), slot: self.session.slot(leaf)? });
-        let Ok((_, columns)) = weight.dims2() else { return false };
+        let Ok((outputs, columns)) = weight.dims2() else { return false };
         let inputs = columns - usize::from(t.is_some()).min(columns);
-        let before =
-            self.links.last().map_or(x.dims().last().copied(), |link| link.weight.leaf.dims().first().copied());
+        let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
         let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0;
         // What Candle would have to track to reach the weights has to be tracked through x.
         let is_seen = |leaf: &Tensor| !self.linearises || x.track_op() || !leaf.track_op();
@@ -110,7 +114,7 @@ impl Chain {
             bias => bias.flatten(),
         };
         let Some(weight) = parameter(weight) else { return false };
-        self.links.push(Link { weight, bias, inputs, beyond: t.map(Time::value), then: Activation::Identity });
+        self.links.push(Link { weight, bias, inputs, outputs, beyond: t.map(Time::value), then: Activation::Identity });
         true
     }
 
@@ -154,7 +158,7 @@ impl ChainOp {
     fn value<C: Compute>(&self, x: &[C::Stored], shape: &Shape) -> Result<(CpuStorage, Shape)> {
         let mut dims = shape.dims().to_vec();
         let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
-        *last = link.weight.leaf.dim(0)?;
+        *last = link.outputs;
         let mut saved = self.tracked.then(Saved::default);
         let value = pass::value::<C>(&self.session, &self.links, x, saved.as_mut())?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(C::Held::saves);
@@ -166,7 +170,7 @@ impl ChainOp {
         let Some(saved) = saved.as_ref().and_then(C::Held::saved) else {
             bail!("a chain pulls back what it has evaluated")
         };
-        pass::pull::<C>(&self.session, &self.links, saved, x, value, grad)
+        pass::pull::<C>(&self.session, &self.links, saved, x, value, grad).map(Some)
     }
 }
 
@@ -202,9 +206,12 @@ impl CustomOp1 for ChainOp {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
         match x {
-            CpuStorage::F32(x) => self.value::<InSingle>(&x[from..to], layout.shape()),
-            CpuStorage::F16(x) => self.value::<InHalf>(&x[from..to], layout.shape()),
-            CpuStorage::BF16(x) => self.value::<InBrain>(&x[from..to], layout.shape()),
+            CpuStorage::F32(x) => self.value::<AsStored<f32>>(&x[from..to], layout.shape()),
+            CpuStorage::F16(x) => self.value::<Widened<f16>>(&x[from..to], layout.shape()),
+            CpuStorage::BF16(x) => match Order::of(&self.links, (to - from) / self.links[0].inputs) {
+                Order::Rows => self.value::<AsStored<bf16>>(&x[from..to], layout.shape()),
+                Order::Lanes => self.value::<Widened<bf16>>(&x[from..to], layout.shape()),
+            },
             other => bail!("no kernels for {:?}", other.dtype()),
         }
     }
@@ -212,9 +219,12 @@ impl CustomOp1 for ChainOp {
     fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.detach().contiguous()?;
         match x.dtype() {
-            DType::F16 => self.pull::<InHalf>(x, value, &grad),
-            DType::BF16 => self.pull::<InBrain>(x, value, &grad),
-            _ => self.pull::<InSingle>(x, value, &grad),
+            DType::F16 => self.pull::<Widened<f16>>(x, value, &grad),
+            DType::BF16 => match Order::of(&self.links, x.elem_count() / self.links[0].inputs) {
+                Order::Rows => self.pull::<AsStored<bf16>>(x, value, &grad),
+                Order::Lanes => self.pull::<Widened<bf16>>(x, value, &grad),
+            },
+            _ => self.pull::<AsStored<f32>>(x, value, &grad),
         }
     }
 }

@@ -1,12 +1,11 @@
 //! A tile through the layers of a chain, and back.
 
 use super::compute::{Compute, Input};
+use super::order::{Order, Ordered};
 use super::{Link, Parameter, with_elements};
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
-use crate::field::ops::kernel::{
-    Epilogue, Held, Packed, Rounding, Then, View, ViewMut, add_column_sums, add_outer, multiply,
-};
+use crate::field::ops::kernel::{Epilogue, Held, Packed, Then, View, ViewMut};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::{DType, Result, Tensor};
@@ -31,41 +30,37 @@ pub(super) fn value<C: Compute>(
     session: &Session,
     links: &[Link],
     x: &[C::Stored],
-    mut saved: Option<&mut Saved<C::Held>>,
+    saved: Option<&mut Saved<C::Held>>,
 ) -> Result<Vec<C::Stored>> {
     let rows = x.len() / links[0].inputs;
-    let spare = C::Held::spare(session);
-    let mut input = C::held(session, x, rows);
-    let mut hidden: Vec<Matrix<C::Held>> = vec![];
+    let order = C::order(links, rows);
+    let x = C::held(session, order, x, rows);
     let (last, before) = (&links[links.len() - 1], &links[..links.len() - 1]);
+    let (mut hidden, mut inputs) = (Vec::<Matrix<C::Held>>::new(), vec![]);
     for link in before {
-        let mut out = spare.matrix(rows, link.outputs()?);
-        let kept = link.value(session, hidden.last().map_or(input.view(), Matrix::view), &mut out, saved.is_some())?;
-        match &mut saved {
-            Some(saved) => {
-                saved.inputs.push(kept);
-                hidden.push(out);
-            }
-            // Nobody looks back: the layer before the last is done with.
-            None => {
-                hidden.clear();
-                hidden.push(out);
-            }
+        let mut out = order.tile(session, rows, link.outputs);
+        inputs.push(link.value(session, order, from(&x, &hidden), &mut out)?);
+        if saved.is_none() {
+            // Nobody looks back.
+            hidden.clear();
+            inputs.clear();
         }
-        if saved.is_none() && matches!(input, Input::Here(_)) {
-            input = Input::There(View::new(&[], 0, 0, 0));
-        }
+        hidden.push(out);
     }
-    let from = hidden.last().map_or(input.view(), Matrix::view);
-    let (mut kept, outputs) = (Ok(None), last.outputs()?);
-    let is_saving = saved.is_some();
-    let stored = C::stored(session, rows, outputs, |out| kept = last.value(session, from, out, is_saving));
-    let kept = kept?;
+    let mut kept = Ok(None);
+    let stored = C::stored(session, order, [rows, last.outputs], |out| {
+        kept = last.value(session, order, from(&x, &hidden), out);
+    });
+    inputs.push(kept?);
     if let Some(saved) = saved {
-        saved.inputs.push(kept);
-        saved.hidden = hidden;
+        *saved = Saved { hidden, inputs };
     }
     Ok(stored)
+}
+
+/// What the next layer is given.
+fn from<'a, T: Ordered>(x: &'a Input<'_, T>, hidden: &'a [Matrix<T>]) -> View<'a, T> {
+    hidden.last().map_or_else(|| x.view(), Matrix::view)
 }
 
 /// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx.
@@ -76,81 +71,82 @@ pub(super) fn pull<C: Compute>(
     x: &Tensor,
     value: &Tensor,
     grad: &Tensor,
-) -> Result<Option<Tensor>> {
+) -> Result<Tensor> {
     let rows = x.elem_count() / links[0].inputs;
+    let order = C::order(links, rows);
     let scale = sink::scale()?;
     let dx = with_elements::<C::Stored, _>(x, |x| {
         with_elements::<C::Stored, _>(value, |value| {
             with_elements::<C::Stored, _>(grad, |grad| {
-                let (x, value) = (C::held(session, x, rows), C::held(session, value, rows));
-                let g = seed::<C>(session, links, saved, value.view(), grad, scale)?;
-                back::<C>(session, links, saved, x.view(), g, scale)
+                let held = |stored| C::held(session, order, stored, rows);
+                let (x, value, grad) = (held(x), held(value), held(grad));
+                let g = seed(session, order, links, saved, value.view(), grad.view(), scale);
+                back::<C>(session, order, links, saved, x.view(), g, scale)
             })
         })
     })?;
-    Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    Tensor::from_vec(dx, x.shape(), x.device())
 }
 
 /// The cotangent of the last product: grad/S, through the last activation.
-fn seed<C: Compute>(
+fn seed<T: Ordered>(
     session: &Session,
+    order: Order,
     links: &[Link],
-    saved: &Saved<C::Held>,
-    value: View<'_, C::Held>,
-    grad: &[C::Stored],
+    saved: &Saved<T>,
+    value: View<'_, T>,
+    grad: View<'_, T>,
     scale: f64,
-) -> Result<Matrix<C::Held>> {
-    let (rows, columns) = (value.rows(), value.columns());
-    let mut g = C::Held::spare(session).matrix(rows, columns);
+) -> Matrix<T> {
+    let last = links.len() - 1;
+    let rows = if order == Order::Rows { grad.rows() } else { grad.columns() };
+    let mut g = order.tile(session, rows, links[last].outputs);
     let inverse = (1.0 / scale) as f32;
-    for (g, grad) in g.iter_mut().zip(grad) {
-        *g = C::Held::of((*grad).into() * inverse);
-    }
-    let n = links.len() - 1;
-    if let Some(kept) = kept(links, saved, n, value) {
-        let mut slopes = f32::spare(session).matrix(1, columns);
-        for (row, g) in g.chunks_exact_mut(columns).enumerate() {
-            for (slope, kept) in slopes.iter_mut().zip(kept.row(row)) {
-                *slope = kept.wide();
-            }
-            links[n].then.slope_in_place(&mut slopes);
-            for (g, slope) in g.iter_mut().zip(slopes.iter()) {
-                *g = C::Held::of(g.wide() * slope);
+    let (then, kept) = (links[last].then, kept(links, saved, last, value));
+    let mut slopes = f32::spare(session).matrix(1, grad.columns());
+    for (row, g) in g.chunks_exact_mut(grad.columns()).enumerate() {
+        let scaled = g.iter_mut().zip(grad.row(row));
+        match kept {
+            None => scaled.for_each(|(g, grad)| *g = T::of(grad.wide() * inverse)),
+            Some(kept) => {
+                slopes.iter_mut().zip(kept.row(row)).for_each(|(slope, kept)| *slope = kept.wide());
+                then.slope_in_place(&mut slopes);
+                scaled.zip(slopes.iter()).for_each(|((g, grad), slope)| *g = T::of(grad.wide() * inverse * slope));
             }
         }
     }
-    Ok(g)
+    g
 }
 
 /// From the cotangent `g` of the last product, which is not scaled, to that of x, which is.
 fn back<C: Compute>(
     session: &Session,
+    order: Order,
     links: &[Link],
     saved: &Saved<C::Held>,
     x: View<'_, C::Held>,
     mut g: Matrix<C::Held>,
     scale: f64,
 ) -> Result<Vec<C::Stored>> {
-    let spare = C::Held::spare(session);
-    let rows = x.rows();
+    let rows = if order == Order::Rows { x.rows() } else { x.columns() };
     for (n, link) in links.iter().enumerate().skip(1).rev() {
         let input = saved.hidden[n - 1].view();
-        link.add_gradients(session, g.view(), input)?;
-        let mut out = spare.matrix(rows, link.inputs);
-        let before = &links[n - 1];
+        link.add_gradients(session, order, g.view(), input)?;
         let then = match kept(links, saved, n - 1, input) {
-            Some(kept) => Then::TimesSlope(before.then, kept),
+            Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
         };
+        let mut out = order.tile(session, rows, link.inputs);
         let packed = link.packed::<C::Held>(session, Side::Backward)?;
-        multiply(g.view(), &packed, &Epilogue { bias: None, then, rounding: Rounding::None }, whole(&mut out, rows));
+        let epilogue = Epilogue { then, ..Epilogue::default() };
+        C::Held::multiply(order, g.view(), &packed, &epilogue, order.write(&mut out, rows));
         g = out;
     }
     let first = &links[0];
-    first.add_gradients(session, g.view(), x)?;
+    first.add_gradients(session, order, g.view(), x)?;
     let packed = first.packed::<C::Held>(session, Side::Backward)?;
-    Ok(C::stored(session, rows, first.inputs, |out| {
-        multiply(g.view(), &packed, &Epilogue::default(), whole(out, rows));
+    Ok(C::stored(session, order, [rows, first.inputs], |out| {
+        C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));
         if scale != 1.0 {
             out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
         }
@@ -166,67 +162,56 @@ fn kept<'a, T: Tile>(links: &[Link], saved: &'a Saved<T>, n: usize, result: View
     }
 }
 
-fn whole<T>(values: &mut [T], rows: usize) -> ViewMut<'_, T> {
-    let columns = values.len() / rows.max(1);
-    ViewMut::new(values, rows, columns, columns)
-}
-
 impl Link {
-    fn outputs(&self) -> Result<usize> {
-        self.weight.leaf.dim(0)
-    }
-
-    /// f(x W[:, ..inputs]ᵀ + b + t w), and what was activated if the pullback will ask for it.
-    fn value<T: Tile>(
+    /// f(x W[:, ..inputs]ᵀ + b + t w), and what was activated where f′ is a function of that.
+    fn value<T: Ordered>(
         &self,
         session: &Session,
+        order: Order,
         x: View<'_, T>,
         out: &mut [T],
-        saving: bool,
     ) -> Result<Option<Matrix<T>>> {
         let packed = self.packed::<T>(session, Side::Forward)?;
         let bias = self.bias_in_f32(session)?;
         let bias = bias.as_deref();
-        let rows = x.rows();
-        // A value is the same to the bit, saved or not.
+        let rows = out.len() / self.outputs;
         if self.then.keeps() != Keeps::Input {
             let then = match self.then {
                 Activation::Identity => Then::Nothing,
                 activation => Then::Activation(activation),
             };
-            multiply(x, &packed, &Epilogue { bias, then, rounding: Rounding::None }, whole(out, rows));
+            T::multiply(order, x, &packed, &Epilogue { bias, then }, order.write(out, rows));
             return Ok(None);
         }
-        let mut z = T::spare(session).matrix(rows, self.outputs()?);
-        let then = Then::Nothing;
-        multiply(x, &packed, &Epilogue { bias, then, rounding: Rounding::None }, whole(&mut z, rows));
-        let mut row = f32::spare(session).matrix(1, self.outputs()?);
-        for (z, out) in z.chunks_exact(row.len()).zip(out.chunks_exact_mut(row.len())) {
-            row.iter_mut().zip(z).for_each(|(row, z)| *row = z.wide());
-            self.then.value_in_place(&mut row);
-            out.iter_mut().zip(row.iter()).for_each(|(out, row)| *out = T::of(*row));
+        const CHUNK: usize = 256;
+        let mut z = order.tile(session, rows, self.outputs);
+        T::multiply(order, x, &packed, &Epilogue { bias, then: Then::Nothing }, order.write(&mut z, rows));
+        let mut wide = [0.0; CHUNK];
+        for (z, out) in z.chunks(CHUNK).zip(out.chunks_mut(CHUNK)) {
+            let wide = &mut wide[..z.len()];
+            wide.iter_mut().zip(z).for_each(|(wide, z)| *wide = z.wide());
+            self.then.value_in_place(wide);
+            out.iter_mut().zip(wide).for_each(|(out, wide)| *out = T::of(*wide));
         }
-        Ok(saving.then_some(z))
+        Ok(Some(z))
     }
 
     /// dW += gᵀ x and db += Σ g, for those of the two that are tracked.
-    fn add_gradients<T: Tile>(&self, session: &Session, g: View<'_, T>, x: View<'_, T>) -> Result<()> {
+    fn add_gradients<T: Ordered>(&self, session: &Session, order: Order, g: View<'_, T>, x: View<'_, T>) -> Result<()> {
         let tracked = |parameter: &&Parameter| parameter.leaf.track_op();
         let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
-        let mut sums = f32::spare(session).matrix(1, g.columns());
+        let mut sums = f32::spare(session).matrix(1, self.outputs);
         sums.fill(0.0);
-        add_column_sums(g, &mut sums);
+        T::add_sums(order, g, &mut sums);
         // A cotangent that is not finite shows in its sums.
         sink::note(sums.iter().all(|sum| sum.is_finite()));
         if let Some(weight) = weight {
-            let (rows, columns) = weight.leaf.dims2()?;
+            let columns = self.inputs + usize::from(self.beyond.is_some());
             sink::add_in_place(&weight.leaf, |dw| {
-                T::spare(session).with_scratch(|scratch| {
-                    add_outer(g, x, ViewMut::new(dw, rows, self.inputs, columns), scratch);
-                });
+                T::add_outer(order, session, g, x, ViewMut::new(dw, self.outputs, self.inputs, columns));
                 if let Some(t) = self.beyond {
                     let beyond = dw.iter_mut().skip(self.inputs).step_by(columns);
                     beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += t as f32 * sum);
@@ -261,7 +246,7 @@ impl Link {
     ) -> Arc<Shared<T>> {
         session.packed(slot, side, || {
             let columns = self.inputs + usize::from(self.beyond.is_some());
-            let view = View::new(w, w.len() / columns, self.inputs, columns);
+            let view = View::new(w, self.outputs, self.inputs, columns);
             match side {
                 Side::Forward => Packed::transposed(view),
                 Side::Backward => Packed::straight(view),
@@ -274,7 +259,7 @@ impl Link {
         if self.bias.is_none() && self.beyond.is_none() {
             return Ok(None);
         }
-        let mut sum = f32::spare(session).matrix(1, self.outputs()?);
+        let mut sum = f32::spare(session).matrix(1, self.outputs);
         sum.fill(0.0);
         if let Some(bias) = &self.bias {
             add_elements(&bias.leaf, 1.0, (0, 1), &mut sum)?;

@@ -2,8 +2,7 @@
 //!
 //! Tiles are stored feature by feature: element (row r of the batch, feature j) is in row j, column r of the matrix. A
 //! weight is then broadcast and multiplied with many rows of the batch at a time, where row-major kernels would fill
-//! panels with zeros. Tiles are F32, also for BF16 ([`Rounding::Brain`](super::Rounding::Brain)): products of rounded
-//! numbers are the same. Results have the bits of the row-major kernels.
+//! panels with zeros. Tiles are F32. Results have the bits of the row-major kernels.
 
 use super::epilogue::{Epilogue, Sums, Then};
 use super::held::Held;

@@ -1,21 +1,17 @@
-//! What happens to a product before it is stored: bias, activation or its slope, rounding.
+//! What happens to a product before it is stored: bias, activation or its slope.
 
 use super::held::Held;
-use super::machine::{Machine, Path, Work};
 use super::view::{View, ViewMut};
 use crate::field::ops::Activation;
-use half::bf16;
 use std::ops::Range;
 
-/// out = round(f(x B + bias)), or round((x B + bias) ∘ f′).
+/// out = f(x B + bias), or (x B + bias) ∘ f′, rounded once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Epilogue<'a, T> {
     /// Where the sums of every row of the batch begin; as long as it.
     pub(crate) bias: Option<&'a [f32]>,
     /// Done with the sum.
     pub(crate) then: Then<'a, T>,
-    /// Done with the result.
-    pub(crate) rounding: Rounding,
 }
 
 /// What is done with the sum of product and bias.
@@ -30,51 +26,9 @@ pub(crate) enum Then<'a, T> {
     TimesSlope(Activation, View<'a, T>),
 }
 
-/// To what a result is rounded before it is stored as `T`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rounding {
-    /// To `T`.
-    None,
-    /// To the nearest F16, so that F32 tiles hold F16 values.
-    Half,
-    /// To the nearest BF16, likewise.
-    Brain,
-}
-
-impl Rounding {
-    /// Rounds values that no kernel has rounded.
-    pub(crate) fn apply(self, values: &mut [f32]) {
-        f32::path(Path::best()).run(Round { rounding: self, values });
-    }
-
-    /// The value that is stored.
-    #[inline(always)]
-    fn of(self, value: f32) -> f32 {
-        match self {
-            Self::None => value,
-            Self::Half => nearest_half(value),
-            Self::Brain => bf16::of(value).wide(),
-        }
-    }
-}
-
-struct Round<'a> {
-    rounding: Rounding,
-    values: &'a mut [f32],
-}
-
-impl Work for Round<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<M: Machine>(self) {
-        self.values.iter_mut().for_each(|value| *value = self.rounding.of(*value));
-    }
-}
-
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
-        Self { bias: None, then: Then::Nothing, rounding: Rounding::None }
+        Self { bias: None, then: Then::Nothing }
     }
 }
 
@@ -110,21 +64,8 @@ impl<T: Held> Epilogue<'_, T> {
         for (row, values) in rows.zip(values.chunks_exact(stride)) {
             let out = &mut out.row(row)[columns.clone()];
             for (out, &value) in out.iter_mut().zip(values) {
-                *out = T::of(self.rounding.of(value));
+                *out = T::of(value);
             }
         }
     }
-}
-
-/// The F16 next to `value`, as F32: ties to even, infinite from 65520 on.
-#[inline(always)]
-pub(super) fn nearest_half(value: f32) -> f32 {
-    let bits = value.to_bits();
-    // Normal numbers keep ten bits of the mantissa. Below 2⁻¹⁴, F16 has the spacing that F32 has above ½.
-    let normal = f32::from_bits(bits.wrapping_add(0xfff + (bits >> 13 & 1)) & !0x1fff);
-    let size = value.abs();
-    let subnormal = ((size + 0.5) - 0.5).copysign(value);
-    let finite = if size < 6.103_515_6e-5 { subnormal } else { normal };
-    let rounded = if finite.abs() > 65504.0 { f32::INFINITY.copysign(value) } else { finite };
-    if value.is_nan() { value } else { rounded }
 }

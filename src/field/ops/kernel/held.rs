@@ -1,4 +1,4 @@
-//! What tiles hold: F32, or BF16. (F16 is held as F32 that was rounded to it.)
+//! What tiles hold: F32, or BF16. (F16 is held in F32.)
 
 use super::machine::{Machine, Path};
 use super::scheme::{Scheme, Single};

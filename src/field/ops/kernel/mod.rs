@@ -13,7 +13,7 @@
 //! | [`add_column_sums`] | db += Σ g | its pullback to b |
 //! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
 //!
-//! Tiles hold F32 or BF16 ([`Held`]); F16 is held as F32 that is rounded to it ([`Rounding`]). Products of BF16 are
+//! Tiles hold F32 or BF16 ([`Held`]); F16 is held in F32. Products of BF16 are
 //! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
 //! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run time.
 
@@ -34,7 +34,7 @@ mod view;
 mod x86;
 
 pub(crate) use batch_lanes::{add_column_sums_lanes, add_outer_lanes, multiply_lanes, transpose};
-pub(crate) use epilogue::{Epilogue, Rounding, Then};
+pub(crate) use epilogue::{Epilogue, Then};
 pub(crate) use held::Held;
 pub(crate) use multiply::multiply;
 pub(crate) use outer::{Scratch, add_column_sums, add_outer};

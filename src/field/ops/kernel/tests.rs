@@ -198,31 +198,14 @@ fn weights_in_half_precision_are_widened_exactly() {
 }
 
 #[test]
-fn every_f16_and_every_bf16_is_rounded_to() {
-    let b = Packed::<f32>::transposed(View::new(&[1.0_f32], 1, 1, 1));
-    let epilogue = Epilogue { rounding: Rounding::Half, ..Epilogue::default() };
-    for path in Path::all() {
-        for high in 0..=u16::MAX {
-            // Sixteen numbers among those that share their upper half: halves of the last place, and what is next to them.
-            let x = std::array::from_fn::<_, 16, _>(|n| {
-                let low = [0, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2fff, 0x3000, 0x3001, 0x7000, 0x7fff, 0x8000, 0x8001];
-                f32::from_bits(u32::from(high) << 16 | low.get(n).copied().unwrap_or(0xb000 + n as u32))
-            });
-            let mut y = [0.0; 16];
-            multiply_on(path, View::new(&x, 16, 1, 1), &b, &epilogue, ViewMut::new(&mut y, 16, 1, 1));
-            for (x, y) in x.into_iter().zip(y) {
-                // Before it is rounded, x is added to a zero, which takes the sign of one.
-                let exact = f16::from_f32(x).to_f32();
-                assert!(y == exact || y.is_nan() && x.is_nan(), "{path:?}: {x:e} became {y:e}, not {exact:e}");
-                let mut alone = [x, x];
-                Rounding::Half.apply(&mut alone[..1]);
-                Rounding::Brain.apply(&mut alone[1..]);
-                assert!(alone[0].to_bits() == exact.to_bits() || x.is_nan() && alone[0].is_nan(), "{x:e}");
-                assert_eq!(alone[1].to_bits(), bf16::from_f32(x).to_f32().to_bits(), "{x:e}");
-                let brain = <bf16 as Held>::of(x);
-                assert_eq!(brain.to_bits(), bf16::from_f32(x).to_bits(), "{x:e}");
-                assert_eq!(Held::wide(brain).to_bits(), brain.to_f32().to_bits());
-            }
+fn every_bf16_is_rounded_to() {
+    for high in 0..=u16::MAX {
+        // Halves of the last place, and what is next to them.
+        for low in [0, 1, 0x7000, 0x7fff, 0x8000, 0x8001, 0xb000, 0xffff] {
+            let x = f32::from_bits(u32::from(high) << 16 | low);
+            let brain = <bf16 as Held>::of(x);
+            assert_eq!(brain.to_bits(), bf16::from_f32(x).to_bits(), "{x:e}");
+            assert_eq!(Held::wide(brain).to_bits(), brain.to_f32().to_bits());
         }
     }
 }

@@ -31,7 +31,7 @@ fn products_have_the_bits_of_the_row_major_ones() {
 
             let forward = Packed::transposed(weight.view());
             let then = Then::Activation(Activation::Tanh);
-            let epilogue = Epilogue { bias: Some(&bias), then, rounding: Rounding::Half };
+            let epilogue = Epilogue { bias: Some(&bias), then };
             let (mut y, mut turned_y) = (Matrix::noise(rows, output, 5), Matrix::noise(output, rows, 6));
             multiply_on(path, x.view(), &forward, &epilogue, y.view_mut());
             multiply_lanes_on(path, turned_x.view(), &forward, &epilogue, turned_y.view_mut());
@@ -40,10 +40,10 @@ fn products_have_the_bits_of_the_row_major_ones() {
             let pullback = Packed::straight(weight.view());
             let (mut back, mut turned_back) = (Matrix::noise(rows, input, 5), Matrix::noise(input, rows, 6));
             let then = Then::TimesSlope(Activation::Tanh, kept.view());
-            let epilogue = Epilogue { then, rounding: Rounding::Brain, ..Epilogue::default() };
+            let epilogue = Epilogue { then, ..Epilogue::default() };
             multiply_on(path, g.view(), &pullback, &epilogue, back.view_mut());
             let then = Then::TimesSlope(Activation::Tanh, turned_kept.view());
-            let epilogue = Epilogue { then, rounding: Rounding::Brain, ..Epilogue::default() };
+            let epilogue = Epilogue { then, ..Epilogue::default() };
             multiply_lanes_on(path, turned_g.view(), &pullback, &epilogue, turned_back.view_mut());
             assert_same_bits(&what, &turned_back, &back);
         }

@@ -27,14 +27,13 @@ fn products<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
         rate(seconds(|| multiply(x, &b, &epilogue, ViewMut::new(&mut y, rows, output, output))))
     };
     let plain = product(Epilogue::default());
-    let half = product(Epilogue { rounding: Rounding::Half, ..Epilogue::default() });
     let tanh = product(Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() });
     let slope = product(Epilogue { then: Then::TimesSlope(Activation::Tanh, g), ..Epilogue::default() });
     let (mut dw, mut db, mut scratch) = (weight.clone(), bias.clone(), Scratch::default());
     let outer = rate(seconds(|| add_outer(g, x, ViewMut::new(&mut dw, output, input, input), &mut scratch)));
     let sums = 1e9 * seconds(|| add_column_sums(g, &mut db)) / (rows * output) as f64;
     println!(
-        "{what} {rows} × {input} × {output}: {plain:.0} GFLOP/s, F16 {half:.0}, bias and tanh {tanh:.0}, slope {slope:.0}, \
+        "{what} {rows} × {input} × {output}: {plain:.0} GFLOP/s, bias and tanh {tanh:.0}, slope {slope:.0}, \
          dW {outer:.0}, db {sums:.3} ns"
     );
 }

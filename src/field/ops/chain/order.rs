@@ -1,0 +1,99 @@
+//! How the tiles of a chain lie in memory, and the kernels for each way.
+
+use super::Link;
+use crate::field::ops::kernel::{
+    Epilogue, Packed, View, ViewMut, add_column_sums, add_column_sums_lanes, add_outer, add_outer_lanes, multiply,
+    multiply_lanes,
+};
+use crate::field::session::{Matrix, Session, Tile};
+use half::bf16;
+
+/// What is contiguous in a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// The features of a row of the batch.
+    Rows,
+    /// A feature of all rows: the batch lies in the lanes of the vectors, which layers of few features would not fill.
+    Lanes,
+}
+
+impl Order {
+    /// Features that do not fill a vector.
+    const FEW: usize = 16;
+
+    /// The faster order.
+    pub(super) fn of(links: &[Link], rows: usize) -> Self {
+        let is_narrow = |link: &Link| link.inputs.min(link.outputs) < Self::FEW;
+        if rows >= Self::FEW && links.iter().any(is_narrow) { Self::Lanes } else { Self::Rows }
+    }
+
+    /// A tile with anything in it.
+    pub(super) fn tile<T: Tile>(self, session: &Session, rows: usize, features: usize) -> Matrix<T> {
+        match self {
+            Self::Rows => T::spare(session).matrix(rows, features),
+            Self::Lanes => T::spare(session).matrix(features, rows),
+        }
+    }
+
+    /// The elements of a tile, to be written.
+    pub(super) fn write<T>(self, values: &mut [T], rows: usize) -> ViewMut<'_, T> {
+        let features = values.len() / rows.max(1);
+        match self {
+            Self::Rows => ViewMut::new(values, rows, features, features),
+            Self::Lanes => ViewMut::new(values, features, rows, rows),
+        }
+    }
+}
+
+/// Elements with kernels for their orders. BF16 is multiplied in rows alone.
+pub(super) trait Ordered: Tile {
+    /// f(x B + b)
+    fn multiply(
+        order: Order,
+        x: View<'_, Self>,
+        b: &Packed<Self>,
+        epilogue: &Epilogue<'_, Self>,
+        out: ViewMut<'_, Self>,
+    );
+    /// dW += gᵀ x
+    fn add_outer(order: Order, session: &Session, g: View<'_, Self>, x: View<'_, Self>, dw: ViewMut<'_, f32>);
+    /// db += Σ g
+    fn add_sums(order: Order, g: View<'_, Self>, db: &mut [f32]);
+}
+
+impl Ordered for f32 {
+    fn multiply(order: Order, x: View<'_, f32>, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>, out: ViewMut<'_, f32>) {
+        match order {
+            Order::Rows => multiply(x, b, epilogue, out),
+            Order::Lanes => multiply_lanes(x, b, epilogue, out),
+        }
+    }
+
+    fn add_outer(order: Order, session: &Session, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
+        match order {
+            Order::Rows => Self::spare(session).with_scratch(|scratch| add_outer(g, x, dw, scratch)),
+            Order::Lanes => add_outer_lanes(g, x, dw),
+        }
+    }
+
+    fn add_sums(order: Order, g: View<'_, f32>, db: &mut [f32]) {
+        match order {
+            Order::Rows => add_column_sums(g, db),
+            Order::Lanes => add_column_sums_lanes(g, db),
+        }
+    }
+}
+
+impl Ordered for bf16 {
+    fn multiply(_: Order, x: View<'_, Self>, b: &Packed<Self>, epilogue: &Epilogue<'_, Self>, out: ViewMut<'_, Self>) {
+        multiply(x, b, epilogue, out);
+    }
+
+    fn add_outer(_: Order, session: &Session, g: View<'_, Self>, x: View<'_, Self>, dw: ViewMut<'_, f32>) {
+        Self::spare(session).with_scratch(|scratch| add_outer(g, x, dw, scratch));
+    }
+
+    fn add_sums(_: Order, g: View<'_, Self>, db: &mut [f32]) {
+        add_column_sums(g, db);
+    }
+}
