@@ -309,6 +309,7 @@ fn of_ops_that_cut_the_graph_without_a_word() {
     let build = |vb: candle_nn::VarBuilder<'static>| candle_nn::linear(3, 3, vb);
     let eval = |m: &candle_nn::Linear, _: &Time, y: &Tensor| y + softmax_last_dim(&m.forward_t(y, true)?)?;
     let field = ModelField::new(&vars, &CPU, build, eval).unwrap();
+    fill(&vars, 3, 1.0);
     for _ in 0..2 {
         let solution = Ode::new(&field).span(0.0, 1.0).steps(4).solve(ones()).unwrap();
         let error = OdeError::from(solution.last().sum_all().unwrap().backward().unwrap_err());
