@@ -1,10 +1,13 @@
 //! Bytes we own, told to whoever listens: one `tracing` event `bytes { category, delta }` when a buffer is born and
-//! one when it dies.
+//! one when it dies; of an entry of the trajectory it tells the `codec` too.
 //!
 //! The rooms below `solve` know nothing of meters and ledgers; they hold an [`Owned`] beside each buffer of ours, and
-//! the memory layer adds up.
+//! the memory layer adds up. What is alive is summed up here too, listened to or not, so that a ledger that begins late
+//! knows where it begins.
 
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 /// Target of every span and event of this crate.
 pub const TARGET: &str = "candle_ode";
@@ -13,7 +16,7 @@ pub const TARGET: &str = "candle_ode";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Category {
-    /// Masters, as the optimiser sees them.
+    /// Masters of the fields that are alive, as the optimiser sees them: once each, however many fields hold one.
     Parameters,
     /// Parameters and inputs in the compute dtype, made once per solve.
     Casts,
@@ -27,7 +30,7 @@ pub enum Category {
     Gradients,
     /// Moments of an optimiser.
     Optimizer,
-    /// Other buffers of ours.
+    /// Other buffers of ours: tables of times, residuals of rounding, copies of parameters that checks are made on.
     Scratch,
 }
 
@@ -75,30 +78,71 @@ impl fmt::Display for Category {
 #[must_use = "the bytes are given back when this is dropped"]
 pub struct Owned {
     category: Category,
+    codec: Option<&'static str>,
     bytes: usize,
 }
 
 impl Owned {
     /// Announces `bytes` bytes of `category`.
     pub fn new(category: Category, bytes: usize) -> Self {
-        emit(category, bytes as i64);
-        Self { category, bytes }
+        Self { category, codec: None, bytes }.born()
+    }
+
+    /// Announces an entry of the trajectory, and the codec that it is encoded by.
+    pub fn entry(codec: &'static str, bytes: usize) -> Self {
+        Self { category: Category::Trajectory, codec: Some(codec), bytes }.born()
     }
 
     /// How many bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    fn born(self) -> Self {
+        self.tell(self.bytes as i64);
+        self
+    }
+
+    fn tell(&self, delta: i64) {
+        if delta == 0 {
+            return;
+        }
+        let category = self.category.name();
+        ALIVE[self.category as usize].fetch_add(delta, Relaxed);
+        match self.codec {
+            None => tracing::event!(name: "bytes", target: TARGET, tracing::Level::TRACE, category, delta),
+            Some(codec) => {
+                count_entry(codec, delta);
+                tracing::event!(name: "bytes", target: TARGET, tracing::Level::TRACE, category, codec, delta);
+            }
+        }
+    }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        emit(self.category, -(self.bytes as i64));
+        self.tell(-(self.bytes as i64));
     }
 }
 
-fn emit(category: Category, delta: i64) {
-    if delta != 0 {
-        tracing::event!(name: "bytes", target: TARGET, tracing::Level::TRACE, category = category.name(), delta);
+/// Bytes that are announced and not given back, by category, and those of the trajectory by codec.
+static ALIVE: [AtomicI64; Category::ALL.len()] = [const { AtomicI64::new(0) }; Category::ALL.len()];
+static ENTRIES: Mutex<Vec<(&'static str, i64)>> = Mutex::new(Vec::new());
+
+fn count_entry(codec: &'static str, delta: i64) {
+    let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
+    match entries.iter_mut().find(|(name, _)| *name == codec) {
+        Some((_, bytes)) => *bytes += delta,
+        None => entries.push((codec, delta)),
     }
+}
+
+/// Bytes of `category` that are announced in the whole process and not given back.
+pub(crate) fn alive(category: Category) -> u64 {
+    ALIVE[category as usize].load(Relaxed).max(0) as u64
+}
+
+/// Of the trajectory, the bytes of each codec that was ever used.
+pub(crate) fn alive_by_codec() -> Vec<(&'static str, i64)> {
+    ENTRIES.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }

@@ -1,5 +1,6 @@
 //! Time: f64 arithmetic on the host, tensors for the vector field.
 
+use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -108,10 +109,17 @@ impl TimeLeaves {
 pub(crate) struct TimeTable {
     values: Vec<f64>,
     device: Device,
-    f64: OnceLock<Tensor>,
-    f32: OnceLock<Tensor>,
-    f16: OnceLock<Tensor>,
-    bf16: OnceLock<Tensor>,
+    f64: OnceLock<Column>,
+    f32: OnceLock<Column>,
+    f16: OnceLock<Column>,
+    bf16: OnceLock<Column>,
+}
+
+/// The times in one dtype, on the device.
+#[derive(Debug)]
+struct Column {
+    times: Tensor,
+    owned: Owned,
 }
 
 impl TimeTable {
@@ -136,16 +144,23 @@ impl TimeTable {
             }
         };
         if let Some(column) = cell.get() {
-            return Ok(column);
+            return Ok(&column.times);
         }
         let (values, device) = (self.values.iter(), &self.device);
-        let uploaded = match dtype {
+        let times = match dtype {
             DType::F64 => Tensor::from_iter(values.copied(), device),
             DType::F32 => Tensor::from_iter(values.map(|&v| v as f32), device),
             DType::F16 => Tensor::from_iter(values.map(|&v| half::f16::from_f64(v)), device),
             _ => Tensor::from_iter(values.map(|&v| half::bf16::from_f64(v)), device),
         }?;
-        Ok(cell.get_or_init(|| uploaded))
+        let owned = Owned::new(Category::Scratch, self.values.len() * dtype.size_in_bytes());
+        Ok(&cell.get_or_init(|| Column { times, owned }).times)
+    }
+
+    /// Bytes of the columns that have been asked for.
+    pub(crate) fn bytes(&self) -> usize {
+        let columns = [&self.f64, &self.f32, &self.f16, &self.bf16];
+        columns.into_iter().filter_map(OnceLock::get).map(|column| column.owned.bytes()).sum()
     }
 }
 

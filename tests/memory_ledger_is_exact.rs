@@ -47,17 +47,17 @@ fn bytes_are_live_while_their_owner_lives() {
 fn four_threads_add_up() {
     let _turn = alone();
     let (dispatch, recording) = recording();
-    std::thread::scope(|scope| {
-        for thread in 0..4 {
-            let dispatch = dispatch.clone();
-            scope.spawn(move || {
-                with_default(&dispatch, || {
-                    let kept: Vec<_> = (0..500).map(|i| Owned::new(Category::Stages, i + thread)).collect();
-                    std::mem::forget(Owned::new(Category::Casts, 1 + thread));
-                    drop(kept);
-                });
-            });
-        }
+    let _casts: Vec<Owned> = std::thread::scope(|scope| {
+        let work = |thread: usize| {
+            let kept: Vec<_> = (0..500).map(|i| Owned::new(Category::Stages, i + thread)).collect();
+            drop(kept);
+            Owned::new(Category::Casts, 1 + thread)
+        };
+        let threads: Vec<_> = (0..4)
+            .map(|thread| (thread, dispatch.clone()))
+            .map(|(thread, dispatch)| scope.spawn(move || with_default(&dispatch, || work(thread))))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     let ledger = recording.ledger();
     assert_eq!((ledger.live(Category::Stages), ledger.live(Category::Casts)), (0, 10));
@@ -65,6 +65,24 @@ fn four_threads_add_up() {
     assert!((one..=4 * one + 6 * 500).contains(&ledger.peak(Category::Stages)));
     assert_eq!(ledger.peak(Category::Casts), 10);
     ledger.check().unwrap();
+}
+
+#[test]
+fn what_was_announced_before_the_recording_is_known() {
+    let _turn = alone();
+    let (kept, entry) = (Owned::new(Category::Optimizer, 70), Owned::entry("f16", 30));
+    let (dispatch, recording) = recording();
+    let ledger = recording.ledger();
+    assert_eq!((ledger.live(Category::Optimizer), ledger.live(Category::Trajectory)), (70, 30));
+    assert_eq!((ledger.live_total(), ledger.peak_total()), (100, 100));
+    with_default(&dispatch, || drop((kept, entry)));
+    assert_eq!((ledger.live_total(), ledger.peak_total()), (0, 100));
+    ledger.check().unwrap();
+    let report = recording.finish().unwrap();
+    assert_eq!(
+        report.trajectory.iter().map(|codec| (codec.codec.as_str(), codec.peak)).collect::<Vec<_>>(),
+        [("f16", 30)]
+    );
 }
 
 #[test]

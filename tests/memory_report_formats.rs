@@ -7,7 +7,7 @@ mod json_schema;
 #[path = "common/two_passes.rs"]
 mod two_passes;
 
-use candle_ode::memory::{MemoryReport, SCHEMA};
+use candle_ode::memory::{Curve, MemoryReport, SCHEMA};
 use counted::alone;
 use serde_json::{Value, json};
 use two_passes::report;
@@ -64,7 +64,10 @@ fn csv_has_a_line_for_every_step() {
 #[test]
 fn trace_has_every_span_and_a_track_for_every_counter() {
     let _turn = alone();
-    let report = report(100);
+    let mut report = report(100);
+    // Longer recordings sample the counters beside the first.
+    let process = report.counters.iter_mut().find(|counter| counter.name == "process").unwrap();
+    process.curve = Curve { time_ns: vec![1000, 2000], live: vec![77, 88] };
     let trace: Value = serde_json::from_str(&report.chrome_trace()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     let of = |phase: &'static str| events.iter().filter(move |event| event["ph"] == phase);
@@ -78,6 +81,11 @@ fn trace_has_every_span_and_a_track_for_every_counter() {
         assert_eq!((event["args"]["peak"].as_u64(), event["args"]["index"].as_u64()), (Some(span.peak), span.index));
     }
     let first = &report.counters[0];
+    assert!(report.counters.len() >= 2);
+    let bytes =
+        |name: &'static str| of("C").filter(move |event| event["name"] == name).map(|event| &event["args"]["bytes"]);
+    let process: Vec<_> = bytes("process").collect();
+    assert_eq!((process.len(), process[1], process[2]), (4, &json!(77), &json!(88)), "its start, its curve, its end");
     for counter in &report.counters {
         let track: Vec<_> = of("C").filter(|event| event["name"] == *counter.name).collect();
         assert!(track.len() >= 2, "{}", counter.name);
@@ -91,6 +99,23 @@ fn trace_has_every_span_and_a_track_for_every_counter() {
     let sums: Vec<i64> =
         parts.map(|event| event["args"].as_object().unwrap().values().map(|n| n.as_i64().unwrap()).sum()).collect();
     assert_eq!(sums.into_iter().max(), Some(first.peak as i64));
+    let codecs = of("C").filter(|event| event["name"] == "trajectory by codec");
+    assert_eq!(codecs.filter_map(|event| event["args"]["bf16"].as_i64()).max(), Some(64));
+}
+
+#[test]
+fn ledger_tells_categories_and_codecs() {
+    let _turn = alone();
+    let report = report(100);
+    let codec = &report.trajectory[0];
+    assert_eq!((codec.codec.as_str(), codec.live, codec.peak, codec.at_peak), ("bf16", 0, 64, 64));
+    assert_eq!(codec.over_time.len(), report.timeline.0.len());
+    let text = report.ledger_csv();
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let rows: Vec<_> = reader.records().map(Result::unwrap).collect();
+    assert_eq!(rows.iter().position(|row| row == ["trajectory", "0", "64", "64"][..]), Some(2));
+    assert_eq!(rows.iter().position(|row| row == ["trajectory/bf16", "0", "64", "64"][..]), Some(3));
+    assert_eq!(rows.len(), report.owned.len() + 1);
 }
 
 #[test]
@@ -119,6 +144,6 @@ fn all_formats_are_written_into_one_folder() {
     assert_eq!(MemoryReport::load(place.join("report.json")).unwrap(), report);
     let text = |name: &str| std::fs::read_to_string(place.join(name)).unwrap();
     assert_eq!((text("report.csv"), text("trace.json")), (report.csv(), report.chrome_trace()));
-    assert_eq!(text("report.html"), report.html());
-    assert_eq!(std::fs::read_dir(&place).unwrap().count(), 4);
+    assert_eq!((text("report.html"), text("ledger.csv")), (report.html(), report.ledger_csv()));
+    assert_eq!(std::fs::read_dir(&place).unwrap().count(), 5);
 }

@@ -20,7 +20,7 @@ pub(crate) struct Show {
     /// Prints every step of every pass too.
     #[arg(long)]
     steps: bool,
-    /// Writes report.json, report.csv, trace.json (for Perfetto) and report.html into this folder too.
+    /// Writes report.json, report.csv, ledger.csv, trace.json (for Perfetto) and report.html into this folder too.
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 }
@@ -91,6 +91,10 @@ fn owned(report: &MemoryReport) -> String {
     let mut table = Table::new(["category", "live at the end", "peak", "peak in bytes"]);
     for category in &report.owned {
         table.row([category.category.clone(), bytes(category.live), bytes(category.peak), category.peak.to_string()]);
+        for codec in report.trajectory.iter().filter(|_| category.category == "trajectory") {
+            let name = format!("trajectory/{}", codec.codec);
+            table.row([name, bytes(codec.live), bytes(codec.peak), codec.peak.to_string()]);
+        }
     }
     let totals = &report.totals;
     table.row([

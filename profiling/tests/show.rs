@@ -3,8 +3,8 @@
 use candle_core::Device;
 use candle_ode::account::{Category, Owned};
 use candle_ode::memory::{
-    CategoryBytes, Counter, Environment, MemoryProfiler, MemoryReport, Moment, NameSummary, RunKind, SCHEMA,
-    SpanReport, Timeline, Totals, TrackingAllocator,
+    CategoryBytes, CodecBytes, Counter, Curve, Environment, MemoryProfiler, MemoryReport, Moment, NameSummary, RunKind,
+    SCHEMA, SpanReport, Timeline, Totals, TrackingAllocator,
 };
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -60,6 +60,7 @@ fn by_hand() -> MemoryReport {
             live: 2048,
             peak: 1_049_600,
             synchronises: false,
+            curve: Curve::default(),
         }],
         totals: Totals {
             duration_ns: 2_500_000,
@@ -70,6 +71,13 @@ fn by_hand() -> MemoryReport {
             complete_from_ns: 0,
         },
         owned: vec![CategoryBytes { category: "trajectory".into(), live: 0, peak: 4096 }],
+        trajectory: vec![CodecBytes {
+            codec: "increments8".into(),
+            live: 0,
+            peak: 1024,
+            at_peak: 0,
+            over_time: vec![],
+        }],
         at_peak: Moment::default(),
         timeline: Timeline::default(),
         names: vec![name("candle_ode", "step", 2, 3000, 1_049_600), name("my_model", "epoch", 1, 4000, 3072)],
@@ -96,6 +104,7 @@ fn a_report_is_shown_as_tables() {
     row(&["solver: rk4"]);
     row(&["heap", "1.00 KiB", "2.00 KiB", "1.00 MiB", "1.00 MiB"]);
     row(&["trajectory", "0 B", "4.00 KiB", "4096"]);
+    row(&["trajectory/increments8", "0 B", "1.00 KiB", "1024"]);
     row(&["step", "2", "3.00 µs", "1.50 µs", "1.00 MiB"]);
     row(&["my_model::epoch", "1", "4.00 µs", "4.00 µs", "2.00 KiB"]);
     row(&["forward", "2", "1.00 MiB", "2.00 KiB", "1.00 MiB", "1.00 MiB", "1", "▁█"]);

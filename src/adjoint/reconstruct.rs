@@ -6,7 +6,7 @@ use super::lambda::Lambda;
 use super::passes::{Pass, Passes};
 use super::{Reverse, Reversed};
 use crate::State;
-use crate::account::{Category, Owned};
+use crate::account::Owned;
 use crate::error::{OdeError, Result};
 use crate::field::{Finite, all_finite};
 use crate::solver::{Reversal, Solver, StageMemory, fold, lift, visible, zeros_like};
@@ -89,7 +89,7 @@ impl Anchors {
     pub(crate) fn see(&mut self, steps: usize, carried: &State, is_last: bool) {
         if is_last || steps.is_multiple_of(self.every) {
             let bytes = carried.bytes(self.dtype);
-            self.kept.push((steps, carried.detach(), Owned::new(Category::Trajectory, bytes)));
+            self.kept.push((steps, carried.detach(), Owned::entry(self.dtype.as_str(), bytes)));
         }
     }
 

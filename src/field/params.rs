@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, TensorId};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 /// One parameter of a model.
 #[derive(Clone, Debug)]
@@ -19,6 +19,26 @@ pub(crate) struct Param {
     pub(crate) master: Tensor,
     pub(crate) frozen: bool,
     pub(crate) keep_f32: bool,
+    _owned: Arc<Owned>,
+}
+
+/// The masters of the fields that are alive.
+static MASTERS: LazyLock<Mutex<HashMap<TensorId, Weak<Owned>>>> = LazyLock::new(Mutex::default);
+
+/// Announces a master, unless another field has.
+fn announced(master: &Tensor) -> Arc<Owned> {
+    let mut masters = MASTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(owned) = masters.get(&master.id()).and_then(Weak::upgrade) {
+        return owned;
+    }
+    masters.retain(|_, owned| owned.strong_count() > 0);
+    let owned = Arc::new(Owned::new(Category::Parameters, held_bytes(master)));
+    masters.insert(master.id(), Arc::downgrade(&owned));
+    owned
+}
+
+fn held_bytes(x: &Tensor) -> usize {
+    x.elem_count() * x.dtype().size_in_bytes()
 }
 
 /// The parameters of a field, by name.
@@ -28,7 +48,10 @@ pub struct Params(pub(crate) Vec<Param>);
 impl Params {
     /// Parameters of a field of one's own: names and masters. The order is that of the slots.
     pub fn new(named: impl IntoIterator<Item = (String, Tensor)>) -> Self {
-        let param = |(name, master)| Param { name, master, frozen: false, keep_f32: false };
+        let param = |(name, master)| {
+            let _owned = announced(&master);
+            Param { name, master, frozen: false, keep_f32: false, _owned }
+        };
         Self(named.into_iter().map(param).collect())
     }
 
@@ -49,7 +72,7 @@ impl Params {
 
     /// Bytes of the masters.
     pub fn bytes(&self) -> usize {
-        self.0.iter().map(|p| p.master.elem_count() * p.master.dtype().size_in_bytes()).sum()
+        self.0.iter().map(|param| held_bytes(&param.master)).sum()
     }
 
     /// Masters and `inputs` in `compute`: once per solve. Parameters marked so stay in F32.
@@ -239,14 +262,17 @@ impl Casts {
         Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }
     }
 
-    /// Other values, in `dtype`.
+    /// Other values, in `dtype`: those that are not the same tensors are scratch.
     pub(crate) fn in_dtype(
         &self,
         dtype: DType,
         f: impl FnMut(&Tensor) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Self> {
-        let leaves = self.leaves.iter().map(f).collect::<candle_core::Result<_>>()?;
-        Ok(Self { dtype, leaves, packed: Arc::default(), ..self.clone() })
+        let leaves = self.leaves.iter().map(f).collect::<candle_core::Result<Vec<_>>>()?;
+        let made = leaves.iter().zip(&self.leaves).filter(|(made, leaf)| made.id() != leaf.id());
+        let bytes = made.map(|(made, _)| held_bytes(made)).sum();
+        let owned = Some(Arc::new(Owned::new(Category::Scratch, bytes)));
+        Ok(Self { dtype, leaves, packed: Arc::default(), owned, ..self.clone() })
     }
 
     /// The same values in storages of their own, as variables: writing to them harms nobody.

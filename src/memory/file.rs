@@ -24,7 +24,7 @@ impl MemoryReport {
     }
 
     /// Writes every format into a folder, which is made if need be: `report.json` ([`json`](Self::json)), `report.csv`
-    /// ([`csv`](Self::csv)), `trace.json` ([`chrome_trace`](Self::chrome_trace)), `report.html` ([`html`](Self::html)).
+    /// ([`csv`](Self::csv)), `ledger.csv` ([`ledger_csv`](Self::ledger_csv)), `trace.json` ([`chrome_trace`](Self::chrome_trace)), `report.html` ([`html`](Self::html)).
     ///
     /// # Errors
     ///
@@ -33,7 +33,12 @@ impl MemoryReport {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|source| OdeError::Io { path: folder.to_owned(), source })?;
         self.save(folder.join("report.json"))?;
-        let rest = [("report.csv", self.csv()), ("trace.json", self.chrome_trace()), ("report.html", self.html())];
+        let rest = [
+            ("report.csv", self.csv()),
+            ("ledger.csv", self.ledger_csv()),
+            ("trace.json", self.chrome_trace()),
+            ("report.html", self.html()),
+        ];
         rest.iter()
             .try_for_each(|(name, text)| crate::file::write_bytes_atomically(&folder.join(name), text.as_bytes()))
     }

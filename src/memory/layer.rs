@@ -5,7 +5,7 @@
 //! ([`Layer::with_filter`](tracing_subscriber::Layer::with_filter)).
 
 use super::feed::Sample;
-use super::ledger::Ledger;
+use super::ledger::{Announced, Ledger};
 use super::recorder::{Fields, Recorder};
 use super::span;
 use crate::account::{Category, TARGET};
@@ -86,12 +86,12 @@ impl Shared {
     }
 
     /// In the ledger, which goes on counting between recordings, and in the recording under way.
-    fn announce(&self, category: Category, delta: i64) {
+    fn announce(&self, announced: Announced) {
         let thread = thread_number();
         let mut recorder = self.recorder();
-        self.ledger.record(category, delta);
+        self.ledger.record_announced(announced);
         if let Some(recorder) = recorder.as_mut() {
-            recorder.announce(thread, category, delta);
+            recorder.announce(thread, announced);
         }
     }
 
@@ -142,10 +142,12 @@ where
         if event.metadata().target() != TARGET || event.metadata().name() != span::BYTES {
             return;
         }
-        let mut bytes = Bytes::default();
+        let mut bytes = Bytes { ledger: &self.shared.ledger, category: None, codec: None, delta: None };
         event.record(&mut bytes);
         match bytes {
-            Bytes { category: Some(category), delta: Some(delta) } => self.shared.announce(category, delta),
+            Bytes { category: Some(category), codec, delta: Some(delta), .. } => {
+                self.shared.announce(Announced { category, codec, delta });
+            }
             _ => self.shared.ledger.record_unknown(),
         }
     }
@@ -190,13 +192,15 @@ impl Visit for Fields {
 }
 
 /// The fields of a `bytes` event.
-#[derive(Default)]
-struct Bytes {
+struct Bytes<'a> {
+    ledger: &'a Ledger,
     category: Option<Category>,
+    /// The number of its account.
+    codec: Option<usize>,
     delta: Option<i64>,
 }
 
-impl Visit for Bytes {
+impl Visit for Bytes<'_> {
     fn record_i64(&mut self, field: &Field, value: i64) {
         if field.name() == span::DELTA {
             self.delta = Some(value);
@@ -204,8 +208,10 @@ impl Visit for Bytes {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == span::CATEGORY {
-            self.category = Category::from_name(value);
+        match field.name() {
+            span::CATEGORY => self.category = Category::from_name(value),
+            span::CODEC => self.codec = Some(self.ledger.number_of(value)),
+            _ => {}
         }
     }
 

@@ -1,13 +1,29 @@
 //! Bytes by category: what this crate owns, counted exactly from its `bytes` events.
 
-use crate::account::Category;
+use crate::account::{Category, alive, alive_by_codec};
 use crate::error::{OdeError, Result};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Codecs that have an account of their own; further ones share the last.
+pub(super) const CODECS: usize = 8;
+/// The name of the shared account.
+const FURTHER: &str = "further codecs";
+
+/// Bytes of ours that were born, or died if negative.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Announced {
+    pub(super) category: Category,
+    /// Of an entry of the trajectory, the number of its codec's account.
+    pub(super) codec: Option<usize>,
+    pub(super) delta: i64,
+}
 
 /// Owned bytes by [`Category`], live and at most.
 ///
 /// Only buffers that are announced count ([`Owned`](crate::account::Owned)); what Candle allocates inside a vector
-/// field does not. A buffer announced before anybody listened is missing here, so install the profiler first.
+/// field does not. A recording begins with what is announced in the whole process at that moment; let no solve be
+/// under way on another thread then.
 ///
 /// ```
 /// use candle_ode::account::Category;
@@ -22,6 +38,8 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 pub struct Ledger {
     accounts: [Account; Category::ALL.len()],
     total: Account,
+    /// Of the trajectory, by codec, in the order in which they appear.
+    codecs: Mutex<Vec<(String, Account)>>,
     unknown: AtomicU64,
 }
 
@@ -30,6 +48,25 @@ impl Ledger {
     pub fn record(&self, category: Category, delta: i64) {
         self.accounts[position(category)].add(delta);
         self.total.add(delta);
+    }
+
+    /// As [`record`](Self::record), with a codec where there is one.
+    pub(super) fn record_announced(&self, Announced { category, codec, delta }: Announced) {
+        self.record(category, delta);
+        if let Some(number) = codec {
+            self.codecs()[number].1.add(delta);
+        }
+    }
+
+    /// The number of a codec's account, opened when it is first asked for.
+    pub(super) fn number_of(&self, codec: &str) -> usize {
+        number_of(&mut self.codecs(), codec)
+    }
+
+    /// Of the trajectory, for each codec that was seen its name, bytes that are live, and the most that were live at once
+    /// since recording began.
+    pub fn by_codec(&self) -> Vec<(String, u64, u64)> {
+        self.codecs().iter().map(|(name, account)| (name.clone(), account.live(), account.highest())).collect()
     }
 
     /// Bytes of a category that are live.
@@ -67,9 +104,23 @@ impl Ledger {
         self.all(Account::reset_peak);
     }
 
-    /// Forgets the highest peaks too: a recording begins.
+    /// Begins with what is announced in the whole process, and forgets the highest peaks too: a recording begins.
     pub(super) fn restart(&self) {
-        self.all(Account::restart);
+        let mut total = 0;
+        for category in Category::ALL {
+            let live = alive(category) as i64;
+            self.accounts[position(category)].restart(live);
+            total += live;
+        }
+        self.total.restart(total);
+        let mut codecs = self.codecs();
+        codecs.reserve(CODECS);
+        codecs.iter().for_each(|(_, account)| account.restart(0));
+        for (codec, bytes) in alive_by_codec() {
+            let number = number_of(&mut codecs, codec);
+            let (_, account) = &codecs[number];
+            account.restart(account.balance() + bytes);
+        }
     }
 
     /// Whether the books are in order: nothing was given back that had not been announced.
@@ -99,7 +150,12 @@ impl Ledger {
 
     fn all(&self, change: impl Fn(&Account)) {
         self.accounts.iter().for_each(&change);
+        self.codecs().iter().for_each(|(_, account)| change(account));
         change(&self.total);
+    }
+
+    fn codecs(&self) -> MutexGuard<'_, Vec<(String, Account)>> {
+        self.codecs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts an event that could not be read.
@@ -146,10 +202,22 @@ impl Account {
         self.peak.fetch_max(self.balance(), Relaxed);
     }
 
-    fn restart(&self) {
-        self.reset_peak();
+    fn restart(&self, live: i64) {
+        self.live.store(live, Relaxed);
+        self.peak.store(live, Relaxed);
         self.highest.store(0, Relaxed);
     }
+}
+
+fn number_of(codecs: &mut Vec<(String, Account)>, codec: &str) -> usize {
+    let name = match codecs.iter().position(|(name, _)| name == codec) {
+        Some(number) => return number,
+        None if codecs.len() < CODECS - 1 => codec,
+        None if codecs.len() < CODECS => FURTHER,
+        None => return CODECS - 1,
+    };
+    codecs.push((name.to_owned(), Account::default()));
+    codecs.len() - 1
 }
 
 fn position(category: Category) -> usize {
@@ -173,8 +241,24 @@ mod tests {
         assert_eq!(ledger.peak(Category::Trajectory), 0);
         assert_eq!(ledger.peak(Category::Stages), 60);
         assert_eq!((ledger.highest_total(), ledger.highest(Category::Trajectory)), (100, 100));
-        ledger.restart();
-        assert_eq!((ledger.highest_total(), ledger.highest(Category::Trajectory)), (60, 0));
+    }
+
+    #[test]
+    fn every_codec_has_its_own_account_and_those_that_are_too_many_share_one() {
+        let entry = |ledger: &Ledger, codec: &str, delta: i64| {
+            let codec = Some(ledger.number_of(codec));
+            ledger.record_announced(Announced { category: Category::Trajectory, codec, delta });
+        };
+        let ledger = Ledger::default();
+        for n in 0..CODECS as i64 + 3 {
+            entry(&ledger, &format!("codec {n}"), n + 1);
+        }
+        entry(&ledger, "codec 2", -3);
+        let found = ledger.by_codec();
+        assert_eq!(found.len(), CODECS);
+        assert_eq!(found[2], ("codec 2".to_owned(), 0, 3));
+        assert_eq!(found[CODECS - 1], (FURTHER.to_owned(), 8 + 9 + 10 + 11, 38));
+        assert_eq!(found.iter().map(|(_, live, _)| live).sum::<u64>(), ledger.live(Category::Trajectory));
     }
 
     #[test]

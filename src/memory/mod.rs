@@ -32,6 +32,7 @@
 
 mod books;
 mod composition;
+mod curve;
 mod feed;
 mod file;
 mod layer;
@@ -46,6 +47,7 @@ pub mod span;
 mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
+pub use curve::Curve;
 pub use feed::FEED;
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
@@ -56,6 +58,6 @@ pub use plan::{Choice, Choices, MemoryPlan};
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};
 pub use report::{
-    CategoryBytes, Counter, Environment, MemoryReport, NameSummary, Page, PassReport, RunKind, SCHEMA, SpanReport,
-    StepReport, Totals,
+    CategoryBytes, CodecBytes, Counter, Environment, MemoryReport, NameSummary, Page, PassReport, RunKind, SCHEMA,
+    SpanReport, StepReport, Totals,
 };

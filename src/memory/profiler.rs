@@ -1,5 +1,6 @@
 //! The profiler: a meter and the layer put together, and a recording begun.
 
+use super::curve::Curves;
 use super::feed::Feed;
 use super::layer::{Filter, MemoryLayer, Shared};
 use super::meter::{HeapMeter, Meter, ProcessMeter, TrackingAllocator, meter_for};
@@ -166,13 +167,12 @@ impl MemoryProfiler {
             return Err(OdeError::Meter { counter: meter.name(), reason, hint });
         }
         let others = other_meters(&self.device, meter.name())?;
+        let curves = Curves::new(others, self.run == RunKind::Timing);
         let environment = Environment::of(&self.device, self.settings);
         shared.choose(self.filter);
         let feed = Feed::open(&shared, meter.name())?;
-        shared
-            .begin(|ledger| Recorder::start(meter, self.span_limit, |category| ledger.live(category)))?
-            .ok_or_else(under_way)?;
-        Ok(Recording { shared, others, run: self.run, environment, feed, _claim: claim })
+        shared.begin(|ledger| Recorder::start(meter, curves, self.span_limit, ledger))?.ok_or_else(under_way)?;
+        Ok(Recording { shared, run: self.run, environment, feed, _claim: claim })
     }
 }
 

@@ -9,12 +9,14 @@
 //! All room is taken when recording begins, before the baseline is read: what is recorded does not show in the heap,
 //! unless more spans are open at once, or have different names, than there was room for.
 
-use super::books::Books;
-use super::composition::{Composition, Moment, Part, Timeline};
+use super::books::{Books, Seen};
+use super::composition::{Composition, Part};
+use super::curve::{Curves, Sampled};
 use super::feed::Sample;
+use super::ledger::{Announced, Ledger};
 use super::meter::{Meter, Reading};
 use super::span;
-use crate::account::{Category, TARGET};
+use crate::account::TARGET;
 use crate::error::{OdeError, Result};
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -70,6 +72,7 @@ struct Open {
 /// The state of one recording.
 pub(super) struct Recorder {
     meter: Box<dyn Meter>,
+    others: Curves,
     origin: Instant,
     baseline: u64,
     open: Vec<Open>,
@@ -99,16 +102,19 @@ pub(super) struct Finished {
     /// When the last dropped span ended.
     pub(super) dropped_until: u64,
     pub(super) names: Vec<NameTotal>,
-    pub(super) at_peak: Moment,
-    pub(super) timeline: Timeline,
+    pub(super) at_peak: Seen,
+    pub(super) timeline: Vec<Seen>,
     pub(super) meter: Box<dyn Meter>,
+    pub(super) others: Vec<Sampled>,
 }
 
 impl Recorder {
-    /// Takes its room, then reads the baseline; `owned` bytes are announced already.
-    pub(super) fn start(meter: Box<dyn Meter>, limit: usize, owned: impl Fn(Category) -> u64) -> Result<Self> {
+    /// Takes its room, then reads the baseline; what `ledger` knows is announced already. Of the `others` the curves are
+    /// sampled.
+    pub(super) fn start(meter: Box<dyn Meter>, others: Curves, limit: usize, ledger: &Ledger) -> Result<Self> {
         let mut recorder = Self {
             meter,
+            others,
             origin: Instant::now(),
             baseline: 0,
             open: Vec::with_capacity(ROOM),
@@ -125,7 +131,7 @@ impl Recorder {
             failure: None,
         };
         recorder.baseline = recorder.meter.mark()?.live;
-        recorder.books.open(recorder.baseline, owned);
+        recorder.books.open(recorder.baseline, ledger);
         recorder.peak = recorder.baseline;
         recorder.peak_since_mark = recorder.baseline;
         Ok(recorder)
@@ -200,8 +206,8 @@ impl Recorder {
     }
 
     /// Bytes of ours were born, or died if negative, on `thread`.
-    pub(super) fn announce(&mut self, thread: u32, category: Category, delta: i64) {
-        self.boundary(thread, Some((category, delta)));
+    pub(super) fn announce(&mut self, thread: u32, announced: Announced) {
+        self.boundary(thread, Some(announced));
     }
 
     /// A span is gone and will not be entered again.
@@ -277,16 +283,21 @@ impl Recorder {
             at_peak,
             timeline,
             meter: self.meter,
+            others: self.others.all,
         })
     }
 
     /// Reads the meter, settles the books, folds the peak into everything open, and starts a new window.
-    fn boundary(&mut self, thread: u32, announced: Option<(Category, i64)>) -> Reading {
+    fn boundary(&mut self, thread: u32, announced: Option<Announced>) -> Reading {
         let reading = self.meter.mark().unwrap_or_else(|failure| {
             self.failure.get_or_insert(failure);
             Reading::default()
         });
-        self.books.settle(self.now(), reading, self.place(thread), announced);
+        let now = self.now();
+        if let Err(failure) = self.others.pass(now) {
+            self.failure.get_or_insert(failure);
+        }
+        self.books.settle(now, reading, self.place(thread), announced);
         for open in self.open.iter_mut().filter(|open| open.depth > 0) {
             open.record.peak = open.record.peak.max(reading.peak);
         }

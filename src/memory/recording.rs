@@ -1,10 +1,10 @@
 //! A recording under way: what it says while it runs, and the report at its end.
 
 use super::composition::Composition;
+use super::curve::{Curve, Sampled};
 use super::feed::Feed;
 use super::layer::{Shared, thread_number};
 use super::ledger::Ledger;
-use super::meter::Meter;
 use super::recorder::Recorder;
 use super::report::{CategoryBytes, Counter, Environment, MemoryReport, RunKind};
 use crate::error::{OdeError, Result};
@@ -55,8 +55,6 @@ pub struct Snapshot {
 #[must_use = "dropping it ends the recording"]
 pub struct Recording {
     pub(super) shared: Arc<Shared>,
-    /// Counters beside the first, and where they stood at the start.
-    pub(super) others: Vec<(Box<dyn Meter>, u64)>,
     pub(super) run: RunKind,
     pub(super) environment: Environment,
     pub(super) feed: Option<Feed>,
@@ -107,18 +105,19 @@ impl Recording {
     pub fn finish(mut self) -> Result<MemoryReport> {
         // It tells how the recording ends, so it goes before.
         self.feed = None;
-        let finished = self.shared.end()?.finish(thread_number())?;
+        let mut finished = self.shared.end()?.finish(thread_number())?;
         let mut counters = vec![Counter {
             name: finished.meter.name().to_owned(),
             baseline: finished.baseline,
             live: finished.live,
             peak: finished.peak,
             synchronises: finished.meter.synchronises(),
+            curve: Curve::default(),
         }];
-        for (meter, baseline) in &self.others {
+        for Sampled { meter, baseline, curve } in finished.others.drain(..) {
             let (live, peak) = (meter.live()?, meter.peak()?);
-            let synchronises = meter.synchronises();
-            counters.push(Counter { name: meter.name().to_owned(), baseline: *baseline, live, peak, synchronises });
+            let (name, synchronises) = (meter.name().to_owned(), meter.synchronises());
+            counters.push(Counter { name, baseline, live, peak, synchronises, curve });
         }
         Ok(MemoryReport::new(self.run, self.environment.clone(), counters, &self.shared.ledger, finished))
     }

@@ -9,7 +9,9 @@ mod html;
 
 pub use html::Page;
 
+use super::books::Seen;
 use super::composition::{Moment, Timeline};
+use super::curve::Curve;
 use super::ledger::Ledger;
 use super::recorder::{Finished, NameTotal, Record};
 use super::{span, span_table};
@@ -20,7 +22,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 
 /// Name and version of the file format. A file of another version is not read.
-pub const SCHEMA: &str = "candle-ode/memory-report/2";
+pub const SCHEMA: &str = "candle-ode/memory-report/3";
 
 /// Version of Candle this crate is built on.
 const CANDLE_VERSION: &str = "0.11.1";
@@ -42,6 +44,8 @@ pub struct MemoryReport {
     pub totals: Totals,
     /// Owned bytes by category: live at the end, and peak over the recording.
     pub owned: Vec<CategoryBytes>,
+    /// Of the trajectory, the bytes of each codec: they sum to the trajectory's.
+    pub trajectory: Vec<CodecBytes>,
     /// The first counter's live bytes when they were highest, and what they were made of.
     pub at_peak: Moment,
     /// The first counter's live bytes over time, and what they were made of.
@@ -93,6 +97,8 @@ pub struct Counter {
     pub peak: u64,
     /// Whether reading it waited for the device: then the times say little about speed.
     pub synchronises: bool,
+    /// Live bytes over time, sampled. Empty for the first counter, whose curve is the [`Timeline`].
+    pub curve: Curve,
 }
 
 /// The recording as a whole.
@@ -121,6 +127,21 @@ pub struct CategoryBytes {
     pub live: u64,
     /// The most bytes live at once.
     pub peak: u64,
+}
+
+/// Bytes of the trajectory that one codec keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecBytes {
+    /// [`Codec::name`](crate::Codec::name).
+    pub codec: String,
+    /// Bytes live.
+    pub live: u64,
+    /// The most bytes live at once.
+    pub peak: u64,
+    /// Bytes live at the moment of [`MemoryReport::at_peak`].
+    pub at_peak: i64,
+    /// Bytes live at each moment of [`MemoryReport::timeline`].
+    pub over_time: Vec<i64>,
 }
 
 /// All spans of one name.
@@ -237,8 +258,9 @@ impl MemoryReport {
             counters,
             totals,
             owned: CategoryBytes::all(ledger, Ledger::highest),
-            at_peak: found.at_peak,
-            timeline: found.timeline,
+            trajectory: CodecBytes::all(ledger, &found.at_peak, &found.timeline),
+            at_peak: found.at_peak.moment,
+            timeline: Timeline(found.timeline.iter().map(|seen| seen.moment).collect()),
             names: found.names.iter().map(NameSummary::new).collect(),
             passes: Vec::new(),
             spans,
@@ -310,6 +332,20 @@ impl CategoryBytes {
             peak: peak(ledger, category),
         };
         Category::ALL.into_iter().map(bytes).collect()
+    }
+}
+
+impl CodecBytes {
+    /// Every codec that was seen.
+    fn all(ledger: &Ledger, at_peak: &Seen, timeline: &[Seen]) -> Vec<Self> {
+        let bytes = |(number, (codec, live, peak)): (usize, (String, u64, u64))| Self {
+            codec,
+            live,
+            peak,
+            at_peak: at_peak.codecs[number],
+            over_time: timeline.iter().map(|seen| seen.codecs[number]).collect(),
+        };
+        ledger.by_codec().into_iter().enumerate().map(bytes).filter(|bytes| bytes.peak > 0).collect()
     }
 }
 

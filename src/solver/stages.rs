@@ -46,6 +46,16 @@ impl Clock {
         StepAt { index, t, h: end - t, dtype, first_stage: 0, clock: self }
     }
 
+    /// Bytes of its times on the device, as far as a field has asked for them.
+    pub(crate) fn bytes(&self) -> usize {
+        self.table.bytes()
+    }
+
+    /// How many times it holds.
+    pub(crate) fn len(&self) -> usize {
+        self.grid.steps() * self.stages
+    }
+
     /// Times at which f jumps.
     pub(crate) fn breaks(&self) -> &[f64] {
         &self.breaks

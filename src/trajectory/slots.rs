@@ -272,6 +272,6 @@ impl Slots {
 }
 
 fn kept(at: usize, is_increment: bool, codec: Arc<dyn Codec>, entry: Entry) -> Kept {
-    let owned = Owned::new(Category::Trajectory, entry.bytes());
+    let owned = Owned::entry(codec.name(), entry.bytes());
     Kept { at, is_increment, entry, codec, owned }
 }

@@ -2,7 +2,7 @@
 
 use super::counted::Counted;
 use candle_core::Device;
-use candle_ode::account::{Category, Owned};
+use candle_ode::account::Owned;
 use candle_ode::memory::{MemoryProfiler, MemoryReport};
 
 /// Keeps at most `span_limit` spans. Tests that call it take turns ([`alone`](super::counted::alone)).
@@ -10,7 +10,7 @@ pub(crate) fn report(span_limit: usize) -> MemoryReport {
     let memory = Counted::default();
     let profiler = MemoryProfiler::new(&Device::Cpu).meter(memory.clone()).span_limit(span_limit);
     let (recording, _guard) = profiler.set("solver", "rk4").set("steps", 3).install_scoped().unwrap();
-    let owned = Owned::new(Category::Trajectory, 64);
+    let owned = Owned::entry("bf16", 64);
     for pass in ["forward", "backward"] {
         let _pass = match pass {
             "forward" => tracing::debug_span!(target: "candle_ode", "forward"),

@@ -1,6 +1,7 @@
 //! The choices there are for one solve, each with its plan: what a table shows and a budget picks from.
 
 use super::MemoryPlan;
+use crate::account::Category;
 use crate::adjoint::Discrete;
 use crate::error::{OdeError, Result};
 use std::fmt;
@@ -17,9 +18,9 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// The bytes a budget is held against: the peak, or the owned bytes where the heap is not counted.
+    /// The bytes a budget is held against: the peak, or where the heap is not counted what is owned beside the masters.
     pub fn bytes(&self) -> u64 {
-        self.plan.peak.unwrap_or(self.plan.owned_peak)
+        self.plan.peak.unwrap_or(self.plan.owned_peak - self.plan.owned(Category::Parameters))
     }
 
     /// Calls of the field, all alike.

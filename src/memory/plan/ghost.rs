@@ -18,6 +18,11 @@ impl Heap {
         Ghost(Rc::new(Buffer { heap: self.clone(), part, bytes }))
     }
 
+    /// Bytes that are live before and announced.
+    pub(super) fn hold(&self, category: Category, bytes: usize) {
+        self.0.borrow_mut().rename(Part::Baseline, Part::Owned(category), bytes);
+    }
+
     /// Something needs bytes for a moment.
     pub(super) fn pass(&self, part: Part, bytes: usize) {
         self.0.borrow_mut().pass(part, bytes);

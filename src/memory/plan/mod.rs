@@ -34,6 +34,7 @@ use std::sync::{Mutex, PoisonError};
 use walk::{Counts, Sizes, Solve};
 
 /// Predicted bytes of one solve and its backward pass, above what is live before it, and how often the field is called.
+/// The field's masters are live before it: they are owned, and taken out of the baseline in [`at_peak`](Self::at_peak).
 ///
 /// It is a plan of a solve of a field that has been solved before, for a loss that hands back one cotangent of each
 /// output: what the loss itself takes is not in it, nor what an overflow would make it do again.
@@ -179,7 +180,9 @@ impl Planned<'_> {
             entry_is_state,
             same_dtype: compute == accumulate,
             widened: widened.kept,
-            clock: clocked.kept + self.grid.times().len() * (8 + self.solver.nodes().len() * compute.size_in_bytes()),
+            clock: clocked.kept + 8 * self.grid.times().len(),
+            times: clock.len() * costs.time,
+            parameters: self.field.params().bytes(),
         };
         let mut solve = Solve {
             tableau,

@@ -17,13 +17,15 @@ use std::rc::Rc;
 /// Rounds of which the least counts.
 const ROUNDS: usize = 3;
 
-/// Bytes of a field at one shape. All but `casts` and `sums` are zero where nothing counts the heap.
+/// Bytes of a field at one shape. All but `casts`, `sums` and `time` are zero where nothing counts the heap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Costs {
     /// Parameters and inputs in the compute dtype that are copies: exact.
     pub(super) casts: usize,
     /// Sums of dL/dθ: exact.
     pub(super) sums: usize,
+    /// A stage's time on the device, in the dtypes in which the field asks for it: exact.
+    pub(super) time: usize,
     /// What goes with the casts and sums that is not in them: handles, names.
     pub(super) casts_beside: usize,
     pub(super) sums_beside: usize,
@@ -83,7 +85,7 @@ impl Probed<'_> {
             let round = self.round()?;
             costs = if n == 0 { round } else { costs.least(&round) };
         }
-        Ok(if rounds == 0 { Costs { casts: costs.casts, sums: costs.sums, ..Costs::default() } } else { costs })
+        Ok(if rounds == 0 { costs.exact() } else { costs })
     }
 
     fn round(&self) -> Result<Costs> {
@@ -108,6 +110,7 @@ impl Probed<'_> {
         if self.tracked {
             self.linearise(&casts, &point, &counters, &mut costs)?;
         }
+        costs.time = self.clock.bytes() / self.clock.len();
         Ok(costs)
     }
 
@@ -160,10 +163,13 @@ fn held_by<T, E: Into<crate::OdeError>>(run: impl FnOnce() -> std::result::Resul
 }
 
 impl Costs {
+    /// What follows from shapes alone.
+    fn exact(&self) -> Self {
+        Self { casts: self.casts, sums: self.sums, time: self.time, ..Self::default() }
+    }
+
     fn least(&self, other: &Self) -> Self {
         Self {
-            casts: self.casts,
-            sums: self.sums,
             casts_beside: self.casts_beside.min(other.casts_beside),
             sums_beside: self.sums_beside.min(other.sums_beside),
             evaluated_model: self.evaluated_model.min(other.evaluated_model),
@@ -173,6 +179,7 @@ impl Costs {
             linearisation: self.linearisation.min(other.linearisation),
             linearised: self.linearised.min(other.linearised),
             pullback: self.pullback.min(other.pullback),
+            ..self.exact()
         }
     }
 }

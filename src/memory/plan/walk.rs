@@ -28,8 +28,11 @@ pub(super) struct Sizes {
     pub(super) same_dtype: bool,
     /// y0 in the accumulate dtype, if that is a copy.
     pub(super) widened: usize,
-    /// The times of the stages on the host and on the device.
+    /// The times of the stages on the host, and on the device.
     pub(super) clock: usize,
+    pub(super) times: usize,
+    /// The masters, which are live before.
+    pub(super) parameters: usize,
 }
 
 /// How often what is done.
@@ -64,7 +67,7 @@ pub(super) struct Walked {
     scheduled: Vec<usize>,
     /// Casts, times, y0 in the accumulate dtype, what is handed out.
     _held: Vec<Ghost>,
-    _casts: Announced,
+    _owned: [Announced; 2],
 }
 
 impl Walked {
@@ -83,9 +86,12 @@ impl Solve<'_> {
     /// The forward pass; `outputs` are the grid points handed out, the last of them the end. `keep` says whether a backward
     /// pass follows.
     pub(super) fn forward(&mut self, outputs: &[usize], keep: bool, checks: usize) -> Walked {
+        self.heap.hold(Category::Parameters, self.sizes.parameters);
         let casts = self.heap.buffer(Part::Other, self.costs.casts + self.costs.casts_beside);
-        let owned = casts.announce(Category::Casts, self.costs.casts);
-        let mut held = vec![casts, self.heap.buffer(Part::Other, self.sizes.clock)];
+        let times = self.heap.buffer(Part::Other, self.sizes.clock + self.sizes.times);
+        let owned =
+            [casts.announce(Category::Casts, self.costs.casts), times.announce(Category::Scratch, self.sizes.times)];
+        let mut held = vec![casts, times];
         // y0 is the caller's, or a copy.
         let start = self.heap.buffer(Part::Other, self.sizes.widened);
         let model = self.heap.buffer(Part::Field, self.costs.evaluated_model);
@@ -132,7 +138,7 @@ impl Solve<'_> {
             held.push(self.outside());
             drop(state);
         }
-        Walked { start, slots, scheduled, _held: held, _casts: owned }
+        Walked { start, slots, scheduled, _held: held, _owned: owned }
     }
 
     /// The backward pass, for one cotangent of each of the outputs.

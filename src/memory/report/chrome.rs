@@ -1,9 +1,9 @@
 //! A report as a Chrome trace: opens in Perfetto (ui.perfetto.dev) and in chrome://tracing.
 //!
 //! Spans are complete events (`X`) on the thread that entered them, counters are counter events (`C`), a track each:
-//! one per meter, and one of owned and found bytes by kind. Times are microseconds.
+//! one per meter, one of owned and found bytes by kind, and one of the trajectory by codec. Times are microseconds.
 
-use super::{Counter, MemoryReport, SpanReport};
+use super::{CodecBytes, Counter, MemoryReport, SpanReport};
 use crate::memory::Composition;
 use serde::Serialize;
 use serde_json::Value;
@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 
 /// The counter track of what live bytes are made of.
 const KINDS: &str = "live bytes by kind";
+
+/// The counter track of what the trajectory is made of.
+const CODECS: &str = "trajectory by codec";
 
 /// The one process of a trace.
 const PROCESS: u32 = 1;
@@ -50,6 +53,7 @@ enum Arguments<'a> {
     Name { name: String },
     Bytes { bytes: i64 },
     Parts(&'a Composition),
+    Codecs(BTreeMap<&'a str, i64>),
     Span(SpanArguments),
 }
 
@@ -81,6 +85,7 @@ impl MemoryReport {
         events.extend(self.counters.iter().enumerate().flat_map(|(n, counter)| self.counter_track(n, counter)));
         let moments = self.timeline.0.iter();
         events.extend(moments.map(|moment| track(KINDS, moment.time_ns, Arguments::Parts(&moment.bytes))));
+        events.extend(self.timeline.0.iter().enumerate().map(|(n, moment)| self.codecs_at(n, moment.time_ns)));
         let environment = &self.environment;
         let trace = Trace {
             trace_events: events,
@@ -91,13 +96,21 @@ impl MemoryReport {
         serde_json::to_string(&trace).unwrap_or_else(|error| unreachable!("{error}"))
     }
 
-    /// The first counter has its curve; of the others the start and the end are known.
+    /// The curve of the first counter is the timeline.
     fn counter_track<'a>(&'a self, number: usize, counter: &'a Counter) -> impl Iterator<Item = Event<'a>> {
-        let curve = self.timeline.0.iter().filter(move |_| number == 0);
-        let curve = curve.map(|moment| (moment.time_ns, moment.bytes.total()));
+        let timeline = self.timeline.0.iter().filter(move |_| number == 0);
+        let timeline = timeline.map(|moment| (moment.time_ns, moment.bytes.total()));
+        let curve = timeline.chain(counter.curve.iter().map(|(at, bytes)| (at, bytes as i64)));
         let (start, end) = ((0, counter.baseline as i64), (self.totals.duration_ns, counter.live as i64));
         let points = std::iter::once(start).chain(curve).chain([end]);
         points.map(|(at, bytes)| track(&counter.name, at, Arguments::Bytes { bytes }))
+    }
+
+    /// The trajectory at moment `n` of the timeline.
+    fn codecs_at(&self, n: usize, time: u64) -> Event<'_> {
+        let bytes = |codec: &'_ CodecBytes| codec.over_time.get(n).copied().unwrap_or(0);
+        let codecs = self.trajectory.iter().map(|codec| (codec.codec.as_str(), bytes(codec)));
+        track(CODECS, time, Arguments::Codecs(codecs.collect()))
     }
 }
 

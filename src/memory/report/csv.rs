@@ -1,9 +1,11 @@
-//! A report as a table of steps: comma-separated values, one line a step.
+//! A report as tables of comma-separated values: one of the steps, one of the ledger.
 
 use super::{MemoryReport, PassReport, StepReport};
+use crate::account::Category;
+use crate::memory::Part;
 use std::fmt::{Display, Write};
 
-/// The columns, in order.
+/// The columns of the steps, in order.
 const HEAD: &str = "pass,span,complete,index,t,h,duration_ns,live_before,live_after,peak,peak_above_baseline";
 
 impl MemoryReport {
@@ -17,6 +19,25 @@ impl MemoryReport {
         for pass in &self.passes {
             for step in &pass.steps {
                 line(&mut text, self.baseline(), pass, step);
+            }
+        }
+        text
+    }
+
+    /// The ledger, a line for each category and, under `trajectory/`, for each codec of the trajectory, with a head: bytes
+    /// live at the end, the most at once, and at the moment of the peak.
+    pub fn ledger_csv(&self) -> String {
+        let mut text = "category,live,peak,at_peak\n".to_owned();
+        // Writing to a string does not fail.
+        let mut line = |name: &str, live: u64, peak: u64, at_peak: i64| {
+            let _ = writeln!(text, "{},{live},{peak},{at_peak}", quoted(name));
+        };
+        for owned in &self.owned {
+            let category = Category::from_name(&owned.category);
+            let at_peak = category.map_or(0, |category| self.at_peak.bytes.of(Part::Owned(category)));
+            line(&owned.category, owned.live, owned.peak, at_peak);
+            for codec in self.trajectory.iter().filter(|_| category == Some(Category::Trajectory)) {
+                line(&format!("trajectory/{}", codec.codec), codec.live, codec.peak, codec.at_peak);
             }
         }
         text

@@ -12,7 +12,7 @@ use crate::field::ops::rows::Code;
 use candle_core::{DType, Shape};
 
 macro_rules! increments {
-    ($($(#[$doc:meta])* $name:ident: $code:expr),* $(,)?) => {
+    ($($(#[$doc:meta])* $name:ident, $word:literal: $code:expr),* $(,)?) => {
         $(
             $(#[$doc])*
             ///
@@ -25,6 +25,10 @@ macro_rules! increments {
             pub struct $name;
 
             impl Codec for $name {
+                fn name(&self) -> &'static str {
+                    $word
+                }
+
                 fn encodes(&self) -> Encodes {
                     Encodes::Increments
                 }
@@ -51,11 +55,11 @@ macro_rules! increments {
 
 increments! {
     /// Increments in F16: two bytes an element and four a row, for gradients of F32 quality.
-    Increments16: Code::Half,
+    Increments16, "increments16": Code::Half,
     /// Increments as integers from −127 to 127: a byte an element and four a row, at the accuracy of an F16 field.
-    Increments8: Code::Byte,
+    Increments8, "increments8": Code::Byte,
     /// Increments as integers from −7 to 7: half a byte an element and four bytes a row, for small steps.
-    Increments4: Code::Nibble,
+    Increments4, "increments4": Code::Nibble,
 }
 
 fn encode(code: Code, increment: &State) -> Result<(Entry, Finite)> {

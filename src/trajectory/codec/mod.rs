@@ -92,6 +92,12 @@ pub enum Encodes {
 /// # Ok::<(), OdeError>(())
 /// ```
 pub trait Codec: Debug + Send + Sync + 'static {
+    /// Its name in reports, which tell the bytes of the trajectory by it; that of the type by default.
+    fn name(&self) -> &'static str {
+        let path = std::any::type_name::<Self>();
+        path.split('<').next().and_then(|path| path.rsplit("::").next()).unwrap_or(path)
+    }
+
     /// What it is given.
     fn encodes(&self) -> Encodes {
         Encodes::States

@@ -14,6 +14,10 @@ use candle_core::{DType, Shape, Tensor};
 pub struct States(pub DType);
 
 impl Codec for States {
+    fn name(&self) -> &'static str {
+        self.0.as_str()
+    }
+
     fn encode(&self, state: &State) -> Result<(Entry, Finite)> {
         let mut finite = Finite::default();
         let mut tensors = Vec::with_capacity(state.len());

@@ -46,7 +46,8 @@ function madeOf() {
     bar.append(element("span", { style: `width:${100 * Math.max(part, 0) / whole}%;background:${colour(n)}`, title: `${kind}: ${bytes(part)}, ${share}` }));
     legend.append(element("span", {}, swatch(n), `${kind} `, valued("output", part, bytes, { "data-part": kind }), element("span", { class: "faint" }, ` ${share}`)));
   }
-  const when = `At ${duration(time_ns)}, above a baseline of ${bytes(baseline)}.`;
+  const rest = parts.baseline ?? 0;
+  const when = `At ${duration(time_ns)}, beside ${bytes(rest)} that were live before and that nobody has announced.`;
   byId("made-of").append(bar, legend, element("p", { class: "faint" }, when));
 }
 
@@ -166,8 +167,10 @@ function steps() {
 
 function ledger() {
   const exact = value => valued("td", value, bytes);
-  const rows = DATA.owned.map(({ category, live, peak }) => [category, exact(live), exact(peak), DATA.at_peak.bytes[category] ?? 0])
-    .map(([category, live, peak, at]) => [category, live, peak, exact(at), String(peak.getAttribute("data-value"))]);
+  const row = (name, live, peak, at) => [name, exact(live), exact(peak), exact(at), String(peak)];
+  const codecs = DATA.trajectory.map(({ codec, live, peak, at_peak }) => row(`trajectory/${codec}`, live, peak, at_peak));
+  const rows = DATA.owned.flatMap(({ category, live, peak }) =>
+    [row(category, live, peak, DATA.at_peak.bytes[category] ?? 0), ...(category === "trajectory" ? codecs : [])]);
   rows.push(["all together", exact(DATA.totals.owned_live), exact(DATA.totals.owned_peak), "", String(DATA.totals.owned_peak)]);
   byId("ledger").append(table(["owned bytes", "live at the end", "peak", "at the moment of the peak", "peak in bytes"], rows));
 }
