@@ -73,9 +73,9 @@ fn check(name: &str, ode: &Ode, y0: &Tensor) -> (MemoryPlan, u64) {
 }
 
 /// Every codec and schedule there is, alone and together.
-fn keepings() -> Vec<(&'static str, Discrete)> {
+fn keepings() -> Vec<(&'static str, Adjoint)> {
     let discrete = Discrete::default;
-    vec![
+    let all = vec![
         ("all", discrete()),
         ("all, one stage at a time", discrete().stage_memory(StageMemory::One)),
         ("states in F16", discrete().codec(States(DType::F16))),
@@ -88,6 +88,26 @@ fn keepings() -> Vec<(&'static str, Discrete)> {
         ("input only", discrete().schedule(InputOnly)),
         ("input only, increments in 8 bits", discrete().schedule(InputOnly).codec(Increments8)),
         ("consumed", discrete().consume()),
+    ];
+    all.into_iter().map(|(name, discrete)| (name, discrete.into())).collect()
+}
+
+type WithSolver = fn(Ode) -> Ode;
+
+/// Adjoints that keep next to nothing, with a solver for each.
+fn undone() -> Vec<(&'static str, WithSolver, Adjoint)> {
+    let (rk4, euler, dopri5): (WithSolver, WithSolver, WithSolver) =
+        (|ode| ode.solver(Rk4), |ode| ode.solver(Euler), |ode| ode.solver(Dopri5));
+    let reversible: WithSolver = |ode| ode.solver(Reversible::new(Rk4));
+    let reconstruct = Reconstruct::default;
+    vec![
+        ("reconstructed", reversible, reconstruct().into()),
+        ("reconstructed, one stage at a time", reversible, reconstruct().stage_memory(StageMemory::One).into()),
+        ("reconstructed, anchors", |ode| ode.solver(Reversible::new(Heun)), reconstruct().anchor_every(5).into()),
+        ("solved backwards, RK4", rk4, Backsolve::default().into()),
+        ("solved backwards, Euler", euler, Backsolve::default().into()),
+        ("solved backwards, Dopri5", dopri5, Backsolve::default().into()),
+        ("solved backwards by another", reversible, Backsolve::default().solver(Midpoint).substeps(2).into()),
     ]
 }
 
@@ -107,9 +127,9 @@ fn planned_is_measured() {
         };
         for precision in precisions {
             let ode = Ode::new(&field).span(0.0, 1.0).precision(precision);
-            let mut cell = |solver: &str, steps: usize, (keeping, discrete): (&str, Discrete), ode: Ode| {
+            let mut cell = |solver: &str, steps: usize, (keeping, adjoint): (&str, Adjoint), ode: Ode| {
                 let name = format!("{problem}, {:?}, {solver}, {steps} steps, {keeping}", precision.compute_dtype());
-                let (plan, peak) = check(&name, &ode.steps(steps).adjoint(discrete), y0.as_tensor());
+                let (plan, peak) = check(&name, &ode.steps(steps).adjoint(adjoint), y0.as_tensor());
                 let ratio = plan.peak.unwrap() as f64 / peak as f64;
                 if (ratio - 1.0).abs() > (worst.0 - 1.0).abs() {
                     worst = (ratio, name);
@@ -118,6 +138,9 @@ fn planned_is_measured() {
             for keeping in keepings.clone() {
                 cell("RK4", 16, keeping.clone(), ode.clone().solver(Rk4));
                 cell("Euler", 64, keeping, ode.clone().solver(Euler));
+            }
+            for (name, solver, adjoint) in undone().into_iter().filter(|_| precision != Precision::BF16) {
+                cell(name, 16, ("nearly nothing", adjoint), solver(ode.clone()));
             }
             for keeping in keepings.clone().into_iter().take(2) {
                 cell("Heun", 16, keeping.clone(), ode.clone().solver(Heun));

@@ -68,10 +68,63 @@ fn owned_bytes_are_exact_without_a_counted_heap() {
 }
 
 #[test]
+fn owned_bytes_of_adjoints_that_keep_nothing_are_exact() {
+    let _turn = alone();
+    let (ode, _vars) = ode();
+    let y0 = variable(2, &[6, 4], DType::F32);
+    let reversible = ode.clone().solver(Reversible::new(Heun));
+    let cases: [(Ode, Adjoint, u64); 4] = [
+        (reversible.clone(), Reconstruct::default().into(), 2 * 96),
+        (reversible.clone(), Reconstruct::default().anchor_every(4).stage_memory(StageMemory::One).into(), 3 * 2 * 96),
+        (ode.clone(), Backsolve::default().into(), 96),
+        (reversible, Backsolve::default().solver(Dopri5).substeps(3).into(), 2 * 96),
+    ];
+    for (ode, adjoint, trajectory) in cases {
+        let name = format!("{adjoint:?}");
+        let ode = ode.adjoint(adjoint).save_at(&[0.3, 1.0]);
+        let plan = ode.plan(y0.as_tensor()).unwrap();
+        assert_eq!((plan.peak, plan.trajectory), (None, trajectory), "{name}");
+        let train = || {
+            let solution = ode.solve(y0.as_tensor()).unwrap();
+            let loss =
+                solution.states().iter().map(|state| state[0].sum_all().unwrap()).reduce(|a, b| (a + b).unwrap());
+            loss.unwrap().backward().unwrap();
+            solution.stats()
+        };
+        train();
+        let mut stats = None;
+        let report = recorded(|| stats = Some(train()));
+        for category in Category::ALL {
+            assert_eq!(report.owned(category).unwrap().peak, plan.owned(category), "{name}: {category}");
+        }
+        assert_eq!(report.totals.owned_peak, plan.owned_peak, "{name}");
+        let stats = stats.unwrap();
+        assert_eq!(
+            (stats.evaluations, stats.linearizations, stats.pullbacks, stats.recomputed_steps),
+            (plan.evaluations, plan.linearizations, plan.pullbacks, plan.recomputed_steps),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn what_cannot_be_planned_is_an_error() {
     let _turn = alone();
     let (ode, _vars) = ode();
     let y0 = variable(2, &[6, 4], DType::F32);
-    let message = ode.adjoint(Unrolled).plan(y0.as_tensor()).unwrap_err().to_string();
-    assert!(message.contains("Unrolled") && message.contains("MemoryProfiler"), "{message}");
+    let (reversible, adaptive) =
+        (ode.clone().solver(Reversible::new(Heun)), ode.clone().steps(0).tolerances(1e-3, 1e-6));
+    let cases = [
+        (ode.clone().adjoint(Unrolled), "Unrolled"),
+        (adaptive.solver(Dopri5), "adaptive steps"),
+        (ode.clone().dense(), "dense output"),
+        (reversible, "Reversible(Heun)"),
+        (ode.clone().solver(ReversibleHeun).adjoint(Reconstruct::default()), "ReversibleHeun"),
+    ];
+    for (ode, named) in cases {
+        let message = ode.plan(y0.as_tensor()).unwrap_err().to_string();
+        assert!(message.contains(named) && message.contains("MemoryProfiler"), "{message}");
+    }
+    let message = ode.adjoint(Reconstruct::default()).plan(y0.as_tensor()).unwrap_err().to_string();
+    assert!(message.contains("cannot be undone") && message.contains("Reversible::new"), "{message}");
 }

@@ -9,7 +9,7 @@ mod reconstruct;
 mod times;
 
 pub use backsolve::Backsolve;
-pub(crate) use backsolve::Backsolved;
+pub(crate) use backsolve::{Back, Backsolved};
 pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
 pub use reconstruct::Reconstruct;

@@ -175,9 +175,11 @@ impl Pass<'_, '_> {
         !self.widened.is_empty()
     }
 
-    /// Notes whether something that step `index` left behind is finite.
+    /// Notes whether something that step `index` left behind is finite, unless it is known to be.
     pub(crate) fn note(&mut self, index: usize, finite: Finite) {
-        self.flags.push(((index, 0), finite));
+        if !finite.known_good() {
+            self.flags.push(((index, 0), finite));
+        }
     }
 
     /// Pulls `lambda` back through a step: `pull` is given the stages, the step and a place to take its cotangents to,

@@ -5,9 +5,10 @@ use super::start::{check_start, default_precision};
 use crate::State;
 use crate::adjoint::{Adjoint, Discrete};
 use crate::error::{OdeError, Result};
-use crate::memory::plan::Planned;
+use crate::memory::plan::{Planned, PlannedAdjoint};
 use crate::memory::{Choice, Choices, MemoryPlan};
 use crate::scaling::AdjointScaling;
+use crate::solver::StageMemory;
 use crate::trajectory::schedule::Slot;
 
 impl Ode {
@@ -18,8 +19,9 @@ impl Ode {
     /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
     ///
     /// # Errors
-    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: solvers that are not explicit,
-    /// adaptive steps, dense output, and adjoints other than [`Discrete`](crate::Discrete).
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is not
+    /// known, dense output, [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
+    /// [`Reversible`](crate::Reversible) with [`Reconstruct`](crate::Reconstruct) or [`Backsolve`](crate::Backsolve).
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
         let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
@@ -36,21 +38,25 @@ impl Ode {
         }
         let read = self.with_times_read()?;
         let grid = read.time_grid()?;
-        let discrete = match &self.adjoint {
-            Adjoint::Discrete(discrete) => discrete,
-            Adjoint::Reconstruct(_) => return unplanned("Reconstruct"),
-            Adjoint::Backsolve(_) => return unplanned("Backsolve"),
-            Adjoint::Unrolled(_) => return unplanned("Unrolled"),
+        let (memory, adjoint) = match (&self.adjoint, self.adjoint.keeping(precision)?) {
+            (_, Some(keeping)) if keeping.schedule.slot() == Slot::Stages => {
+                return unplanned("slots that hold linearisations");
+            }
+            (Adjoint::Discrete(discrete), Some(keeping)) => (discrete.stage_memory, PlannedAdjoint::Kept(keeping)),
+            (Adjoint::Reconstruct(reconstruct), _) => {
+                (reconstruct.stage_memory, PlannedAdjoint::Undone(reconstruct.spacing(self.solver.as_ref())?))
+            }
+            (Adjoint::Backsolve(backsolve), _) => {
+                let back = backsolve.back(self.solver.as_ref(), grid.times())?;
+                (StageMemory::All, PlannedAdjoint::Backwards(back))
+            }
+            _ => return unplanned("Unrolled"),
         };
         let trainable = self.field.params().trainable(&self.inputs);
         let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
         outputs.push(grid.steps());
         outputs.sort_unstable();
         outputs.dedup();
-        let Some(keeping) = self.adjoint.keeping(precision)? else { return unplanned("this adjoint") };
-        if keeping.schedule.slot() == Slot::Stages {
-            return unplanned("slots that hold linearisations");
-        }
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),
@@ -58,8 +64,8 @@ impl Ode {
             outputs,
             precision,
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
-            memory: discrete.stage_memory,
-            keeping,
+            memory,
+            adjoint,
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked
@@ -124,5 +130,6 @@ impl Ode {
 /// What a plan does not know.
 fn unplanned<T>(what: &str) -> Result<T> {
     let what = format!("planning the memory of {what}");
-    Err(OdeError::Unsupported { what, instead: "plan Discrete over given steps, or measure it with MemoryProfiler" })
+    let instead = "plan Discrete, Reconstruct or Backsolve over given steps (.steps(n), .grid(..)), or measure it with MemoryProfiler";
+    Err(OdeError::Unsupported { what, instead })
 }

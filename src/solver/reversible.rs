@@ -13,7 +13,7 @@ use super::explicit::{
     weighted,
 };
 use super::stages::{Pullbacks, Stages, StepAt};
-use super::{EstimatedStep, Slope, Solver, Step};
+use super::{EstimatedStep, Slope, Solver, Step, Tableau};
 use crate::State;
 use crate::error::{OdeError, Result};
 use crate::field::{Finite, sum};
@@ -37,6 +37,11 @@ pub trait Reversal: Solver {
 
     /// By how much rounding may grow when a step is undone: c⁻¹.
     fn growth(&self) -> f64;
+
+    /// The explicit method that a pair is coupled over, of a [`Reversible`]: what [`Ode::plan`](crate::Ode::plan) goes by.
+    fn base(&self) -> Option<&Tableau> {
+        None
+    }
 }
 
 /// McCallum and Foster's reversible solver over a base method, which keeps its order.
@@ -281,5 +286,9 @@ impl<M: ExplicitRungeKutta> Reversal for Reversible<M> {
 
     fn growth(&self) -> f64 {
         1.0 / self.coupling
+    }
+
+    fn base(&self) -> Option<&Tableau> {
+        Some(self.base.tableau())
     }
 }

@@ -8,7 +8,7 @@ mod store;
 
 pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
 pub(crate) use forecast::kept_bytes;
-pub(crate) use slots::{AtHand, Slots};
+pub(crate) use slots::{AtHand, Kept, Slots};
 pub(crate) use store::Trajectory;
 
 use schedule::Schedule;

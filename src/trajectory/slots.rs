@@ -22,6 +22,9 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
+    /// What an entry takes in a list of entries, beside itself.
+    pub(crate) const BESIDE: usize = size_of::<Self>() + 3 * size_of::<usize>();
+
     fn decode(&self, dtype: DType) -> Result<State> {
         let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
         let state = self.codec.decode(&self.entry, dtype)?;

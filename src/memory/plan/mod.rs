@@ -10,6 +10,7 @@ mod probe;
 mod slots;
 mod step;
 mod tally;
+mod undone;
 mod walk;
 
 pub use choices::{Choice, Choices};
@@ -19,19 +20,20 @@ use super::composition::{Composition, Part};
 use super::meter::{TrackingAllocator, held};
 use crate::State;
 use crate::account::Category;
-use crate::adjoint::Discrete;
+use crate::adjoint::{Back, Discrete};
 use crate::error::{OdeError, Result};
 use crate::field::Field;
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
-use crate::solver::{Clock, Solver, StageMemory};
+use crate::solver::{Clock, Reversal, Solver, StageMemory, Tableau};
 use crate::time::TimeGrid;
-use crate::trajectory::{Encodes, Keeping};
-use candle_core::{Shape, Tensor};
+use crate::trajectory::{Codec, Encodes, Keeping, Kept, States};
+use candle_core::{Device, Shape, Tensor};
 use probe::Probed;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
-use walk::{Counts, Sizes, Solve};
+use std::sync::{Arc, Mutex, PoisonError};
+use undone::Way;
+use walk::{ClockBytes, Counts, Keeps, Sizes, Solve};
 
 /// Predicted bytes of one solve and its backward pass, above what is live before it, and how often the field is called.
 /// The field's masters are live before it: they are owned, and taken out of the baseline in [`at_peak`](Self::at_peak).
@@ -127,6 +129,16 @@ impl Known {
     }
 }
 
+/// How a planned solve goes backwards.
+pub(crate) enum PlannedAdjoint {
+    /// Over states that are kept.
+    Kept(Keeping),
+    /// Undoing steps, from what is kept after so many of them each.
+    Undone(usize),
+    /// Solving backwards.
+    Backwards(Back),
+}
+
 /// The settings of a solve, as far as bytes depend on them.
 pub(crate) struct Planned<'a> {
     pub(crate) field: &'a dyn Field,
@@ -137,7 +149,7 @@ pub(crate) struct Planned<'a> {
     pub(crate) precision: Precision,
     pub(crate) scaling: AdjointScaling,
     pub(crate) memory: StageMemory,
-    pub(crate) keeping: Keeping,
+    pub(crate) adjoint: PlannedAdjoint,
     pub(crate) inputs: &'a [Tensor],
     pub(crate) seed: u64,
     /// Whether a backward pass follows.
@@ -150,22 +162,23 @@ pub(crate) struct Planned<'a> {
 impl Planned<'_> {
     /// The plan of a solve from `y0`.
     pub(crate) fn plan(&self, y0: &State) -> Result<MemoryPlan> {
-        let Some(tableau) = self.solver.tableau() else {
-            return Err(OdeError::Unsupported {
-                what: format!("planning the memory of {}", self.solver.name()),
-                instead: "explicit Runge-Kutta methods can be planned; measure others with MemoryProfiler",
-            });
-        };
+        let (tableau, coupled) = self.made_of()?;
         let (compute, accumulate) = (self.precision.compute_dtype(), self.precision.accumulate_dtype());
         let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
         let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
         let costs = self.costs(&start, &clock)?;
         let shapes: Vec<Shape> = start.tensors().iter().map(|x| x.shape().clone()).collect();
-        let Keeping { codec, schedule, consume } = &self.keeping;
+        let exact: Arc<dyn Codec> = Arc::new(States(accumulate));
+        let codec = match &self.adjoint {
+            PlannedAdjoint::Kept(keeping) => &keeping.codec,
+            PlannedAdjoint::Undone(_) | PlannedAdjoint::Backwards(_) => &exact,
+        };
         let entry = codec.bytes(&shapes);
         let ((kept, _), encoded) = held(|| codec.encode(&start))?;
         let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
         drop((kept, decoded));
+        // A state that is kept as it is has a handle of its own.
+        let (_, handle) = held(|| exact.encode(&start))?;
         let encodes = codec.encodes();
         // Anything else makes an entry of its own.
         let entry_is_state =
@@ -174,22 +187,28 @@ impl Planned<'_> {
             accumulate: start.bytes(accumulate),
             compute: start.bytes(compute),
             entry,
-            entry_beside: encoded.kept.saturating_sub(entry),
+            entry_beside: encoded.kept.saturating_sub(entry) + Kept::BESIDE,
+            handle: handle.kept + Kept::BESIDE,
             encoding: encoded.most,
             decoding: decoding.most,
+            encodes,
             entry_is_state,
             same_dtype: compute == accumulate,
             widened: widened.kept,
-            clock: clocked.kept + 8 * self.grid.times().len(),
-            times: clock.len() * costs.time,
+            clock: ClockBytes { host: clocked.kept + 8 * self.grid.times().len(), device: clock.len() * costs.time },
             parameters: self.field.params().bytes(),
+        };
+        let keeps = match &self.adjoint {
+            _ if !self.tracked => Keeps::Nothing,
+            PlannedAdjoint::Kept(keeping) => Keeps::States(keeping.schedule.as_ref(), keeping.consume),
+            PlannedAdjoint::Undone(every) => Keeps::Anchors(*every),
+            PlannedAdjoint::Backwards(_) => Keeps::Anchors(usize::MAX),
         };
         let mut solve = Solve {
             tableau,
+            coupled,
             memory: self.memory,
-            schedule: schedule.as_ref(),
-            encodes,
-            consume: *consume,
+            keeps,
             costs,
             sizes,
             steps: self.grid.steps(),
@@ -197,10 +216,16 @@ impl Planned<'_> {
             counts: Counts::default(),
             sums: None,
         };
-        let mut walked = solve.forward(&self.outputs, self.tracked, self.checks);
+        let mut walked = solve.forward(&self.outputs, self.checks);
         let trajectory = walked.trajectory();
-        if self.tracked {
-            solve.backward(&mut walked, &self.outputs);
+        match (keeps, &self.adjoint) {
+            (Keeps::Nothing, _) => {}
+            (Keeps::States(schedule, consume), _) => solve.backward(&mut walked, &self.outputs, (schedule, consume))?,
+            (_, PlannedAdjoint::Backwards(back)) => {
+                let way = self.way(back, y0.device(), costs.time)?;
+                solve.solve_backwards(&mut walked, &self.outputs, &way);
+            }
+            _ => solve.undo_all(&walked, &self.outputs),
         }
         let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
         let (tally, counts) = (solve.heap.tally(), solve.counts);
@@ -215,6 +240,28 @@ impl Planned<'_> {
             recomputed_steps: counts.recomputed_steps,
             owned: Category::ALL.map(|category| tally.owned_peak(category)),
         })
+    }
+
+    /// The tableau that the solver is made of, and whether it couples two states over it.
+    fn made_of(&self) -> Result<(&Tableau, bool)> {
+        let coupled = || self.solver.reversal().and_then(Reversal::base);
+        let kept = matches!(self.adjoint, PlannedAdjoint::Kept(_));
+        match (self.solver.tableau(), coupled()) {
+            (Some(tableau), _) => Ok((tableau, false)),
+            (None, Some(tableau)) if !kept => Ok((tableau, true)),
+            _ => Err(OdeError::Unsupported {
+                what: format!("planning the memory of {} with this adjoint", self.solver.name()),
+                instead: "explicit Runge-Kutta methods can be planned, and Reversible(..) with Reconstruct or Backsolve; \
+                          measure others with MemoryProfiler",
+            }),
+        }
+    }
+
+    /// The way back of a solve that is solved backwards, with the bytes of its times.
+    fn way<'a>(&self, back: &'a Back, device: &Device, time: usize) -> Result<Way<'a>> {
+        let (clock, held) = held(|| Ok(Clock::new(&back.grid, back.tableau.nodes(), device)))?;
+        let clock = ClockBytes { host: held.kept + 8 * back.grid.times().len(), device: clock.len() * time };
+        Ok(Way { tableau: &back.tableau, substeps: back.substeps, clock })
     }
 
     /// The costs of the field, measured unless they are known for these shapes and dtypes.

@@ -14,6 +14,8 @@ pub(super) struct Kept {
     is_increment: bool,
     buffer: Ghost,
     owned: Announced,
+    /// Of a state that is kept as it is.
+    _handle: Option<Ghost>,
 }
 
 /// Kept states, earliest first.
@@ -60,7 +62,7 @@ impl Slots {
 
     pub(super) fn reach(&mut self, solve: &Solve<'_>, n: usize, after: Ghost, keep: bool) -> Ghost {
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
-        if keep && follows && solve.encodes == Encodes::Increments {
+        if keep && follows && solve.sizes.encodes == Encodes::Increments {
             let increment = solve.state();
             let entry = solve.entry(n - 1);
             let decoded = solve.decode();
@@ -85,7 +87,7 @@ impl Slots {
         if self.kept.last().is_some_and(|kept| kept.at == n) {
             return;
         }
-        if solve.encodes == Encodes::Increments || solve.sizes.entry_is_state {
+        if solve.sizes.encodes == Encodes::Increments || solve.sizes.entry_is_state {
             self.keep_whole(solve, n, y);
         } else {
             let entry = Entry { is_increment: false, ..solve.entry(n) };
@@ -98,7 +100,7 @@ impl Slots {
         let index = self.kept.iter().position(|kept| kept.at == n)?;
         if !self.kept[index].is_increment {
             let kept = self.kept[index].clone();
-            if solve.encodes == Encodes::States {
+            if solve.sizes.encodes == Encodes::States {
                 return Some(AtHand::Kept(kept));
             }
             let buffer = kept.buffer.clone();
@@ -152,7 +154,8 @@ impl Slots {
 /// The state itself, kept.
 fn whole(solve: &Solve<'_>, at: usize, y: &Ghost) -> Kept {
     let owned = y.announce(Category::Trajectory, solve.sizes.accumulate);
-    Kept { at, is_increment: false, buffer: y.clone(), owned }
+    let _handle = Some(solve.heap.buffer(Part::Other, solve.sizes.handle));
+    Kept { at, is_increment: false, buffer: y.clone(), owned, _handle }
 }
 
 /// An encoded copy, about to be kept.
@@ -165,7 +168,7 @@ pub(super) struct Entry {
 
 impl From<Entry> for Kept {
     fn from(Entry { at, is_increment, buffer, owned }: Entry) -> Self {
-        Self { at, is_increment, buffer, owned }
+        Self { at, is_increment, buffer, owned, _handle: None }
     }
 }
 

@@ -7,10 +7,16 @@ use super::ghost::{Announced, Ghost};
 use super::walk::Solve;
 use crate::account::Category;
 use crate::memory::composition::Part;
-use crate::solver::StageMemory;
+use crate::solver::{StageMemory, Tableau};
 
 /// A state of ours, announced. The buffer goes first.
-type Held = (Ghost, Announced);
+pub(super) type Held = (Ghost, Announced);
+
+/// What a backward pass holds of the stages of a step.
+enum Points {
+    All(Vec<Ghost>),
+    One(Vec<Held>),
+}
 
 impl Solve<'_> {
     /// A state in the accumulate dtype.
@@ -18,7 +24,21 @@ impl Solve<'_> {
         self.heap.buffer(Part::Other, self.sizes.accumulate + self.costs.state_beside)
     }
 
-    /// One step: the state it leads to.
+    /// One step: the states it leads to.
+    pub(super) fn advance(&mut self) -> Vec<Ghost> {
+        if !self.coupled {
+            return vec![self.step()];
+        }
+        let stages = self.tableau.stages();
+        let of_ahead = self.slopes(stages);
+        let ahead = self.state();
+        let of_back = self.slopes(stages);
+        let across = self.state();
+        drop((of_back, of_ahead));
+        vec![ahead, across]
+    }
+
+    /// One step of the tableau: the state it leads to.
     pub(super) fn step(&mut self) -> Ghost {
         let slopes = self.slopes(self.tableau.stages());
         let y = self.state();
@@ -28,29 +48,57 @@ impl Solve<'_> {
 
     /// The pullback of one step from `y`: the new λ.
     pub(super) fn pullback(&mut self, y: Ghost) -> Ghost {
-        let used = self.used();
-        let last = used.last().copied().unwrap_or(0);
-        let (mut all, mut slopes, mut start) = (vec![], vec![], Some(y));
+        let last = self.used().last().copied().unwrap_or(0);
+        let points = self.points(last);
+        let start = (self.memory == StageMemory::One).then_some(y);
+        let mus = self.pull_points(points);
+        drop(start);
+        let lambda = self.state();
+        drop(mus);
+        lambda
+    }
+
+    /// A step of a coupled pair undone: the pair it started from, and its λ.
+    pub(super) fn undo(&mut self) -> [[Ghost; 2]; 2] {
+        let stages = self.tableau.stages();
+        let points = self.points(stages);
+        let z = self.state();
+        let mus = self.pull_points(points);
+        let star = self.state();
+        drop(mus);
+        let points = self.points(stages);
+        let y = self.state();
+        let mus = self.pull_points(points);
+        let z_bar = self.state();
+        let y_bar = self.state();
+        drop((mus, star));
+        [[y, z], [y_bar, z_bar]]
+    }
+
+    /// What is held of the stages: their linearisations, or the slopes below `end`.
+    fn points(&mut self, end: usize) -> Points {
         match self.memory {
-            StageMemory::All => {
-                all = used.iter().map(|i| self.linearise(*i)).collect();
-                start = None;
-            }
-            StageMemory::One => slopes = self.slopes(last),
+            StageMemory::All => Points::All(self.used().into_iter().map(|i| self.linearise(i)).collect()),
+            StageMemory::One => Points::One(self.slopes(end)),
         }
+    }
+
+    /// μ of every used stage.
+    fn pull_points(&mut self, mut points: Points) -> Vec<Held> {
+        let used = self.used();
         let mut mus = vec![];
         for i in used.iter().rev() {
-            slopes.truncate(used.iter().filter(|j| *j < i).count());
-            let linearization = match all.pop() {
-                Some(linearization) => linearization,
-                None => self.linearise(*i),
+            let linearization = match &mut points {
+                Points::All(all) => all.pop(),
+                Points::One(slopes) => {
+                    slopes.truncate(used.iter().filter(|j| *j < i).count());
+                    Some(self.linearise(*i))
+                }
             };
             mus.push(self.pull());
             drop(linearization);
         }
-        let lambda = self.state();
-        drop((mus, slopes, start));
-        lambda
+        mus
     }
 
     /// The slopes of the used stages below `end`.
@@ -68,7 +116,7 @@ impl Solve<'_> {
         used.into_iter().filter(|i| *i < end).map(|i| slope(self, i)).collect()
     }
 
-    fn linearise(&mut self, stage: usize) -> Ghost {
+    pub(super) fn linearise(&mut self, stage: usize) -> Ghost {
         let point = self.point(stage);
         self.heap.pass(Part::Field, self.costs.linearisation);
         let graph = self.heap.buffer(Part::Field, self.costs.linearised);
@@ -81,6 +129,11 @@ impl Solve<'_> {
     fn pull(&mut self) -> Held {
         let kappa = self.state();
         let _owned = kappa.announce(Category::Cotangents, self.sizes.accumulate);
+        self.pull_back()
+    }
+
+    /// μ of a κ that is at hand.
+    pub(super) fn pull_back(&mut self) -> Held {
         if self.sums.is_none() {
             let sums = self.heap.buffer(Part::Other, self.costs.sums + self.costs.sums_beside);
             let owned = sums.announce(Category::Gradients, self.costs.sums);
@@ -89,8 +142,7 @@ impl Solve<'_> {
         self.heap.pass(Part::Pullback, self.costs.pullback);
         self.counts.pullbacks += 1;
         let mu = self.state();
-        let owned = mu.announce(Category::Cotangents, self.sizes.accumulate);
-        (mu, owned)
+        self.cotangent(mu)
     }
 
     /// A stage state; without terms and in the same dtype it is y itself.
@@ -100,7 +152,12 @@ impl Solve<'_> {
         is_new.then(|| self.heap.buffer(Part::Other, self.sizes.compute + self.costs.state_beside))
     }
 
-    fn used(&self) -> Vec<usize> {
-        (0..self.tableau.stages()).filter(|i| self.tableau.is_used(*i)).collect()
+    pub(super) fn used(&self) -> Vec<usize> {
+        used(self.tableau)
     }
+}
+
+/// The stages that matter.
+pub(super) fn used(tableau: &Tableau) -> Vec<usize> {
+    (0..tableau.stages()).filter(|i| tableau.is_used(*i)).collect()
 }

@@ -1,10 +1,14 @@
-//! The walk forward and the walk back, in bytes: makes and drops the buffers that the passes would, in their order.
+//! The walk forward, and the walk back over what was kept, in bytes: makes and drops the buffers that the passes would, in
+//! their order.
 
 use super::ghost::{Announced, Ghost, Heap};
 use super::probe::Costs;
 use super::slots::{AtHand, Slots};
+use super::step::Held;
 use crate::account::Category;
+use crate::error::Result;
 use crate::memory::composition::Part;
+use crate::memory::meter::held;
 use crate::solver::{StageMemory, Tableau};
 use crate::trajectory::Encodes;
 use crate::trajectory::schedule::{Action, Schedule};
@@ -19,20 +23,29 @@ pub(super) struct Sizes {
     /// A kept entry, and what it takes beside its elements.
     pub(super) entry: usize,
     pub(super) entry_beside: usize,
+    /// What a state takes that is kept as it is.
+    pub(super) handle: usize,
     /// At most while an entry is encoded or decoded.
     pub(super) encoding: usize,
     pub(super) decoding: usize,
+    pub(super) encodes: Encodes,
     /// Whether an entry is the state itself, not a copy of it.
     pub(super) entry_is_state: bool,
     /// Whether a stage state without terms is the state itself.
     pub(super) same_dtype: bool,
     /// y0 in the accumulate dtype, if that is a copy.
     pub(super) widened: usize,
-    /// The times of the stages on the host, and on the device.
-    pub(super) clock: usize,
-    pub(super) times: usize,
+    /// The times of the stages.
+    pub(super) clock: ClockBytes,
     /// The masters, which are live before.
     pub(super) parameters: usize,
+}
+
+/// Bytes of a table of times: on the host, and on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ClockBytes {
+    pub(super) host: usize,
+    pub(super) device: usize,
 }
 
 /// How often what is done.
@@ -47,51 +60,63 @@ pub(super) struct Counts {
 /// One imagined solve with its backward pass.
 pub(super) struct Solve<'a> {
     pub(super) tableau: &'a Tableau,
+    /// Whether the solver couples two states over the tableau, as reversible ones do.
+    pub(super) coupled: bool,
     pub(super) memory: StageMemory,
-    pub(super) schedule: &'a dyn Schedule,
-    pub(super) encodes: Encodes,
-    pub(super) consume: bool,
+    pub(super) keeps: Keeps<'a>,
     pub(super) costs: Costs,
     pub(super) sizes: Sizes,
     pub(super) steps: usize,
     pub(super) heap: Heap,
     pub(super) counts: Counts,
     /// The sums of dL/dθ, once a pullback has made them.
-    pub(super) sums: Option<(Ghost, Announced)>,
+    pub(super) sums: Option<Held>,
 }
+
+/// What the forward pass keeps for the backward pass.
+#[derive(Clone, Copy)]
+pub(super) enum Keeps<'a> {
+    /// Nothing follows.
+    Nothing,
+    /// States, as a schedule says.
+    States(&'a dyn Schedule, Consume),
+    /// What is carried after so many steps each, and at the end.
+    Anchors(usize),
+}
+
+/// Whether the backward pass frees what it has used.
+pub(super) type Consume = bool;
 
 /// What a forward pass leaves behind.
 pub(super) struct Walked {
-    start: Ghost,
+    pub(super) start: Ghost,
     slots: Slots,
     scheduled: Vec<usize>,
-    /// Casts, times, y0 in the accumulate dtype, what is handed out.
+    /// By the number of steps before them, the end last.
+    pub(super) anchors: Vec<(usize, Vec<Held>)>,
+    /// The times of the stages.
+    pub(super) clock: Option<Held>,
+    /// Casts, y0 in the accumulate dtype, what is handed out.
     _held: Vec<Ghost>,
-    _owned: [Announced; 2],
+    _casts: Announced,
 }
 
 impl Walked {
     /// Bytes of the entries.
     pub(super) fn trajectory(&self) -> usize {
-        self.slots.bytes()
+        let anchors = self.anchors.iter().flat_map(|(_, states)| states);
+        self.slots.bytes() + anchors.map(|(_, owned)| owned.bytes()).sum::<usize>()
     }
 }
 
-/// Bytes that the forward pass notes for each stage and step until its end, and the backward pass for each pullback: where
-/// it was, and whether it was finite.
-const FLAG: usize = 48;
-const FLAG_BACK: usize = 40;
-
 impl Solve<'_> {
-    /// The forward pass; `outputs` are the grid points handed out, the last of them the end. `keep` says whether a backward
-    /// pass follows.
-    pub(super) fn forward(&mut self, outputs: &[usize], keep: bool, checks: usize) -> Walked {
+    /// The forward pass; `outputs` are the grid points handed out, the last of them the end.
+    pub(super) fn forward(&mut self, outputs: &[usize], checks: usize) -> Walked {
         self.heap.hold(Category::Parameters, self.sizes.parameters);
         let casts = self.heap.buffer(Part::Other, self.costs.casts + self.costs.casts_beside);
-        let times = self.heap.buffer(Part::Other, self.sizes.clock + self.sizes.times);
-        let owned =
-            [casts.announce(Category::Casts, self.costs.casts), times.announce(Category::Scratch, self.sizes.times)];
-        let mut held = vec![casts, times];
+        let owned = casts.announce(Category::Casts, self.costs.casts);
+        let mut held = vec![casts];
+        let clock = Some(self.clock(self.sizes.clock));
         // y0 is the caller's, or a copy.
         let start = self.heap.buffer(Part::Other, self.sizes.widened);
         let model = self.heap.buffer(Part::Field, self.costs.evaluated_model);
@@ -99,25 +124,32 @@ impl Solve<'_> {
             self.heap.pass(Part::Field, (n + 1) * self.sizes.compute + self.costs.evaluation);
             self.counts.evaluations += 1;
         }
-        let mut sweep = self.schedule.sweep(Some(self.steps));
-        let (mut slots, mut scheduled, mut reached) = (Slots::default(), vec![], vec![]);
-        let mut flags = vec![];
-        let mut y = start.clone();
+        let mut sweep = match self.keeps {
+            Keeps::States(schedule, _) => Some((schedule, schedule.sweep(Some(self.steps)))),
+            _ => None,
+        };
+        let (mut slots, mut scheduled, mut anchors, mut reached) = (Slots::default(), vec![], vec![], vec![]);
+        let mut carried = vec![start.clone()];
         for n in 0..self.steps {
-            let after = self.step();
-            self.flag(n, FLAG * (self.tableau.stages() + 1), &mut flags);
+            let mut after = self.advance();
             let is_last = n + 1 == self.steps;
             if is_last || outputs.contains(&(n + 1)) {
-                reached.push(slots.whole(self, &after));
+                reached.push(slots.whole(self, &after[0]));
             }
-            if is_last {
-                if keep && n > 0 && self.schedule.keeps_last() {
-                    slots.keep(self, n, &y);
+            if let Keeps::Anchors(every) = self.keeps
+                && (is_last || (n + 1).is_multiple_of(every))
+            {
+                anchors.push((n + 1, after.iter().map(|state| self.anchored(state)).collect()));
+            }
+            if let Some((schedule, sweep)) = &mut sweep {
+                if is_last {
+                    if n > 0 && schedule.keeps_last() {
+                        slots.keep(self, n, &carried[0]);
+                    }
+                    break;
                 }
-                break;
-            }
-            y = after;
-            if keep {
+                let y = after.swap_remove(0);
+                carried.clear();
                 let mut wanted = false;
                 for action in sweep.reached(n + 1) {
                     match action {
@@ -129,34 +161,44 @@ impl Solve<'_> {
                     }
                 }
                 scheduled.extend(wanted.then_some(n + 1));
-                y = slots.reach(self, n + 1, y, wanted);
+                after.push(slots.reach(self, n + 1, y, wanted));
             }
+            carried = after;
         }
-        drop((y, flags, model));
+        drop((carried, model));
         // Handed out as copies, one after another.
         for state in reached {
             held.push(self.outside());
             drop(state);
         }
-        Walked { start, slots, scheduled, _held: held, _owned: owned }
+        Walked { start, slots, scheduled, anchors, clock, _held: held, _casts: owned }
     }
 
-    /// The backward pass, for one cotangent of each of the outputs.
-    pub(super) fn backward(&mut self, walked: &mut Walked, outputs: &[usize]) {
+    /// The backward pass over what a schedule has kept, for one cotangent of each of the outputs.
+    pub(super) fn backward(
+        &mut self,
+        walked: &mut Walked,
+        outputs: &[usize],
+        (schedule, consume): (&dyn Schedule, Consume),
+    ) -> Result<()> {
         let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
         let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
-        let mut slots = if self.consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
-        let held = slots.states();
-        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| held.contains(n)).collect();
+        let mut slots = if consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
+        let states = slots.states();
+        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| states.contains(n)).collect();
         let last = self.steps - 1;
-        let is_at_last = last == 0 || held.contains(&last);
+        let is_at_last = last == 0 || states.contains(&last);
         let mut at_hand = if is_at_last { self.restore(walked, &mut slots, last) } else { None };
         if !kept.contains(&last) {
             slots.drop_state(self, last);
         }
-        let mut lambda: Option<(Ghost, Announced)> = None;
-        let mut flags = vec![];
-        let mut actions = self.schedule.reversal(&kept, self.steps, is_at_last).peekable();
+        let mut lambda: Option<Held> = None;
+        let actions = || schedule.reversal(&kept, self.steps, is_at_last);
+        // What is to be done, and the states that are held and scheduled, in both passes.
+        let (_, to_do) = held(|| Ok(actions().count()))?;
+        let numbers = walked.scheduled.len() + kept.len() + states.len();
+        let lists = self.heap.buffer(Part::Other, to_do.most + size_of::<usize>() * numbers);
+        let mut actions = actions().peekable();
         while let Some(action) = actions.next() {
             match action {
                 Action::Advance { from, to } => {
@@ -175,18 +217,22 @@ impl Solve<'_> {
                 Action::Reverse(n) => {
                     if let Some(at) = outputs.iter().position(|output| *output == n + 1) {
                         let sum = if lambda.is_some() { self.state() } else { cotangents[at].clone() };
-                        self.set(&mut lambda, sum);
+                        lambda = Some(self.cotangent(sum));
                     }
                     let Some(y) = at_hand.take() else { continue };
                     let start = y.state(self);
                     let pulled = self.pullback(start);
-                    self.flag(last - n, FLAG_BACK * self.tableau.stages(), &mut flags);
-                    self.set(&mut lambda, pulled);
+                    lambda = Some(self.cotangent(pulled));
                 }
             }
         }
-        drop((model, flags));
-        // dL/dy0 and the sums are handed over, and added up by Candle.
+        drop((model, lists));
+        self.hand_over();
+        Ok(())
+    }
+
+    /// dL/dy0 and the sums are handed over, and added up by Candle.
+    pub(super) fn hand_over(&mut self) {
         drop(self.sums.take().map(|(sums, _)| sums));
     }
 
@@ -194,21 +240,25 @@ impl Solve<'_> {
         if n == 0 { Some(AtHand::State(walked.start.clone())) } else { slots.restore(self, n) }
     }
 
-    /// The new λ is announced before the old one is let go.
-    fn set(&self, lambda: &mut Option<(Ghost, Announced)>, state: Ghost) {
+    /// λ, or a part of it: the new one is announced before the old one is let go.
+    pub(super) fn cotangent(&self, state: Ghost) -> Held {
         let owned = state.announce(Category::Cotangents, self.sizes.accumulate);
-        *lambda = Some((state, owned));
+        (state, owned)
+    }
+
+    /// A table of times.
+    pub(super) fn clock(&self, ClockBytes { host, device }: ClockBytes) -> Held {
+        let times = self.heap.buffer(Part::Other, host + device);
+        let owned = times.announce(Category::Scratch, device);
+        (times, owned)
+    }
+
+    fn anchored(&self, state: &Ghost) -> Held {
+        (state.clone(), state.announce(Category::Trajectory, self.sizes.accumulate))
     }
 
     /// A state in Candle's hands.
-    fn outside(&self) -> Ghost {
+    pub(super) fn outside(&self) -> Ghost {
         self.heap.buffer(Part::Outside, self.sizes.accumulate + self.costs.state_beside)
-    }
-
-    /// After `n` steps of a pass the list of flags, `bytes` a step, may have to grow for one more: it doubles.
-    fn flag(&self, n: usize, bytes: usize, flags: &mut Vec<Ghost>) {
-        let room = |steps: usize| if steps == 0 { 0 } else { bytes * steps.next_power_of_two() };
-        let grown = room(n + 1) - room(n);
-        flags.extend((grown > 0).then(|| self.heap.buffer(Part::Other, grown)));
     }
 }

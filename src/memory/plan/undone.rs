@@ -1,0 +1,108 @@
+//! The walks back that keep next to nothing, in bytes: steps of a reversible solver undone, and the ODE solved backwards.
+
+use super::ghost::Ghost;
+use super::step::Held;
+use super::walk::{ClockBytes, Solve, Walked};
+use crate::account::Category;
+use crate::memory::composition::Part;
+use crate::solver::Tableau;
+
+/// The way back of a solve that is solved backwards.
+pub(super) struct Way<'a> {
+    pub(super) tableau: &'a Tableau,
+    /// Steps back for each step.
+    pub(super) substeps: usize,
+    pub(super) clock: ClockBytes,
+}
+
+impl<'a> Solve<'a> {
+    /// Undoes every step from the end, or from the next anchor.
+    pub(super) fn undo_all(&mut self, walked: &Walked, outputs: &[usize]) {
+        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
+        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        let anchor = |n: usize| {
+            let (_, states) = walked.anchors.iter().find(|(at, _)| *at == n)?;
+            Some(states.iter().map(|(state, _)| state.clone()).collect::<Vec<_>>())
+        };
+        let mut carried = anchor(self.steps);
+        let mut lambda: Vec<Held> = vec![];
+        for n in (0..=self.steps).rev() {
+            if let Some(anchor) = anchor(n).filter(|_| n < self.steps) {
+                self.compare();
+                carried = Some(anchor);
+            }
+            if let Some(at) = outputs.iter().position(|output| *output == n) {
+                // ȳ and zeros for z̄.
+                let zeros = self.state();
+                let lifted = match lambda.is_empty() {
+                    true => [cotangents[at].clone(), zeros],
+                    false => [self.state(), self.state()],
+                };
+                lambda = lifted.map(|state| self.cotangent(state)).into();
+            }
+            if n == 0 {
+                break;
+            }
+            let [states, bars] = self.undo();
+            carried = Some(states.into());
+            lambda = bars.map(|bar| self.cotangent(bar)).into();
+        }
+        self.compare();
+        // ȳ + z̄.
+        let folded = self.state();
+        drop((carried, lambda, folded, model));
+        self.hand_over();
+    }
+
+    /// Solves y and λ backwards.
+    pub(super) fn solve_backwards(&mut self, walked: &mut Walked, outputs: &[usize], way: &Way<'a>) {
+        // The times of the forward pass are not needed any more.
+        walked.clock = None;
+        let clock = self.clock(way.clock);
+        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
+        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        self.tableau = way.tableau;
+        let mut y: Option<Ghost> = None;
+        let mut lambda: Option<Held> = None;
+        for n in (0..=self.steps).rev() {
+            if let Some(at) = outputs.iter().position(|output| *output == n) {
+                let sum = if lambda.is_some() { self.state() } else { cotangents[at].clone() };
+                lambda = Some(self.cotangent(sum));
+            }
+            for _ in 0..if n == 0 { 0 } else { way.substeps } {
+                let [before, pulled] = self.step_back();
+                y = Some(before);
+                lambda = Some(self.cotangent(pulled));
+            }
+        }
+        self.compare();
+        drop((y, lambda, model, clock));
+        self.hand_over();
+    }
+
+    /// One step back of y and λ.
+    fn step_back(&mut self) -> [Ghost; 2] {
+        let mut found: Vec<(Held, Held)> = vec![];
+        for stage in self.used() {
+            let linearization = self.linearise(stage);
+            // λ at the stage, which without terms is λ itself.
+            let here = (0..stage).any(|j| self.tableau.a(stage, j) != 0.0).then(|| self.state());
+            let kappa = self.state();
+            let mu = self.pull_back();
+            // The slope outlives the linearisation that it is part of.
+            drop(linearization);
+            let k = self.heap.buffer(Part::Field, self.sizes.compute + self.costs.state_beside);
+            let owned = k.announce(Category::Stages, self.sizes.compute);
+            drop((here, kappa));
+            found.push(((k, owned), mu));
+        }
+        let states = [self.state(), self.state()];
+        drop(found);
+        states
+    }
+
+    /// ‖reconstructed − kept‖: a difference and its square.
+    fn compare(&self) {
+        self.heap.pass(Part::Other, 2 * self.sizes.accumulate);
+    }
+}
