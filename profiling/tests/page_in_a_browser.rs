@@ -5,11 +5,12 @@
 use candle_core::{Device, Tensor, Var};
 use candle_nn::VarMap;
 use candle_ode::account::Category;
-use candle_ode::memory::{MemoryProfiler, MemoryReport, Part, TrackingAllocator};
+use candle_ode::memory::{MemoryProfiler, MemoryReport, Part, SpanReport, TrackingAllocator};
 use candle_ode::prelude::*;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::Instant;
 
 #[global_allocator]
 static HEAP: TrackingAllocator = TrackingAllocator::system();
@@ -106,6 +107,7 @@ fn numbers_on_the_page_are_the_reports() {
     }
     assert_eq!(sum - report.baseline() as i64 + report.at_peak.bytes.of(Part::Baseline), report.peak() as i64);
     let trajectory = report.owned(Category::Trajectory).unwrap();
+    assert!(elements.contains("<td>trajectory/f32</td>"), "the ledger tells the codec");
     assert!(trajectory.peak > 0 && elements.contains(&format!("<td>{}</td>", trajectory.peak)));
     assert!(elements.contains("::epoch") && elements.contains("pullback"), "the span tree has theirs and ours");
     assert!(elements.contains("&lt;/script&gt;&lt;b&gt;bold"), "settings are text");
@@ -133,6 +135,75 @@ fn a_report_of_nothing_is_drawn_too() {
     let page = place("nothing.html");
     std::fs::write(&page, report.html()).unwrap();
     assert!(elements(&browser, &page).contains("No pass was recorded."));
+}
+
+/// A report of many spans: passes of a hundred steps of nine evaluations each.
+fn many(count: u64) -> MemoryReport {
+    let mut report = report().clone();
+    let like = |name: &str| report.spans.iter().find(|span| span.name == name).unwrap().clone();
+    let kinds = ["forward", "step", "field"].map(like);
+    let baseline = report.baseline();
+    let (mut pass, mut step) = (0, 0);
+    let spans = (0..count).map(|id| {
+        // One pass, then a step and its evaluations, a hundred times.
+        let place = id % 1001;
+        let kind = if place == 0 {
+            0
+        } else if place % 10 == 1 {
+            1
+        } else {
+            2
+        };
+        let (parent, lasts) = match kind {
+            0 => (None, 1_000_000),
+            1 => (Some(pass), 9_000),
+            _ => (Some(step), 500),
+        };
+        match kind {
+            0 => pass = id,
+            1 => step = id,
+            _ => {}
+        }
+        let index = (kind == 1).then_some(place / 10);
+        let peak = baseline + 1000 + 7919 * id % 100_000;
+        let (start_ns, duration_ns) = (1000 * id, lasts);
+        SpanReport {
+            id,
+            parent,
+            index,
+            start_ns,
+            duration_ns,
+            live_before: baseline,
+            live_after: baseline,
+            peak,
+            ..kinds[kind].clone()
+        }
+    });
+    let spans: Vec<_> = spans.collect();
+    report.totals.spans = count;
+    report.totals.duration_ns = 1000 * count + 1_000_000;
+    report.spans = spans;
+    report
+}
+
+#[test]
+fn a_hundred_thousand_spans_are_drawn_in_a_sane_time() {
+    let Some(browser) = browser() else { return };
+    let (few, page) = (place("few.html"), place("many.html"));
+    std::fs::write(&few, many(1001).html()).unwrap();
+    std::fs::write(&page, many(100_000).html()).unwrap();
+    let timed = |page: &Path| {
+        let start = Instant::now();
+        let elements = elements(&browser, page);
+        (start.elapsed().as_secs_f64(), elements)
+    };
+    // What a browser takes to start is not the page's.
+    let (start, _) = timed(&few);
+    let (whole, elements) = timed(&page);
+    println!("{whole:.2} s, of which a page of few spans takes {start:.2} s");
+    assert_eq!(output_of(&elements, "id=\"span-count\"").0, 100_000);
+    assert!(elements.contains("solve 100 of 100"), "every pass can be chosen");
+    assert!(whole - start < 5.0, "{whole:.2} s against {start:.2} s");
 }
 
 #[test]

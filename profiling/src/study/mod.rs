@@ -2,6 +2,7 @@
 
 mod codecs;
 mod pareto;
+mod plan;
 mod plot;
 mod reversal;
 mod stability;
@@ -27,6 +28,8 @@ enum Which {
     Stability(Output),
     /// Time against memory of a gradient, for every adjoint.
     Pareto(Output),
+    /// What plans say against what is measured: fails unless owned bytes are equal and peaks within three per cent.
+    Plan(plan::Plan),
 }
 
 /// Where a study leaves its files.
@@ -44,6 +47,7 @@ impl Study {
             Which::Reversal(output) => reversal::run(output.folder()?),
             Which::Stability(output) => stability::run(output.folder()?),
             Which::Pareto(output) => pareto::run(output.folder()?),
+            Which::Plan(plan) => plan.run(),
         }
     }
 }

@@ -56,10 +56,14 @@ function live() {
   const bands = passes.map(({ span }) => ({ from: span.start_ns, to: span.start_ns + span.duration_ns, text: span.name }));
   const marks = spans.filter(span => span.target === ours && span.name === "step").map(span => span.start_ns);
   const under = new Array(times.length).fill(0);
-  const layers = kinds.map(kind => {
-    const own = DATA.timeline.bytes[kind], from = under.slice();
+  // Codecs that share a trajectory are told apart.
+  const parts = kinds.flatMap(kind => (kind === "trajectory" && DATA.trajectory.length > 1
+    ? DATA.trajectory.map(({ codec, over_time }) => ({ kind, name: `trajectory/${codec}`, own: over_time }))
+    : [{ kind, name: kind, own: DATA.timeline.bytes[kind] }]));
+  const layers = parts.map(({ kind, name, own }) => {
+    const from = under.slice();
     own.forEach((value, n) => { under[n] += value; });
-    return { name: kind, xs: times, ys: under.slice(), under: from, says: own, stepped: true, colour: kindColour(kind) };
+    return { name, xs: times, ys: under.slice(), under: from, says: own, stepped: true, colour: kindColour(kind) };
   });
   const all = { name: "all", xs: times, ys: under, stepped: true, colour: 10 };
   byId("live").append(inTime.tools());
