@@ -62,6 +62,10 @@ counters! {
     floored_steps,
     /// Steps computed again in the backward pass because their start was not kept.
     recomputed_steps,
+    /// Steps back that [`Backsolve`](crate::Backsolve) has chosen by tolerances of its own.
+    back_steps,
+    /// Of the steps back that it has tried, those that were thrown away.
+    rejected_back_steps,
     /// Steps done again because something overflowed, in either pass.
     redone_steps,
     /// Whole backward passes done again because something overflowed.

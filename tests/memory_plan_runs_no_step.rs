@@ -118,6 +118,7 @@ fn what_cannot_be_planned_is_an_error() {
         (ode.clone().adjoint(Unrolled), "Unrolled"),
         (adaptive.solver(Dopri5), "adaptive steps"),
         (ode.clone().dense(), "dense output"),
+        (ode.clone().solver(Dopri5).adjoint(Backsolve::default().tolerances(1e-3, 1e-3)), "Backsolve by tolerances"),
         (reversible, "Reversible(Heun)"),
         (ode.clone().solver(ReversibleHeun).adjoint(Reconstruct::default()), "ReversibleHeun"),
     ];

@@ -10,10 +10,14 @@ use super::passes::{Pass, Passes};
 use super::{Anchors, Reverse, Reversed};
 use crate::State;
 use crate::account::Category;
+use crate::controller::{Controller, Tolerance};
 use crate::error::{OdeError, Result};
 use crate::field::{all_finite, sum};
-use crate::solver::{ExplicitRungeKutta, Pullbacks, Slope, Solver, Stages, StepAt, Tableau, visible, zeros_like};
+use crate::solver::{
+    ExplicitRungeKutta, Pullbacks, Slope, Solver, Stages, StepAt, Tableau, estimate, visible, zeros_like,
+};
 use crate::time::TimeGrid;
+use candle_core::DType;
 use std::sync::Arc;
 
 /// The continuous adjoint (optimise-then-discretise): solves y backwards from its end, together with λ and dL/dθ.
@@ -30,11 +34,13 @@ use std::sync::Arc;
 pub struct Backsolve {
     solver: Option<Arc<dyn ExplicitRungeKutta>>,
     substeps: usize,
+    pub(crate) tolerances: Option<(Tolerance, Tolerance)>,
+    pub(crate) controller: Controller,
 }
 
 impl Default for Backsolve {
     fn default() -> Self {
-        Self { solver: None, substeps: 1 }
+        Self { solver: None, substeps: 1, tolerances: None, controller: Controller::default() }
     }
 }
 
@@ -45,7 +51,40 @@ impl Backsolve {
         self
     }
 
-    /// How many equal steps back are made for each step of the solve; by default 1.
+    /// The way back chooses its own steps, between the outputs that the loss uses, instead of going over those of the
+    /// solve: so that the estimated errors of y and of λ are within these. λ is measured against its largest component so
+    /// far, so that the steps do not depend on the scale of the loss; dL/dθ follows and is not measured.
+    ///
+    /// The method needs an error estimate: [`Dopri5`](crate::Dopri5), [`Tsit5`](crate::Tsit5) and others. A step that is
+    /// not finite in half precision is tried in F32 before it is made shorter.
+    ///
+    /// ```
+    /// use candle_core::{Tensor, Var};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.neg());
+    /// let y0 = Var::new(&[1f64], &candle_core::Device::Cpu)?;
+    /// let adjoint = Backsolve::default().tolerances(1e-9, 1e-9);
+    /// let ode = Ode::new(&field).solver(Dopri5).span(0.0, 1.0).tolerances(1e-3, 1e-3).adjoint(adjoint);
+    /// let solution = ode.solve(y0.as_tensor())?;
+    /// let dy0 = solution.last().sum_all()?.backward()?.get(&y0).unwrap().to_vec1::<f64>()?[0];
+    /// assert!((dy0 - (-1f64).exp()).abs() < 1e-8);
+    /// assert!(solution.stats().back_steps > solution.stats().accepted_steps);
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    pub fn tolerances(mut self, rtol: impl Into<Tolerance>, atol: impl Into<Tolerance>) -> Self {
+        self.tolerances = Some((rtol.into(), atol.into()));
+        self
+    }
+
+    /// How the lengths of those steps are chosen; for [`tolerances`](Self::tolerances).
+    pub fn controller(mut self, controller: Controller) -> Self {
+        self.controller = controller;
+        self
+    }
+
+    /// How many equal steps back are made for each step of the solve; by default 1. With
+    /// [`tolerances`](Self::tolerances) it has no meaning.
     pub fn substeps(mut self, substeps: usize) -> Self {
         self.substeps = substeps;
         self
@@ -58,7 +97,13 @@ impl Backsolve {
             return Err(OdeError::Setting { setting: "Backsolve::substeps", value: "0".into(), hint });
         }
         match self.solver.as_ref().map(|solver| solver.tableau()).or(solver.tableau()) {
-            Some(tableau) => Ok(tableau.clone()),
+            Some(tableau) => {
+                if self.tolerances.is_some() {
+                    self.controller.check()?;
+                    estimate(tableau)?;
+                }
+                Ok(tableau.clone())
+            }
             None => Err(OdeError::Unsupported {
                 what: format!("Backsolve with {}, which is no explicit Runge–Kutta method,", solver.name()),
                 instead: "name one for the way back: Backsolve::default().solver(Rk4)",
@@ -158,36 +203,78 @@ fn step(
     lambda: &State,
     pullbacks: &mut Pullbacks<'_>,
 ) -> Result<(State, State)> {
-    let (h, b, accumulate) = (at.h, tableau.weights(), stages.accumulate());
-    let weight = |i: usize| if b[i] == 0.0 { 1.0 } else { b[i] };
-    let mut found: Vec<Option<Found>> = vec![];
-    for (i, &b_i) in b.iter().enumerate() {
-        if !tableau.is_used(i) {
-            found.push(None);
-            continue;
-        }
-        let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-        let earlier = || found.iter().enumerate().filter_map(|(j, found)| found.as_ref().map(|found| (j, found)));
-        let of_y: Vec<_> = earlier().map(|(j, found)| (h * tableau.a(i, j), found.k.state())).collect();
-        let of_lambda: Vec<_> = earlier().map(|(j, found)| (tableau.a(i, j) / weight(j), found.mu.state())).collect();
-        let linearization = stages.linearize(at, i, &sum(Some(y), &of_y, at.dtype)?)?;
-        let here = sum(Some(lambda), &of_lambda, accumulate)?;
-        let kappa = sum(None, &[(-h * weight(i), &here)], accumulate)?;
-        let mu = match b_i == 0.0 {
-            true => pullbacks.pull_state(linearization.as_ref(), at, i, &kappa)?,
-            false => pullbacks.pull(linearization.as_ref(), at, i, &kappa)?,
-        };
-        let k = Slope::new(linearization.value().clone(), Category::Stages);
-        found.push(Some(Found { k, mu: Slope::new(mu, Category::Cotangents) }));
-    }
-    let all = || b.iter().zip(&found).filter(|(b, _)| **b != 0.0).filter_map(|(b, found)| Some((*b, found.as_ref()?)));
-    let of_y: Vec<_> = all().map(|(b, found)| (h * b, found.k.state())).collect();
-    let of_lambda: Vec<_> = all().map(|(_, found)| (1.0, found.mu.state())).collect();
-    Ok((sum(Some(y), &of_y, accumulate)?, sum(Some(lambda), &of_lambda, accumulate)?))
+    let matter: Vec<bool> = (0..tableau.stages()).map(|i| tableau.is_used(i)).collect();
+    Found::at(tableau, stages, at, &matter, [y, lambda], pullbacks)?.moved(tableau, at.h, [y, lambda])
 }
 
-/// What a stage has given.
-struct Found {
-    k: Slope,
-    mu: Slope,
+/// What the stages of a step have given, those that do not matter left out.
+pub(super) struct Found(Vec<Option<(Slope, Slope)>>);
+
+impl Found {
+    /// k and μ of the stages that `matter`.
+    pub(super) fn at(
+        tableau: &Tableau,
+        stages: &Stages<'_>,
+        at: &StepAt<'_>,
+        matter: &[bool],
+        [y, lambda]: [&State; 2],
+        pullbacks: &mut Pullbacks<'_>,
+    ) -> Result<Self> {
+        let (h, accumulate) = (at.h, stages.accumulate());
+        let mut found = Self(vec![]);
+        for (i, matters) in matter.iter().enumerate() {
+            if !matters {
+                found.0.push(None);
+                continue;
+            }
+            let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
+            let of_y: Vec<_> = found.iter().map(|(j, k, _)| (h * tableau.a(i, j), k)).collect();
+            let of_lambda: Vec<_> = found.iter().map(|(j, _, mu)| (tableau.a(i, j) / weight(tableau, j), mu)).collect();
+            let linearization = stages.linearize(at, i, &sum(Some(y), &of_y, at.dtype)?)?;
+            let here = sum(Some(lambda), &of_lambda, accumulate)?;
+            let kappa = sum(None, &[(-h * weight(tableau, i), &here)], accumulate)?;
+            let mu = match tableau.weights()[i] == 0.0 {
+                true => pullbacks.pull_state(linearization.as_ref(), at, i, &kappa)?,
+                false => pullbacks.pull(linearization.as_ref(), at, i, &kappa)?,
+            };
+            let k = Slope::new(linearization.value().clone(), Category::Stages);
+            found.0.push(Some((k, Slope::new(mu, Category::Cotangents))));
+        }
+        Ok(found)
+    }
+
+    /// y⁻ and λ⁻.
+    pub(super) fn moved(&self, tableau: &Tableau, h: f64, [y, lambda]: [&State; 2]) -> Result<(State, State)> {
+        let accumulate = lambda[0].dtype();
+        let (of_y, of_lambda) = self.terms(tableau, h, tableau.weights());
+        Ok((sum(Some(y), &of_y, accumulate)?, sum(Some(lambda), &of_lambda, accumulate)?))
+    }
+
+    /// h Σ dᵢ kᵢ and Σ dᵢ/wᵢ μᵢ: with dᵢ = bᵢ − b̂ᵢ, the errors of y⁻ and λ⁻.
+    pub(super) fn errors(&self, tableau: &Tableau, h: f64, d: &[f64], accumulate: DType) -> Result<[State; 2]> {
+        let (of_y, of_lambda) = self.terms(tableau, h, d);
+        Ok([sum(None, &of_y, accumulate)?, sum(None, &of_lambda, accumulate)?])
+    }
+
+    fn terms<'a>(&'a self, tableau: &Tableau, h: f64, weights: &[f64]) -> (Terms<'a>, Terms<'a>) {
+        let used = || self.iter().filter(|(i, ..)| weights[*i] != 0.0);
+        let of_lambda = used().map(|(i, _, mu)| (weights[i] / weight(tableau, i), mu));
+        (used().map(|(i, k, _)| (h * weights[i], k)).collect(), of_lambda.collect())
+    }
+
+    /// Stage, k and μ.
+    fn iter(&self) -> impl Iterator<Item = (usize, &State, &State)> {
+        let found = self.0.iter().enumerate().filter_map(|(i, found)| found.as_ref().map(|found| (i, found)));
+        found.map(|(i, (k, mu))| (i, k.state(), mu.state()))
+    }
+}
+
+type Terms<'a> = Vec<(f64, &'a State)>;
+
+/// wᵢ.
+fn weight(tableau: &Tableau, i: usize) -> f64 {
+    match tableau.weights()[i] {
+        0.0 => 1.0,
+        b => b,
+    }
 }

@@ -1,6 +1,7 @@
 //! How gradients come back.
 
 mod backsolve;
+mod backsolve_chosen;
 mod discrete;
 mod drift;
 mod lambda;
@@ -10,6 +11,7 @@ mod times;
 
 pub use backsolve::Backsolve;
 pub(crate) use backsolve::{Back, Backsolved};
+pub(crate) use backsolve_chosen::Chosen;
 pub(crate) use discrete::Recorded;
 pub(crate) use passes::Passes;
 pub use reconstruct::Reconstruct;

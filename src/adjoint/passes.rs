@@ -206,6 +206,34 @@ impl Pass<'_, '_> {
         self.flagged(&at, scale, &mut pull)
     }
 
+    /// As [`step`](Self::step), for a step that is not on the clock of the passes, and that may be thrown away: also says
+    /// whether all of it is finite, and gives its sums of dL/dθ, which count once they are [`taken`](Self::take).
+    pub(crate) fn attempt<T>(
+        &mut self,
+        at: &StepAt<'_>,
+        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+    ) -> Result<(T, bool, Gradients)> {
+        let _span =
+            tracing::debug_span!(target: "candle_ode", "step", index = at.index as u64, t = at.t, h = at.h).entered();
+        let scale = match self.passes.scaling.rule {
+            Rule::PerStep | Rule::Dynamic if at.dtype.size_in_bytes() < 4 => {
+                StageScale::FromCotangent(self.powers.clone())
+            }
+            Rule::Static(s) => StageScale::Fixed(s),
+            _ => StageScale::Fixed(1.0),
+        };
+        let mut of_step = self.passes.no_gradients();
+        let (pulled, finite, _) = self.pulled(at, scale, &mut of_step, &mut pull)?;
+        let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
+        let finite = Finite::read(&flags)?.into_iter().all(|ok| ok);
+        Ok((pulled, finite, of_step))
+    }
+
+    /// Adds the sums of an attempt.
+    pub(crate) fn take(&mut self, of_step: Gradients) -> Result<()> {
+        Ok(self.gradients.absorb(of_step)?)
+    }
+
     /// The reference rule: one S a step, halved and the step redone as long as it overflows.
     fn dynamically<T>(
         &mut self,

@@ -2,7 +2,9 @@
 
 use super::Forward;
 use crate::State;
-use crate::adjoint::{Adjoint, Anchors, Backsolved, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse};
+use crate::adjoint::{
+    Adjoint, Anchors, Backsolved, Chosen, Discrete, Moments, Passes, Reconstructed, Recorded, Reverse,
+};
 use crate::error::{OdeError, Result};
 use crate::scaling::AdjointScaling;
 use crate::solver::Clock;
@@ -81,13 +83,22 @@ impl Forward<'_> {
                 let passes = self.passes(clock, dtypes, scaling, moments);
                 Box::new(Reconstructed { passes, solver, start, anchors, memory: adjoint.stage_memory })
             }
-            (Adjoint::Backsolve(adjoint), _, Some(end)) => {
-                let back = adjoint.back(solver.as_ref(), &times)?;
-                let clock = Clock::with_breaks(&back.grid, back.tableau.nodes(), clock.breaks(), start.device());
-                let dtypes = dtypes.iter().rev().flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
-                let passes = self.passes(clock, dtypes, scaling, moments);
-                Box::new(Backsolved { passes, solver, back, start, end })
-            }
+            (Adjoint::Backsolve(adjoint), _, Some(end)) => match &adjoint.tolerances {
+                Some(tolerances) => {
+                    let tableau = adjoint.tableau(solver.as_ref())?;
+                    let (tolerances, controller) = (tolerances.clone(), adjoint.controller.clone());
+                    let passes = self.passes(clock, dtypes, scaling, moments);
+                    Box::new(Chosen { passes, solver, tableau, tolerances, controller, times, start, end })
+                }
+                None => {
+                    let back = adjoint.back(solver.as_ref(), &times)?;
+                    let clock = Clock::with_breaks(&back.grid, back.tableau.nodes(), clock.breaks(), start.device());
+                    let steps = dtypes.iter().rev();
+                    let dtypes = steps.flat_map(|dtype| std::iter::repeat_n(*dtype, back.substeps)).collect();
+                    let passes = self.passes(clock, dtypes, scaling, moments);
+                    Box::new(Backsolved { passes, solver, back, start, end })
+                }
+            },
             _ => {
                 let what = "a backward pass of which nothing was kept".into();
                 return Err(OdeError::Unsupported { what, instead: "this is a bug of candle-ode, please report it" });

@@ -46,6 +46,9 @@ impl Ode {
             (Adjoint::Reconstruct(reconstruct), _) => {
                 (reconstruct.stage_memory, PlannedAdjoint::Undone(reconstruct.spacing(self.solver.as_ref())?))
             }
+            (Adjoint::Backsolve(backsolve), _) if backsolve.tolerances.is_some() => {
+                return unplanned("Backsolve by tolerances of its own");
+            }
             (Adjoint::Backsolve(backsolve), _) => {
                 let back = backsolve.back(self.solver.as_ref(), grid.times())?;
                 (StageMemory::All, PlannedAdjoint::Backwards(back))

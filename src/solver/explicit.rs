@@ -198,7 +198,7 @@ pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&S
 }
 
 /// By stage, dᵢ = bᵢ − b̂ᵢ, and whether it matters for y⁺ or for the estimate of its error.
-pub(super) fn estimate(tableau: &Tableau) -> Result<(Vec<f64>, Vec<bool>)> {
+pub(crate) fn estimate(tableau: &Tableau) -> Result<(Vec<f64>, Vec<bool>)> {
     let Some(embedded) = tableau.embedded() else {
         return Err(OdeError::NoErrorEstimate { solver: tableau.name().to_owned() });
     };
