@@ -1,4 +1,5 @@
-//! The study of codecs finds what the NumPy model of the same scheme found, within a factor of three, and in its order.
+//! The study of codecs finds what the NumPy model of the same scheme found, within a factor of three, and in its order;
+//! that of plans holds on a small part of its matrix.
 
 use std::process::Command;
 
@@ -54,4 +55,19 @@ fn errors_of_codecs_are_those_of_the_model() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn plans_hold_on_the_quick_part_of_the_matrix() {
+    let out = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("plans");
+    let mut study = Command::new(env!("CARGO_BIN_EXE_memory-report"));
+    let output = study.args(["study", "plan", "--quick", "--out"]).arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut reader = csv::Reader::from_path(out.join("plan.csv")).unwrap();
+    let rows: Vec<_> = reader.records().map(Result::unwrap).collect();
+    // Two fields and precisions, of each two solvers with two codecs and five adjoints, backwards, and two undone.
+    assert_eq!(rows.len(), 2 * 2 * (2 * 2 * 5 + 2 + 2));
+    for row in &rows {
+        assert_eq!((&row[6], &row[11]), (&row[7], "yes"), "{row:?}");
+    }
 }

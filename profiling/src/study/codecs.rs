@@ -5,6 +5,7 @@
 //! layer. Sums are made in F32. Two codecs are here for comparison only: increments without error feedback, and states
 //! in eight bits.
 
+use super::plot::{Series, log_log};
 use candle_core::{DType, Device, Module, Shape, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::field::ops::combine::{Finite, all_finite};
@@ -14,6 +15,7 @@ use candle_ode::{Codec, Entry, Increments4, Increments8, Increments16, Result, S
 use clap::Args;
 use rand::{Rng, SeedableRng};
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 /// Gradient errors of the trajectory's codecs.
@@ -22,6 +24,9 @@ pub(crate) struct Codecs {
     /// Draws of weights and data over which the geometric mean is taken.
     #[arg(long, default_value_t = 3)]
     seeds: u64,
+    /// A folder that gets codecs.csv and codecs.svg too; it is made if need be.
+    #[arg(long)]
+    out: Option<PathBuf>,
 }
 
 const ROWS: usize = 64;
@@ -53,11 +58,44 @@ const CODECS: [Named; 7] = [
     (AT_LONGER, || Discrete::default().codec(Eighth)),
 ];
 
+/// What is drawn: T, N and the dtype of f.
+const DRAWN: [(f64, usize, DType); 3] = [(1.0, 32, DType::F32), (4.0, 128, DType::F32), (4.0, 128, DType::F16)];
+/// The codecs on a line, by rising bytes.
+const LINES: [(&str, &[&str]); 2] = [
+    ("increments", &["4-bit increments", "8-bit increments", "16-bit increments", "F32 states"]),
+    ("states", &["8-bit states", "F16 states", "F32 states"]),
+];
+
+/// What one codec costs in one setting.
+struct Cost {
+    t: f64,
+    steps: usize,
+    f: DType,
+    codec: &'static str,
+    bytes: f64,
+    error: f64,
+}
+
 impl Codecs {
-    /// The table as CSV.
-    pub(crate) fn table(&self) -> Result<String> {
+    /// Prints the table as CSV, and leaves it in a folder with a plot if one is named.
+    pub(super) fn run(&self) -> crate::failure::Result<()> {
+        let costs = self.costs()?;
         let mut csv = "T,N,f,codec,bytes per element and step,relative error\n".to_owned();
-        for (t, steps, dtype, longer) in SETTINGS {
+        for Cost { t, steps, f, codec, bytes, error } in &costs {
+            // Writing to a string cannot fail.
+            let _ = writeln!(csv, "{t},{steps},{},{codec},{bytes:.3},{error:.2e}", f.as_str());
+        }
+        crate::print(csv.as_bytes())?;
+        let Some(out) = &self.out else { return Ok(()) };
+        std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
+        candle_ode::file::write_bytes_atomically(&out.join("codecs.csv"), csv.as_bytes())?;
+        let axes = ["bytes kept per element and step", "relative error of the gradient"];
+        log_log(&out.join("codecs.svg"), "What a kept byte buys", axes, &drawn(&costs))
+    }
+
+    fn costs(&self) -> Result<Vec<Cost>> {
+        let mut costs = vec![];
+        for (t, steps, f, longer) in SETTINGS {
             let (mut logarithms, mut bytes) = ([0.0; CODECS.len()], [0.0; CODECS.len()]);
             for seed in 0..self.seeds.max(1) {
                 let problem = Problem::draw(seed, if t == 1.0 { 1.0 } else { 1.5 })?;
@@ -65,20 +103,37 @@ impl Codecs {
                 let ((short, _), (long, _)) = (exact(steps)?, exact(longer)?);
                 for (n, (name, adjoint)) in CODECS.iter().enumerate() {
                     let (steps, exact) = if *name == AT_LONGER { (longer, &long) } else { (steps, &short) };
-                    let (found, size) = problem.gradient(t, steps, Precision::new().compute(dtype), adjoint())?;
+                    let (found, size) = problem.gradient(t, steps, Precision::new().compute(f), adjoint())?;
                     logarithms[n] += distance(&found, exact).ln();
                     bytes[n] = size;
                 }
             }
-            for (n, (name, _)) in CODECS.iter().enumerate() {
-                let steps = if *name == AT_LONGER { longer } else { steps };
+            for (n, (codec, _)) in CODECS.iter().enumerate() {
+                let steps = if *codec == AT_LONGER { longer } else { steps };
                 let error = (logarithms[n] / self.seeds.max(1) as f64).exp();
-                // Writing to a string cannot fail.
-                let _ = writeln!(csv, "{t},{steps},{},{name},{:.3},{error:.2e}", dtype.as_str(), bytes[n]);
+                costs.push(Cost { t, steps, f, codec, bytes: bytes[n], error });
             }
         }
-        Ok(csv)
+        Ok(costs)
     }
+}
+
+/// Increments and states of some settings.
+fn drawn(costs: &[Cost]) -> Vec<Series> {
+    let mut all = vec![];
+    for (t, steps, f) in DRAWN {
+        for (line, codecs) in LINES {
+            let is_drawn = |cost: &&Cost, codec: &str| {
+                let longer = if codec == AT_LONGER { 2 * steps } else { steps };
+                cost.codec == codec && (cost.t, cost.steps, cost.f) == (t, longer, f)
+            };
+            let found = codecs.iter().filter_map(|codec| costs.iter().find(|cost| is_drawn(cost, codec)));
+            let name = format!("{line}, T = {t}, N = {steps}, f in {f:?}");
+            let points = found.map(|cost| (cost.bytes, cost.error)).collect();
+            all.push(Series { name, points, dashed: line == "states" });
+        }
+    }
+    all
 }
 
 /// One draw.

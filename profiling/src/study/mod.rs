@@ -43,7 +43,7 @@ struct Output {
 impl Study {
     pub(crate) fn run(&self) -> Result<()> {
         match &self.which {
-            Which::Codecs(codecs) => crate::print(codecs.table()?.as_bytes()),
+            Which::Codecs(codecs) => codecs.run(),
             Which::Reversal(output) => reversal::run(output.folder()?),
             Which::Stability(output) => stability::run(output.folder()?),
             Which::Pareto(output) => pareto::run(output.folder()?),
