@@ -215,6 +215,9 @@ impl Planned<'_> {
             heap: Default::default(),
             counts: Counts::default(),
             sums: None,
+            live: 0,
+            packed: vec![],
+            session: vec![],
         };
         let mut walked = solve.forward(&self.outputs, self.checks);
         let trajectory = walked.trajectory();

@@ -4,9 +4,10 @@
 //! least counts, since a thread that joins late takes its buffers then. No step is made.
 
 use crate::State;
+use crate::account::{Category, alive};
 use crate::error::Result;
 use crate::field::ops::combine;
-use crate::field::{Casts, Field, Gradients, Opening};
+use crate::field::{Casts, Field, Gradients, Linearization, Opening};
 use crate::memory::meter::{Held, TrackingAllocator, held};
 use crate::scaling::{AdjointScaling, PowerOfTwo, Rule};
 use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages};
@@ -17,7 +18,8 @@ use std::rc::Rc;
 /// Rounds of which the least counts.
 const ROUNDS: usize = 3;
 
-/// Bytes of a field at one shape. All but `casts`, `sums` and `time` are zero where nothing counts the heap.
+/// Bytes of a field at one shape. All but `casts`, `sums`, `time` and `layers` are zero where
+/// nothing counts the heap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Costs {
     /// Parameters and inputs in the compute dtype that are copies: exact.
@@ -26,10 +28,11 @@ pub(crate) struct Costs {
     pub(super) sums: usize,
     /// A stage's time on the device, in the dtypes in which the field asks for it: exact.
     pub(super) time: usize,
-    /// What goes with the casts and sums that is not in them: handles, names.
+    /// What the layers of the field hold of their own: exact.
+    pub(super) layers: Layers,
+    /// What goes with the casts that is not in them: handles, names.
     pub(super) casts_beside: usize,
-    pub(super) sums_beside: usize,
-    /// The model, opened for evaluations and for linearisations.
+    /// The model, opened for evaluations and for linearisations, with what a session of it has once it is warm.
     pub(super) evaluated_model: usize,
     pub(super) linearised_model: usize,
     /// What a state of one pass takes beside its elements.
@@ -40,6 +43,20 @@ pub(crate) struct Costs {
     pub(super) linearisation: usize,
     pub(super) linearised: usize,
     /// At most during a pullback, its result included.
+    pub(super) pullback: usize,
+}
+
+/// Scratch of a field's layers: weights packed once per solve, and buffers that one call hands on to the next, of which a
+/// session has as many as it ever needed at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Layers {
+    /// Weights, from the first evaluation and from the first pullback on.
+    pub(super) packed: usize,
+    pub(super) packed_for_pullbacks: usize,
+    /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, and for a pullback.
+    pub(super) evaluation: usize,
+    pub(super) linearisation: usize,
+    pub(super) further: usize,
     pub(super) pullback: usize,
 }
 
@@ -97,16 +114,8 @@ impl Probed<'_> {
         costs.casts_beside = held.kept.saturating_sub(costs.casts);
         costs.state_beside = self.beside()?;
 
-        let (model, held) = held_by(|| self.field.open(&casts, Opening::Evaluate, self.seed))?;
-        costs.evaluated_model = held.kept;
-        let at = self.clock.step(0, self.compute);
         let point = self.start.detach().try_map(|x| combine::combine(Some(x), &[], self.compute))?;
-        let stages = Stages::new(model.as_ref(), self.accumulate, &counters, Slopes::Cut);
-        // The column of times is uploaded by the first evaluation.
-        stages.slope(&at, 0, &point)?;
-        let (slope, held) = held_by(|| stages.slope(&at, 0, &point))?;
-        costs.evaluation = held.most;
-        drop(slope);
+        self.evaluate(&casts, &point, &counters, &mut costs)?;
         if self.tracked {
             self.linearise(&casts, &point, &counters, &mut costs)?;
         }
@@ -114,29 +123,67 @@ impl Probed<'_> {
         Ok(costs)
     }
 
-    fn linearise(&self, casts: &Casts, point: &State, counters: &Counters, costs: &mut Costs) -> Result<()> {
-        let (model, held) = held_by(|| self.field.open(casts, Opening::Linearize, self.seed))?;
-        costs.linearised_model = held.kept;
+    fn evaluate(&self, casts: &Casts, point: &State, counters: &Counters, costs: &mut Costs) -> Result<()> {
+        let before = alive(Category::Scratch);
+        let times = self.clock.bytes();
+        let (model, held) = held_by(|| self.field.open(casts, Opening::Evaluate, self.seed))?;
         let at = self.clock.step(0, self.compute);
         let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
-        let (linearization, held) = held_by(|| stages.linearize(&at, 0, point))?;
-        (costs.linearisation, costs.linearised) = (held.most, held.kept);
+        // The first evaluation uploads the column of times, packs weights and makes buffers.
+        let ((), warm) = held_by(|| stages.slope(&at, 0, point).map(drop))?;
+        let grown = |before: u64, times: usize| {
+            let columns = self.clock.bytes() - times;
+            (alive(Category::Scratch).saturating_sub(before) as usize).saturating_sub(columns)
+        };
+        let all = grown(before, times);
+        let (slope, evaluation) = held_by(|| stages.slope(&at, 0, point))?;
+        costs.evaluation = evaluation.most;
+        drop(slope);
+        costs.evaluated_model = held.kept + warm.kept.saturating_sub(all);
+        drop(stages);
+        drop(model);
+        costs.layers.packed = grown(before, times);
+        costs.layers.evaluation = all - costs.layers.packed;
+        Ok(())
+    }
+
+    fn linearise(&self, casts: &Casts, point: &State, counters: &Counters, costs: &mut Costs) -> Result<()> {
+        let before = alive(Category::Scratch);
+        let grown = || alive(Category::Scratch).saturating_sub(before) as usize;
+        let (model, held) = held_by(|| self.field.open(casts, Opening::Linearize, self.seed))?;
+        let at = self.clock.step(0, self.compute);
+        let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
         // A cotangent of ordinary size, in storage of its own as in a solve.
         let kappa = self.start.detach().try_map(|x| combine::combine(Some(x), &[(0.5, x)], self.accumulate))?;
         let mut gradients = Gradients::new(casts.leaves().len(), self.accumulate);
         gradients.bind(model.leaves());
-        let pull = |gradients: &mut Gradients| {
+        let pull = |gradients: &mut Gradients, linearization: &dyn Linearization| {
             let mut pullbacks = Pullbacks::new(gradients, self.scale(), counters);
-            pullbacks.pull(linearization.as_ref(), &at, 0, &kappa)
+            pullbacks.pull(linearization, &at, 0, &kappa)
         };
-        // The first pullback makes the sums.
-        let (mu, first) = held_by(|| pull(&mut gradients))?;
-        drop(mu);
-        let (mu, steady) = held_by(|| pull(&mut gradients))?;
-        drop(mu);
-        costs.pullback = steady.most;
+        // The layers make their buffers, and the first pullback the sums.
+        let (needed, warm) = held_by(|| {
+            let first = stages.linearize(&at, 0, point)?;
+            let one = grown();
+            let second = stages.linearize(&at, 0, point)?;
+            let two = grown();
+            drop(pull(&mut gradients, second.as_ref())?);
+            drop((first, second));
+            Ok::<_, crate::OdeError>([one, two, grown()])
+        })?;
         costs.sums = gradients.bytes();
-        costs.sums_beside = first.kept.saturating_sub(steady.kept).saturating_sub(costs.sums);
+        let (linearization, steady) = held_by(|| stages.linearize(&at, 0, point))?;
+        (costs.linearisation, costs.linearised) = (steady.most, steady.kept);
+        let (mu, steady) = held_by(|| pull(&mut gradients, linearization.as_ref()))?;
+        drop((mu, linearization));
+        costs.pullback = steady.most;
+        costs.linearised_model = held.kept + warm.kept.saturating_sub(needed[2] + costs.sums);
+        drop(stages);
+        drop(model);
+        let Layers { packed_for_pullbacks, linearisation, further, pullback, .. } = &mut costs.layers;
+        *packed_for_pullbacks = grown();
+        (*linearisation, *further) = (needed[0], needed[1] - needed[0]);
+        *pullback = needed[2] - needed[1] - *packed_for_pullbacks;
         Ok(())
     }
 
@@ -165,13 +212,12 @@ fn held_by<T, E: Into<crate::OdeError>>(run: impl FnOnce() -> std::result::Resul
 impl Costs {
     /// What follows from shapes alone.
     fn exact(&self) -> Self {
-        Self { casts: self.casts, sums: self.sums, time: self.time, ..Self::default() }
+        Self { casts: self.casts, sums: self.sums, time: self.time, layers: self.layers, ..Self::default() }
     }
 
     fn least(&self, other: &Self) -> Self {
         Self {
             casts_beside: self.casts_beside.min(other.casts_beside),
-            sums_beside: self.sums_beside.min(other.sums_beside),
             evaluated_model: self.evaluated_model.min(other.evaluated_model),
             linearised_model: self.linearised_model.min(other.linearised_model),
             state_beside: self.state_beside.min(other.state_beside),

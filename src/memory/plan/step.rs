@@ -97,6 +97,7 @@ impl Solve<'_> {
             };
             mus.push(self.pull());
             drop(linearization);
+            self.live -= 1;
         }
         mus
     }
@@ -106,6 +107,7 @@ impl Solve<'_> {
         let used = self.used();
         let slope = |solve: &mut Self, i: usize| {
             let point = solve.point(i);
+            solve.layers(solve.costs.layers.evaluation);
             solve.heap.pass(Part::Field, solve.costs.evaluation);
             let k = solve.heap.buffer(Part::Field, solve.sizes.compute + solve.costs.state_beside);
             solve.counts.evaluations += 1;
@@ -118,6 +120,8 @@ impl Solve<'_> {
 
     pub(super) fn linearise(&mut self, stage: usize) -> Ghost {
         let point = self.point(stage);
+        self.live += 1;
+        self.layers(self.linearised_layers());
         self.heap.pass(Part::Field, self.costs.linearisation);
         let graph = self.heap.buffer(Part::Field, self.costs.linearised);
         self.counts.linearizations += 1;
@@ -135,14 +139,42 @@ impl Solve<'_> {
     /// μ of a κ that is at hand.
     pub(super) fn pull_back(&mut self) -> Held {
         if self.sums.is_none() {
-            let sums = self.heap.buffer(Part::Other, self.costs.sums + self.costs.sums_beside);
+            let sums = self.heap.buffer(Part::Other, self.costs.sums);
             let owned = sums.announce(Category::Gradients, self.costs.sums);
             self.sums = Some((sums, owned));
         }
+        self.pack(self.costs.layers.packed + self.costs.layers.packed_for_pullbacks);
+        self.layers(self.linearised_layers() + self.costs.layers.pullback);
         self.heap.pass(Part::Pullback, self.costs.pullback);
         self.counts.pullbacks += 1;
         let mu = self.state();
         self.cotangent(mu)
+    }
+
+    /// What the layers need for the linearisations that live.
+    fn linearised_layers(&self) -> usize {
+        self.costs.layers.linearisation + self.live.saturating_sub(1) * self.costs.layers.further
+    }
+
+    /// The layers of the open session need buffers of so many bytes at once; they keep them. Weights are packed by then.
+    pub(super) fn layers(&mut self, bytes: usize) {
+        self.pack(self.costs.layers.packed);
+        let grown = bytes.saturating_sub(self.session.iter().map(|(_, owned)| owned.bytes()).sum());
+        let more = self.scratch(grown);
+        self.session.extend(more);
+    }
+
+    /// So many bytes of weights are packed.
+    fn pack(&mut self, bytes: usize) {
+        let grown = bytes.saturating_sub(self.packed.iter().map(|(_, owned)| owned.bytes()).sum());
+        let more = self.scratch(grown);
+        self.packed.extend(more);
+    }
+
+    fn scratch(&self, bytes: usize) -> Option<Held> {
+        let buffer = (bytes > 0).then(|| self.heap.buffer(Part::Field, bytes))?;
+        let owned = buffer.announce(Category::Scratch, bytes);
+        Some((buffer, owned))
     }
 
     /// A stage state; without terms and in the same dtype it is y itself.

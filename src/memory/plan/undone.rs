@@ -50,8 +50,8 @@ impl<'a> Solve<'a> {
         self.compare();
         // ȳ + z̄.
         let folded = self.state();
-        drop((carried, lambda, folded, model));
-        self.hand_over();
+        drop((carried, lambda, folded));
+        self.hand_over(model);
     }
 
     /// Solves y and λ backwards.
@@ -76,8 +76,8 @@ impl<'a> Solve<'a> {
             }
         }
         self.compare();
-        drop((y, lambda, model, clock));
-        self.hand_over();
+        drop((y, lambda, clock));
+        self.hand_over(model);
     }
 
     /// One step back of y and λ.
@@ -91,6 +91,7 @@ impl<'a> Solve<'a> {
             let mu = self.pull_back();
             // The slope outlives the linearisation that it is part of.
             drop(linearization);
+            self.live -= 1;
             let k = self.heap.buffer(Part::Field, self.sizes.compute + self.costs.state_beside);
             let owned = k.announce(Category::Stages, self.sizes.compute);
             drop((here, kappa));

@@ -71,6 +71,11 @@ pub(super) struct Solve<'a> {
     pub(super) counts: Counts,
     /// The sums of dL/dθ, once a pullback has made them.
     pub(super) sums: Option<Held>,
+    /// Linearisations that live.
+    pub(super) live: usize,
+    /// Weights that the field's layers have packed, and buffers of the session that is open.
+    pub(super) packed: Vec<Held>,
+    pub(super) session: Vec<Held>,
 }
 
 /// What the forward pass keeps for the backward pass.
@@ -121,6 +126,7 @@ impl Solve<'_> {
         let start = self.heap.buffer(Part::Other, self.sizes.widened);
         let model = self.heap.buffer(Part::Field, self.costs.evaluated_model);
         for n in 0..checks {
+            self.layers(self.costs.layers.evaluation);
             self.heap.pass(Part::Field, (n + 1) * self.sizes.compute + self.costs.evaluation);
             self.counts.evaluations += 1;
         }
@@ -166,6 +172,7 @@ impl Solve<'_> {
             carried = after;
         }
         drop((carried, model));
+        self.session.clear();
         // Handed out as copies, one after another.
         for state in reached {
             held.push(self.outside());
@@ -226,13 +233,15 @@ impl Solve<'_> {
                 }
             }
         }
-        drop((model, lists));
-        self.hand_over();
+        drop(lists);
+        self.hand_over(model);
         Ok(())
     }
 
-    /// dL/dy0 and the sums are handed over, and added up by Candle.
-    pub(super) fn hand_over(&mut self) {
+    /// The model is closed; dL/dy0 and the sums are handed over, and added up by Candle.
+    pub(super) fn hand_over(&mut self, model: Ghost) {
+        drop(model);
+        self.session.clear();
         drop(self.sums.take().map(|(sums, _)| sums));
     }
 
