@@ -16,6 +16,9 @@ use common::{fill, variable};
 #[global_allocator]
 static HEAP: TrackingAllocator = TrackingAllocator::system();
 
+/// Makes a field and where it starts.
+type Makes = fn() -> (ModelField, Var);
+
 fn mlp() -> (ModelField, Var) {
     let vars = VarMap::new();
     let build = |vb| Mlp::new(&[64, 64, 64], Activation::Tanh, vb);
@@ -117,7 +120,7 @@ fn planned_is_measured() {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().unwrap();
     let mut worst = (1.0_f64, String::new());
     // One field at a time: the ledger tells the masters of all that are alive.
-    let problems: [(&str, fn() -> (ModelField, Var)); 2] = [("mlp", mlp), ("convolution", convolution)];
+    let problems: [(&str, Makes); 2] = [("mlp", mlp), ("convolution", convolution)];
     for (problem, make) in problems {
         let (field, y0) = make();
         // Unoptimised, all of it takes a quarter of an hour; the optimised run is the one that counts.

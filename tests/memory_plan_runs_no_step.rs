@@ -39,7 +39,8 @@ fn a_plan_makes_no_step_and_probes_once() {
     for batch in [3, 5, 7] {
         let y0 = variable(2, &[batch, 4], DType::F32);
         let first = recorded(|| _ = ode.plan(y0.as_tensor()).unwrap());
-        assert_eq!((count(&first, "step"), count(&first, "linearise")), (0, 1), "batch {batch}");
+        // One to warm up, one beside it, and one to measure.
+        assert_eq!((count(&first, "step"), count(&first, "linearise")), (0, 3), "batch {batch}");
         let again = recorded(|| _ = ode.clone().steps(20).solver(Heun).plan(y0.as_tensor()).unwrap());
         assert_eq!((count(&again, "step"), count(&again, "linearise"), count(&again, "field")), (0, 0, 0));
     }

@@ -140,7 +140,6 @@ impl Probed<'_> {
         costs.evaluation = evaluation.most;
         drop(slope);
         costs.evaluated_model = held.kept + warm.kept.saturating_sub(all);
-        drop(stages);
         drop(model);
         costs.layers.packed = grown(before, times);
         costs.layers.evaluation = all - costs.layers.packed;
@@ -178,7 +177,6 @@ impl Probed<'_> {
         drop((mu, linearization));
         costs.pullback = steady.most;
         costs.linearised_model = held.kept + warm.kept.saturating_sub(needed[2] + costs.sums);
-        drop(stages);
         drop(model);
         let Layers { packed_for_pullbacks, linearisation, further, pullback, .. } = &mut costs.layers;
         *packed_for_pullbacks = grown();
