@@ -11,8 +11,8 @@ mod stages;
 mod tableau;
 
 pub(crate) use carried::{carry, fold, lift, visible};
-pub(crate) use explicit::{estimate, no_linearizations};
 pub use explicit::{ExplicitRungeKutta, Linearized, StageMemory};
+pub(crate) use explicit::{estimate, no_linearizations};
 pub use methods::{Bosh3, Dopri5, Euler, Heun, Midpoint, Ralston, Rk3, Rk4, ThreeEighths, Tsit5};
 pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;
