@@ -423,7 +423,7 @@ impl Ode {
         }
     }
 
-    /// The tiles that the batch is cut into.
+    /// The tiles that the batch is cut into, if it is.
     fn tiles(&self, start: &State) -> Result<Option<Tiles>> {
         let against = match &self.adjoint {
             _ if self.is_adaptive() => Some("with adaptive steps, whose lengths all rows share"),

@@ -198,6 +198,12 @@ fn what_is_wrong_is_said() {
         let error = error(refused);
         assert!(matches!(&error, OdeError::Unsupported { .. }) && error.to_string().contains("tile"), "{error}");
     }
+    assert!(matches!(span(&rows).plan(&y0).unwrap_err(), OdeError::Unsupported { .. }));
+    // The whole batch can be planned, and a budget goes by it.
+    assert!(span(&rows).tile(6).plan(&y0).is_ok());
+    let y0 = Var::from_tensor(&y0).unwrap();
+    let within = span(&rows).adjoint(Discrete::default().budget(1 << 20)).solve(y0.as_tensor()).unwrap();
+    assert_eq!(within.tiles(), 3);
     let state = [normal(1, &[6, 4], DType::F32), normal(1, &[3], DType::F32)];
     assert!(matches!(span(&rows).solve(State::from(state)).unwrap_err(), OdeError::Unsupported { .. }));
 }

@@ -114,7 +114,7 @@ impl Discrete {
     /// linearisations of a step at once or one at a time, and every state kept or as many checkpoints as there is room
     /// for. The codec, and a schedule that was asked for, stay what they are. The peak is that of
     /// [`Ode::plan`](crate::Ode::plan); where the heap is not counted the owned bytes have to fit. The choice is made once
-    /// per shape.
+    /// per shape, and for the whole batch: a solve in tiles takes less.
     pub fn budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
         self

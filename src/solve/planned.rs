@@ -20,7 +20,7 @@ impl Ode {
     ///
     /// # Errors
     /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is not
-    /// known, dense output, [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
+    /// known, dense output, a solve in [tiles](Self::tile) (the whole batch can be planned, and takes more), [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
     /// [`Reversible`](crate::Reversible) with [`Reconstruct`](crate::Reconstruct) or [`Backsolve`](crate::Backsolve).
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
@@ -35,6 +35,9 @@ impl Ode {
         }
         if self.dense || self.interpolate {
             return unplanned("dense output");
+        }
+        if self.tiles(&y0)?.is_some() {
+            return unplanned("a solve in tiles, which need less than the whole batch (that of .tile(usize::MAX))");
         }
         let read = self.with_times_read()?;
         let grid = read.time_grid()?;
@@ -107,7 +110,7 @@ impl Ode {
             _ => Discrete::default(),
         };
         let planned = discrete.choices(steps).into_iter().map(|(name, adjoint)| {
-            let plan = self.clone().adjoint(adjoint.clone()).plan(&y0)?;
+            let plan = self.clone().tile(usize::MAX).adjoint(adjoint.clone()).plan(&y0)?;
             Ok(Choice { name, adjoint, plan })
         });
         Ok(Choices::new(planned.collect::<Result<_>>()?))
