@@ -204,6 +204,7 @@ impl Cut {
                 let hint = "a tile has at least one row";
                 return Err(OdeError::Setting { setting: "tile", value: "0".into(), hint });
             }
+            (Some(usize::MAX), None) => return Ok(None),
             (Some(_), None) => return refuse("of a state whose tensors have no common rows", NO_TILE),
             (Some(rows), Some(batch)) => (batch, rows),
             (None, Some(batch)) if row_wise && on_cpu => (batch, Tiles::default_rows(start, batch)),
