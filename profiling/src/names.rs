@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use candle_ode::prelude::*;
-use candle_ode::{Increments4, Increments8, Increments16, InputOnly, StageMemory, States};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, StageMemory, States};
 
 /// What a name stands for.
 pub(crate) struct Named<T: 'static> {
@@ -82,6 +82,16 @@ pub(crate) const ADJOINTS: &[Named<WithAdjoint>] = &[
         "checkpoints",
         "at most so many states are kept (checkpoints:8), the other steps are done again",
         Numbered(|codec, slots| codec(Discrete::default()).checkpoints(slots).into()),
+    ),
+    named(
+        "linearizations",
+        "every stage's linearisation is kept, nothing is evaluated again",
+        Plain(|codec| codec(Discrete::default()).keep_linearizations().consume().into()),
+    ),
+    named(
+        "linearized-checkpoints",
+        "at most so many states are kept with the linearised step that led to them (linearized-checkpoints:8)",
+        Numbered(|codec, slots| codec(Discrete::default()).schedule(Checkpoints::new(slots).with_stages()).into()),
     ),
     named(
         "input-only",
