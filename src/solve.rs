@@ -36,7 +36,7 @@ use std::sync::Arc;
 /// | solver | [`Rk4`] |
 /// | span, steps | none: give [`span`](Self::span) and [`steps`](Self::steps) or [`tolerances`](Self::tolerances), or [`grid`](Self::grid) |
 /// | precision | F64 for an F64 y0, else F32 |
-/// | adjoint | [`Discrete`] |
+/// | adjoint | [`Discrete`](crate::Discrete) |
 /// | scaling | [`AdjointScaling::per_step`] for F16, none otherwise |
 ///
 /// ```
@@ -235,8 +235,8 @@ impl Ode {
         self
     }
 
-    /// How gradients come back: [`Discrete`], [`Reconstruct`](crate::Reconstruct), [`Backsolve`](crate::Backsolve) or
-    /// [`Unrolled`](crate::Unrolled).
+    /// How gradients come back: [`Discrete`](crate::Discrete), [`Reconstruct`](crate::Reconstruct),
+    /// [`Backsolve`](crate::Backsolve) or [`Unrolled`](crate::Unrolled).
     pub fn adjoint(mut self, adjoint: impl Into<Adjoint>) -> Self {
         self.adjoint = adjoint.into();
         self
