@@ -23,7 +23,8 @@ impl Forward<'_> {
         count(&self.counters.determinism_checks);
         let field = opened.get(self.precision.compute_dtype())?;
         let first = self.first_slope(field, start)?;
-        let second = match probed {
+        // Candle's own graph runs op by op, and what runs in chains need not give the same bits.
+        let second = match probed.filter(|_| self.opening != Opening::Track) {
             Some(slope) => slope,
             None => self.first_slope(field, start)?,
         };
