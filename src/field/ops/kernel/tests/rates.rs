@@ -27,7 +27,7 @@ fn products<T: Held>(what: &str, (rows, input, output): (usize, usize, usize)) {
         rate(seconds(|| multiply(x, &b, &epilogue, ViewMut::new(&mut y, rows, output, output))))
     };
     let plain = product(Epilogue::default());
-    let tanh = product(Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() });
+    let tanh = product(Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh) });
     let slope = product(Epilogue { then: Then::TimesSlope(Activation::Tanh, g), ..Epilogue::default() });
     let (mut dw, mut db, mut scratch) = (weight.clone(), bias.clone(), Scratch::default());
     let outer = rate(seconds(|| add_outer(g, x, ViewMut::new(&mut dw, output, input, input), &mut scratch)));
@@ -60,7 +60,7 @@ fn tiny((rows, input, output): (usize, usize, usize)) {
     let (x, g, mut y) = (noise(rows * input, 1), noise(rows * output, 2), noise(rows * output, 3));
     let (weight, bias) = (noise(output * input, 4), noise(output, 5));
     let b = Packed::transposed(View::new(&weight, output, input, input));
-    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
+    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh) };
     let (mut dw, mut db) = (weight.clone(), bias.clone());
     let each = |seconds: f64| 1e9 * seconds / rows as f64;
     let lanes = (View::new(&x, input, rows, rows), View::new(&g, output, rows, rows));
