@@ -1,8 +1,7 @@
 //! Tiles: rows of the batch that go through a pass together, on a thread of their own.
 //!
 //! A field that treats the rows of a batch independently is solved tile by tile: what lives at once of its evaluations,
-//! linearisations and stages belongs to one tile a thread and stays in that core's cache, and no thread waits for
-//! another inside a solve. Tiles are as even as can be. What they add up to, dL/dθ, is summed in the order of the tiles,
+//! linearisations and stages belongs to one tile a thread and stays in that core's cache. Tiles are as even as can be. What they add up to, dL/dθ, is summed in the order of the tiles,
 //! so that the bits depend on the tile and not on the number of threads.
 
 mod workers;
@@ -88,7 +87,7 @@ impl Tiles {
         wanted: Option<Wanted<'_>>,
     ) -> Result<(Finished, Vec<Arc<Counters>>)> {
         let start = start.detach();
-        forward.check_tile(&self.of(&start, 0)?)?;
+        forward.check_tile(&self.of(&start, 0)?, &start)?;
         let counters: Vec<Arc<Counters>> =
             (0..self.count()).map(|n| if n == 0 { forward.counters.clone() } else { Arc::default() }).collect();
         let scalings: Vec<Option<AdjointScaling>> =
@@ -199,6 +198,10 @@ impl Cut {
         let batch = Tiles::batch(start);
         let on_cpu = start.device().is_cpu();
         let refuse = |what: &str, instead| Err(OdeError::Unsupported { what: format!("tiles {what}"), instead });
+        if self.threads == Some(0) {
+            let hint = "tiles need at least one thread";
+            return Err(OdeError::Setting { setting: "threads", value: "0".into(), hint });
+        }
         let (batch, rows) = match (self.rows, batch) {
             (Some(0), _) => {
                 let hint = "a tile has at least one row";

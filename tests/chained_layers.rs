@@ -6,12 +6,13 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
+use candle_ode::Tangent as _;
 use candle_ode::ops::{self, Activation, Mlp, Timed, affine};
 use candle_ode::prelude::*;
 use common::*;
 use std::collections::BTreeMap;
 
-const ACTIVATIONS: [Activation; 11] = [
+const ACTIVATIONS: [Activation; 12] = [
     Activation::Identity,
     Activation::Tanh,
     Activation::Sigmoid,
@@ -22,6 +23,7 @@ const ACTIVATIONS: [Activation; 11] = [
     Activation::Elu(1.0),
     Activation::Elu(-0.5),
     Activation::Sin,
+    Activation::Cos,
     Activation::LogCosh,
 ];
 
@@ -176,6 +178,65 @@ fn scales_and_wide_sums_change_nothing() {
     }
     let wide = Precision::new().compute(DType::F32).accumulate(DType::F64);
     compare(&gradients(&ode(&field).precision(wide), &vars, &y0), &plain, 1e-6, "sums in F64");
+}
+
+/// One tensor as the weight of a layer and of one that sees the time, and of two layers of a chain.
+#[test]
+fn layers_may_share_their_weights() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| {
+        let weight = vb.get((6, 6), "shared")?;
+        let bias = vb.get(6, "bias")?;
+        Ok((ops::Linear::new(weight.clone(), Some(bias)), ops::ConcatLinear::new(weight, None)))
+    };
+    let eval = |(plain, in_time): &(ops::Linear, ops::ConcatLinear), t: &Time, y: &Tensor| {
+        let again = plain.forward(&plain.forward(y)?.tanh()?)?;
+        Tensor::cat(&[&in_time.forward_at(t, &again.narrow(1, 0, 5)?)?.narrow(1, 0, 5)?, &again.narrow(1, 5, 1)?], 1)
+    };
+    let field = model_field(&vars, build, eval);
+    against_f64(&field, &vars, &start(2, &[9, 6]), "a shared weight");
+}
+
+/// Masters that are not cast are seen as they are when a pass begins: the layers of a pass are of one set of values.
+#[test]
+fn a_step_of_the_optimiser_before_the_backward_pass_is_seen_by_all_of_it() {
+    let gradients = |chained: bool| {
+        let vars = VarMap::new();
+        let field = model_field(
+            &vars,
+            |vb| Mlp::new(&[6, 20, 6], Activation::Tanh, vb),
+            move |m, _, y| {
+                if chained { m.forward(y) } else { m.tangent(&Time::new(0.0, &Device::Cpu), y, y).map(|(f, _)| f) }
+            },
+        );
+        let y0 = start(2, &[9, 6]);
+        let solution = ode(&field).solve(y0.as_tensor()).unwrap();
+        for var in sorted(&vars).values() {
+            var.set(&(var.as_tensor() * 0.5).unwrap()).unwrap();
+        }
+        let grads = solution.last().sqr().unwrap().mean_all().unwrap().backward().unwrap();
+        let found = sorted(&vars).into_iter().map(|(name, var)| (name, grads.get(&var).unwrap().clone()));
+        found.map(|(name, x)| (name, x.to_dtype(DType::F64).unwrap())).collect::<Gradients>()
+    };
+    compare(&gradients(true), &gradients(false), 1e-5, "halved on the way");
+}
+
+/// A hidden unit that overflows to ∞ where the cotangent is 0 makes 0 · ∞ of a weight gradient.
+#[test]
+fn sums_that_are_not_finite_are_an_error() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| Mlp::new(&[1, 1, 1], Activation::Relu, vb);
+    let field = model_field(&vars, build, |m, _, y| m.forward(y)?.tanh());
+    let data = sorted(&vars);
+    data["0.weight"].set(&Tensor::new(&[[1e30f32]], &Device::Cpu).unwrap()).unwrap();
+    data["1.weight"].set(&Tensor::new(&[[1e-9f32]], &Device::Cpu).unwrap()).unwrap();
+    let y0 = Var::new(&[[1e20f32]], &Device::Cpu).unwrap();
+    let solved = Ode::new(&field).solver(Euler).span(0.0, 1e-3).steps(1).solve(y0.as_tensor());
+    let error = match solved {
+        Ok(solution) => OdeError::from(solution.last().sum_all().unwrap().backward().unwrap_err()),
+        Err(error) => error,
+    };
+    assert!(matches!(error, OdeError::SumOverflow { .. } | OdeError::Overflow { .. }), "{error}");
 }
 
 /// A cotangent that is not finite is found, and the place is named.

@@ -6,6 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
+use candle_ode::ops::{Activation, Mlp, Timed};
 use candle_ode::prelude::*;
 use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
 use common::*;
@@ -122,22 +123,74 @@ fn a_convolution_over_a_state_of_two_tensors_too() {
     check(Ode::new(&field).span(0.0, 1.0).steps(5).save_at(&[0.2, 1.0]), false, &vars, &y0);
 }
 
+/// Layers of this crate, which run as one op: wide ones, or narrow ones whose batch lies in the lanes.
+fn chained(vars: &VarMap, width: usize) -> ModelField {
+    let build = move |vb: VarBuilder<'static>| Mlp::builder(&[width, 40, width], Activation::Tanh).in_time().build(vb);
+    ModelField::new(vars, &Device::Cpu, build, |m: &Mlp, t: &Time, y| m.forward_at(t, y)).unwrap()
+}
+
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    let vars = VarMap::new();
-    let field = mlp_field(&vars, DType::F32, 16, 32).row_wise();
-    fill(&vars, 1, 1.0);
-    let y0 = [variable(9, &[50, 16], DType::F32)];
-    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
-        let ode = Ode::new(&field).span(0.0, 1.0).steps(6).save_at(&[0.5, 1.0]).precision(precision).tile(7);
-        let alone = outcome(&ode.clone().threads(1), &vars, &y0);
-        for threads in [2, 3, 8, 100] {
-            let many = outcome(&ode.clone().threads(threads), &vars, &y0);
-            for ((name, a), (_, b)) in alone.tensors.iter().zip(&many.tensors) {
-                assert_eq!(bits(a), bits(b), "{name} on {threads} threads in {precision:?}");
+    let makes: [fn(&VarMap) -> ModelField; 2] = [|vars| mlp_field(vars, DType::F32, 16, 32), |vars| chained(vars, 16)];
+    for make in makes {
+        let vars = VarMap::new();
+        let field = make(&vars).row_wise();
+        fill(&vars, 1, 1.0);
+        let y0 = [variable(9, &[50, 16], DType::F32)];
+        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+            for adjoint in [Discrete::default().checkpoints(2), Discrete::default().keep_linearizations()] {
+                let ode = Ode::new(&field).span(0.0, 1.0).steps(6).save_at(&[0.5, 1.0]).precision(precision);
+                let ode = ode.adjoint(adjoint).tile(7);
+                let alone = outcome(&ode.clone().threads(1), &vars, &y0);
+                for threads in [2, 3, 100] {
+                    let many = outcome(&ode.clone().threads(threads), &vars, &y0);
+                    for ((name, a), (_, b)) in alone.tensors.iter().zip(&many.tensors) {
+                        assert_eq!(bits(a), bits(b), "{name} on {threads} threads in {precision:?}");
+                    }
+                }
             }
         }
     }
+}
+
+/// What a row gives does not depend on the rows beside it, to the last bit; sums over the batch do by their order.
+#[test]
+fn tiles_of_chained_layers_have_the_states_of_the_whole() {
+    for width in [3, 40] {
+        let vars = VarMap::new();
+        let field = chained(&vars, width).row_wise();
+        fill(&vars, 1, 1.0);
+        let y0 = [variable(9, &[50, width], DType::F32)];
+        for (precision, bound) in [(Precision::F32, 1e-6), (Precision::F16, 1e-5), (Precision::BF16, 1e-3)] {
+            let ode = Ode::new(&field).span(0.0, 1.0).steps(6).save_at(&[0.5, 1.0]).precision(precision);
+            let whole = outcome(&ode.clone().tile(50), &vars, &y0);
+            for rows in [1, 7, 17, 25] {
+                let tiled = outcome(&ode.clone().tile(rows), &vars, &y0);
+                assert!(largest_difference(&tiled, &whole) < bound, "{precision:?} {width} wide in tiles of {rows}");
+                let last = whole.tensors.len() - 1;
+                assert_eq!(bits(&tiled.tensors[last].1), bits(&whole.tensors[last].1), "{precision:?} {rows}");
+            }
+        }
+    }
+}
+
+/// Solves on several threads at once, each in tiles.
+#[test]
+fn solves_do_not_disturb_each_other() {
+    let vars = VarMap::new();
+    let field = chained(&vars, 16).row_wise();
+    fill(&vars, 1, 1.0);
+    let y0 = [variable(9, &[50, 16], DType::F32)];
+    let ode = Ode::new(&field).span(0.0, 1.0).steps(6).save_at(&[0.5, 1.0]).tile(7).threads(2);
+    let expected: Vec<_> = outcome(&ode, &vars, &y0).tensors.iter().map(|(_, x)| bits(x)).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let found: Vec<_> = outcome(&ode, &vars, &y0).tensors.iter().map(|(_, x)| bits(x)).collect();
+                assert_eq!(found, expected);
+            });
+        }
+    });
 }
 
 /// Loss over rows, the largest of which overflow in F16 when they are pulled back: some tiles redo their pass.
@@ -189,6 +242,7 @@ fn what_is_wrong_is_said() {
     let plain = FnField::new(|_: &Time, y: &Tensor| y.tanh());
     let rows = plain.clone().row_wise();
     assert!(error(span(&plain)).to_string().contains("row_wise"));
+    assert!(matches!(error(span(&rows).threads(0)), OdeError::Setting { setting: "threads", .. }));
     assert!(matches!(error(span(&rows).tile(0)), OdeError::Setting { setting: "tile", .. }));
     for refused in [
         span(&rows).on_step(|_| ControlFlow::Continue(())),
@@ -218,9 +272,11 @@ fn coupled_rows_are_found() {
         |y| y.t()?.contiguous()?.matmul(y).and_then(|gram| y.matmul(&gram)),
     ];
     for f in coupled {
-        let field = FnField::new(move |_: &Time, y: &Tensor| f(y)).row_wise();
-        let error = Ode::new(&field).span(0.0, 0.1).steps(2).tile(4).solve(&alike).unwrap_err();
-        assert!(matches!(error, OdeError::NotRowWise { .. }), "{error}");
+        for rows in [1, 4] {
+            let field = FnField::new(move |_: &Time, y: &Tensor| f(y)).row_wise();
+            let error = Ode::new(&field).span(0.0, 0.1).steps(2).tile(rows).solve(&alike).unwrap_err();
+            assert!(matches!(error, OdeError::NotRowWise { .. }), "{error}");
+        }
     }
     for precision in [Precision::F32, Precision::F16, Precision::BF16] {
         let vars = VarMap::new();

@@ -103,8 +103,8 @@ impl BenchPeer {
         let exact = exact.outcome(&exact.ode.clone().precision(Precision::F64))?;
         let mut row = self.settings();
         let measured = json!({
-            "wall_s": median(&mut walls),
-            "cpu_s": median(&mut cpus),
+            "wall_s": median(&walls),
+            "cpu_s": median(&cpus),
             "runs_s": walls,
             "setup_s": setup,
             "heap_peak_mib": heap as f64 / f64::from(1 << 20),
@@ -151,9 +151,10 @@ fn timed(problem: &Problem, ode: &Ode) -> Result<(f64, f64)> {
     Ok((wall.elapsed().as_secs_f64(), cpu.elapsed().as_secs_f64()))
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
 }
 
 /// ‖found − exact‖ / ‖exact‖.

@@ -5,6 +5,7 @@ use super::Reversed;
 use super::times::{Moments, gradients};
 use crate::State;
 use crate::error::{OdeError, PassKind, Result};
+use crate::field::ops::combine;
 use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
@@ -76,6 +77,13 @@ impl Passes {
                     self.scaling.learn(headroom);
                     *self.redo.lock().unwrap_or_else(PoisonError::into_inner) = Some(Redo { headroom, widened });
                     let mut sums = sums.into_sums();
+                    // Fused layers add to the sums without a look at what they add.
+                    let flags = sums.iter().flatten().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
+                    if let Some(bad) = Finite::read(&flags)?.iter().position(|finite| !finite)
+                        && let Some(sum) = sums.iter().flatten().nth(bad)
+                    {
+                        return Err(OdeError::SumOverflow { shape: sum.shape().clone(), dtype: sum.dtype() });
+                    }
                     sums.extend(gradients(&self.moments, self.dtypes.len(), &times)?);
                     return Ok(Reversed { y0, sums });
                 }

@@ -165,9 +165,9 @@ impl ModelField {
     /// The same field, declared to treat the rows of a batch (dimension 0 of every tensor of the state) independently.
     ///
     /// On a CPU a solve then takes the batch in tiles of rows, each on a thread of its own and in that core's cache:
-    /// see [`Ode::tile`](crate::Ode::tile). What couples rows (a batch norm, a mean over the batch) or depends on their
-    /// number (a dropout mask, noise, an input with a row for each) is found at the first evaluation and is
-    /// [`OdeError::NotRowWise`].
+    /// see [`Ode::tile`](crate::Ode::tile); the model is built for each tile and pass. What couples rows (a batch norm, a
+    /// mean over the batch) or depends on their number (a dropout mask, noise) is found at the first evaluation and is
+    /// [`OdeError::NotRowWise`]; inputs with a row for each do not fit a tile.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -210,7 +210,7 @@ impl Field for ModelField {
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
         let source = Source { constructor: self.model.clone(), seed, connected: self.connected.clone() };
         let has_kernels = opening != Opening::Track && casts.device().is_cpu();
-        let session = has_kernels.then(|| casts.session());
+        let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
         Ok(Box::new(OpenModel { model, casts, source, session }))
     }
 
@@ -293,7 +293,7 @@ impl OpenModel {
         let eval = || self.model.eval(t, y, self.casts.inputs());
         match &self.session {
             Some(session) => session.open(linearises, eval),
-            None => eval(),
+            None => Session::shut(eval),
         }
     }
 

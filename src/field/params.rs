@@ -203,12 +203,24 @@ pub struct Casts {
     count: usize,
     owned: Option<Arc<Owned>>,
     packed: Arc<PackedWeights>,
+    /// Those of the passes that linearise at this moment.
+    packed_back: Arc<Mutex<Weak<PackedWeights>>>,
 }
 
 impl Casts {
     fn empty(dtype: DType, device: &Device) -> Self {
         let device = device.clone();
-        Self { dtype, names: vec![], leaves: vec![], device, params: 0, count: 0, owned: None, packed: Arc::default() }
+        Self {
+            dtype,
+            names: vec![],
+            leaves: vec![],
+            device,
+            params: 0,
+            count: 0,
+            owned: None,
+            packed: Arc::default(),
+            packed_back: Arc::default(),
+        }
     }
 
     fn push(&mut self, source: Source<'_>, leaf: Tensor) {
@@ -253,8 +265,20 @@ impl Casts {
     }
 
     /// What the layers of a field opened over these tensors share.
-    pub(super) fn session(&self) -> Arc<Session> {
-        Session::new(&self.leaves, self.packed.clone())
+    pub(super) fn session(&self, linearises: bool) -> Arc<Session> {
+        // What is linearised sees the parameters as they are now: a backward pass packs them anew.
+        let packed = match linearises {
+            false => self.packed.clone(),
+            true => {
+                let mut back = self.packed_back.lock().unwrap_or_else(PoisonError::into_inner);
+                back.upgrade().unwrap_or_else(|| {
+                    let fresh = Arc::default();
+                    *back = Arc::downgrade(&fresh);
+                    fresh
+                })
+            }
+        };
+        Session::new(&self.leaves, packed, linearises)
     }
 
     /// The same values, untracked: what a forward pass runs on.

@@ -5,7 +5,7 @@ use super::ops::kernel::{Held, Packed, Scratch, View};
 use crate::account::{Category, Owned};
 use candle_core::{Tensor, TensorId};
 use half::bf16;
-use std::any::Any;
+use std::any::{Any, TypeId};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
@@ -29,19 +29,35 @@ pub(crate) struct Current {
 pub(crate) struct Session {
     slots: HashMap<TensorId, usize>,
     packed: Arc<PackedWeights>,
+    /// What this session has asked for already: the shared ones are behind a lock that others hold while they pack.
+    seen: Mutex<Packs>,
+    linearises: bool,
     single: Spare<f32>,
     brain: Spare<bf16>,
 }
 
 impl Session {
-    pub(super) fn new(leaves: &[Tensor], packed: Arc<PackedWeights>) -> Arc<Self> {
+    pub(super) fn new(leaves: &[Tensor], packed: Arc<PackedWeights>, linearises: bool) -> Arc<Self> {
         let slots = leaves.iter().enumerate().map(|(slot, leaf)| (leaf.id(), slot)).collect();
-        Arc::new(Self { slots, packed, single: Spare::default(), brain: Spare::default() })
+        Arc::new(Self {
+            slots,
+            packed,
+            seen: Mutex::default(),
+            linearises,
+            single: Spare::default(),
+            brain: Spare::default(),
+        })
     }
 
     /// Runs `call` with the session open on this thread.
     pub(super) fn open<T>(self: &Arc<Self>, linearises: bool, call: impl FnOnce() -> T) -> T {
         let _outer = Outer(OPEN.replace(Some(Current { session: self.clone(), linearises })));
+        call()
+    }
+
+    /// Runs `call` with no session open on this thread.
+    pub(super) fn shut<T>(call: impl FnOnce() -> T) -> T {
+        let _outer = Outer(OPEN.take());
         call()
     }
 
@@ -55,17 +71,28 @@ impl Session {
         self.slots.get(&leaf.id()).copied()
     }
 
-    /// The weight of a slot on the side of a product, packed when first asked for in the life of the casts.
-    pub(crate) fn packed<T: Held>(&self, slot: usize, side: Side, pack: impl FnOnce() -> Packed<T>) -> Arc<Shared<T>> {
-        let mut packed = lock(&self.packed.0);
-        let found = packed.get(&(slot, side)).cloned().and_then(|found| found.downcast::<Shared<T>>().ok());
-        found.unwrap_or_else(|| {
-            let made = pack();
-            let owned = Owned::new(Category::Scratch, made.bytes());
-            let made = Arc::new(Shared { packed: made, _owned: owned });
-            packed.insert((slot, side), made.clone());
-            made
-        })
+    /// The weight of a slot, `inputs` columns of it, on the side of a product; packed by `pack` when first asked for.
+    /// Where it will be pulled back, both sides are packed at once, so that they are of the same values.
+    pub(crate) fn packed<T: Held>(
+        &self,
+        (slot, inputs, side): (usize, usize, Side),
+        pack: impl Fn(Side) -> Packed<T>,
+    ) -> Arc<Shared<T>> {
+        let key = |side| (slot, inputs, side, TypeId::of::<T>());
+        let known = |packs: &Packs, side| packs.get(&key(side)).cloned().and_then(|found| found.downcast().ok());
+        if let Some(found) = known(&lock(&self.seen), side) {
+            return found;
+        }
+        let mut shared = lock(&self.packed.0);
+        let found = known(&shared, side).unwrap_or_else(|| {
+            let sides: &[Side] = if self.linearises { &[Side::Forward, Side::Backward] } else { &[side] };
+            let mut made = sides.iter().map(|side| (*side, Shared::new(pack(*side)))).collect::<Vec<_>>();
+            shared.extend(made.iter().map(|(side, made)| (key(*side), made.clone() as Arc<dyn Any + Send + Sync>)));
+            let wanted = made.iter().position(|(made, _)| *made == side).unwrap_or(0);
+            made.swap_remove(wanted).1
+        });
+        lock(&self.seen).insert(key(side), found.clone());
+        found
     }
 }
 
@@ -87,9 +114,12 @@ pub(crate) enum Side {
     Backward,
 }
 
-/// Packed weights of one set of casts, which all passes and threads share.
+/// Packed weights that the tiles and threads of a pass share.
 #[derive(Default)]
-pub(crate) struct PackedWeights(Mutex<HashMap<(usize, Side), Arc<dyn Any + Send + Sync>>>);
+pub(crate) struct PackedWeights(Mutex<Packs>);
+
+/// By slot, columns, side and element type.
+type Packs = HashMap<(usize, usize, Side, TypeId), Arc<dyn Any + Send + Sync>>;
 
 impl fmt::Debug for PackedWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,6 +131,13 @@ impl fmt::Debug for PackedWeights {
 pub(crate) struct Shared<T> {
     packed: Packed<T>,
     _owned: Owned,
+}
+
+impl<T: Held> Shared<T> {
+    fn new(packed: Packed<T>) -> Arc<Self> {
+        let owned = Owned::new(Category::Scratch, packed.bytes());
+        Arc::new(Self { packed, _owned: owned })
+    }
 }
 
 impl<T> Deref for Shared<T> {
@@ -149,7 +186,8 @@ impl<T: Held> Spare<T> {
     pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
         let len = rows * columns;
         let mut unused = lock(&self.0);
-        let fitting = unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| buffer.len() >= len);
+        let fitting =
+            unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| (len..=2 * len).contains(&buffer.len()));
         let best = fitting.min_by_key(|(_, (buffer, _))| buffer.len()).map(|(n, _)| n);
         let buffer = match best {
             Some(n) => unused.buffers.swap_remove(n),

@@ -6,6 +6,7 @@
 
 use super::ops::combine::Finite;
 use super::params::Gradients;
+use crate::error::OdeError;
 use candle_core::{Result, Tensor};
 use std::cell::RefCell;
 
@@ -33,7 +34,11 @@ pub fn add(weight: &Tensor, contribution: &Tensor) -> Result<bool> {
 pub(crate) fn add_in_place(weight: &Tensor, contribute: impl FnOnce(&mut [f32])) -> Result<()> {
     OPEN.with_borrow_mut(|open| match open {
         Some(gradients) => gradients.add_in_place(weight, contribute),
-        None => candle_core::bail!("the layers of a solve are pulled back by the solve alone"),
+        None => Err(OdeError::Unsupported {
+            what: "a backward pass inside a vector field, through layers of candle_ode::ops".into(),
+            instead: "use layers of candle_nn for what the field differentiates itself, or the layers' Tangent",
+        }
+        .into()),
     })
 }
 

@@ -31,14 +31,17 @@ impl Forward<'_> {
         check_same_bits(self.course.ends().0, &first, &second)
     }
 
-    /// The same for the first of several tiles, on behalf of all; and, once in the life of a field, that its rows do not
+    /// The same for the first of several tiles of `start`, on behalf of all; and, once in the life of a field, that its rows do not
     /// see each other.
-    pub(crate) fn check_tile(&self, first: &State) -> Result<()> {
+    pub(crate) fn check_tile(&self, first: &State, start: &State) -> Result<()> {
         let mut opened = self.opened();
         self.check_first(&mut opened, first)?;
         if self.checked.writes && self.field.needs_row_check() {
             let field = opened.get(self.precision.compute_dtype())?;
-            check_rows(first, self.precision.compute_dtype(), |y| self.first_slope(field, y))?;
+            // A tile may be a single row, which says nothing.
+            let rows = Tiles::batch(first).unwrap_or(0).max(2);
+            let several = start.detach().try_map(|x| x.narrow(0, 0, rows))?;
+            check_rows(&several, rows, self.precision.compute_dtype(), |y| self.first_slope(field, y))?;
             self.field.rows_checked();
         }
         Ok(())
@@ -74,8 +77,7 @@ impl Forward<'_> {
 
 /// Near the first point, f of some rows must be what it is of all of them, but for rounding: a matrix product may sum
 /// fewer rows in another order. Rows that were alike would hide a mean over them, so they are moved apart.
-fn check_rows(first: &State, compute: DType, f: impl Fn(&State) -> Result<State>) -> Result<()> {
-    let Some(rows) = Tiles::batch(first).filter(|rows| *rows > 1) else { return Ok(()) };
+fn check_rows(first: &State, rows: usize, compute: DType, f: impl Fn(&State) -> Result<State>) -> Result<()> {
     let mut n = 0;
     let apart = |x: &Tensor| {
         n += 1;

@@ -91,7 +91,8 @@ impl Solution {
         self.counters.len()
     }
 
-    /// Bytes of the trajectory kept for the backward pass.
+    /// Bytes of the trajectory kept for the backward pass: the states, not the linearisations that slots may hold beside
+    /// them.
     pub fn trajectory_bytes(&self) -> usize {
         self.trajectory_bytes
     }

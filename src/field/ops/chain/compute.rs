@@ -1,11 +1,10 @@
 //! The compute dtypes of a chain: what tensors store and what tiles hold of it.
 
+use super::Saving;
 use super::order::{Order, Ordered};
-use super::{Link, Saving};
 use crate::field::ops::kernel::{View, transpose};
 use crate::field::session::{Matrix, Session};
 use candle_core::{CpuStorage, WithDType};
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::marker::PhantomData;
 
@@ -15,11 +14,6 @@ pub(super) trait Compute {
     type Stored: WithDType + Into<f32>;
     /// What tiles hold of it.
     type Held: Ordered + Saving;
-
-    /// How its tiles lie.
-    fn order(links: &[Link], rows: usize) -> Order {
-        Order::of(links, rows)
-    }
 
     /// Stored rows as a tile holds them: where they lie, if they can be.
     fn held<'a>(session: &Session, order: Order, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held>;
@@ -71,10 +65,6 @@ pub(super) struct AsStored<T>(PhantomData<T>);
 impl<T: Ordered + Saving + WithDType + Into<f32>> Compute for AsStored<T> {
     type Stored = T;
     type Held = T;
-
-    fn order(links: &[Link], rows: usize) -> Order {
-        if T::DTYPE == bf16::DTYPE { Order::Rows } else { Order::of(links, rows) }
-    }
 
     fn held<'a>(session: &Session, order: Order, stored: &'a [T], rows: usize) -> Input<'a, T> {
         match order {

@@ -100,7 +100,7 @@ impl Chain {
         let Ok((outputs, columns)) = weight.dims2() else { return false };
         let inputs = columns - usize::from(t.is_some()).min(columns);
         let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
-        let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0;
+        let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0 && outputs > 0;
         // What Candle would have to track to reach the weights has to be tracked through x.
         let is_seen = |leaf: &Tensor| !self.linearises || x.track_op() || !leaf.track_op();
         let is_bias =
@@ -135,7 +135,8 @@ impl Chain {
             return Ok(x.clone());
         }
         let x = x.contiguous()?;
-        let op = ChainOp { session: self.session, links: self.links, saved: Mutex::default(), tracked: x.track_op() };
+        let (tracked, is_narrow) = (x.track_op(), Order::is_narrow(&self.links));
+        let op = ChainOp { session: self.session, links: self.links, saved: Mutex::default(), tracked, is_narrow };
         if op.tracked { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
     }
 }
@@ -146,6 +147,8 @@ struct ChainOp {
     /// What the pullback needs, from the forward pass on.
     saved: Mutex<Option<Saves>>,
     tracked: bool,
+    /// Whether BF16 is held in F32: whatever the number of rows, so that a row gives the same among any others.
+    is_narrow: bool,
 }
 
 /// By what the tiles hold.
@@ -208,10 +211,8 @@ impl CustomOp1 for ChainOp {
         match x {
             CpuStorage::F32(x) => self.value::<AsStored<f32>>(&x[from..to], layout.shape()),
             CpuStorage::F16(x) => self.value::<Widened<f16>>(&x[from..to], layout.shape()),
-            CpuStorage::BF16(x) => match Order::of(&self.links, (to - from) / self.links[0].inputs) {
-                Order::Rows => self.value::<AsStored<bf16>>(&x[from..to], layout.shape()),
-                Order::Lanes => self.value::<Widened<bf16>>(&x[from..to], layout.shape()),
-            },
+            CpuStorage::BF16(x) if self.is_narrow => self.value::<Widened<bf16>>(&x[from..to], layout.shape()),
+            CpuStorage::BF16(x) => self.value::<AsStored<bf16>>(&x[from..to], layout.shape()),
             other => bail!("no kernels for {:?}", other.dtype()),
         }
     }
@@ -220,10 +221,8 @@ impl CustomOp1 for ChainOp {
         let grad = grad.detach().contiguous()?;
         match x.dtype() {
             DType::F16 => self.pull::<Widened<f16>>(x, value, &grad),
-            DType::BF16 => match Order::of(&self.links, x.elem_count() / self.links[0].inputs) {
-                Order::Rows => self.pull::<AsStored<bf16>>(x, value, &grad),
-                Order::Lanes => self.pull::<Widened<bf16>>(x, value, &grad),
-            },
+            DType::BF16 if self.is_narrow => self.pull::<Widened<bf16>>(x, value, &grad),
+            DType::BF16 => self.pull::<AsStored<bf16>>(x, value, &grad),
             _ => self.pull::<AsStored<f32>>(x, value, &grad),
         }
     }

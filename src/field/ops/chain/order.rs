@@ -21,10 +21,14 @@ impl Order {
     /// Features that do not fill a vector.
     const FEW: usize = 16;
 
+    /// Whether some layer is too narrow to fill a vector with features.
+    pub(super) fn is_narrow(links: &[Link]) -> bool {
+        links.iter().any(|link| link.inputs.min(link.outputs) < Self::FEW)
+    }
+
     /// The faster order.
     pub(super) fn of(links: &[Link], rows: usize) -> Self {
-        let is_narrow = |link: &Link| link.inputs.min(link.outputs) < Self::FEW;
-        if rows >= Self::FEW && links.iter().any(is_narrow) { Self::Lanes } else { Self::Rows }
+        if rows >= Self::FEW && Self::is_narrow(links) { Self::Lanes } else { Self::Rows }
     }
 
     /// A tile with anything in it.

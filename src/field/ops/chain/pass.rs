@@ -33,7 +33,7 @@ pub(super) fn value<C: Compute>(
     saved: Option<&mut Saved<C::Held>>,
 ) -> Result<Vec<C::Stored>> {
     let rows = x.len() / links[0].inputs;
-    let order = C::order(links, rows);
+    let order = Order::of(links, rows);
     let x = C::held(session, order, x, rows);
     let (last, before) = (&links[links.len() - 1], &links[..links.len() - 1]);
     let (mut hidden, mut inputs) = (Vec::<Matrix<C::Held>>::new(), vec![]);
@@ -73,7 +73,7 @@ pub(super) fn pull<C: Compute>(
     grad: &Tensor,
 ) -> Result<Tensor> {
     let rows = x.elem_count() / links[0].inputs;
-    let order = C::order(links, rows);
+    let order = Order::of(links, rows);
     let scale = sink::scale()?;
     let dx = with_elements::<C::Stored, _>(x, |x| {
         with_elements::<C::Stored, _>(value, |value| {
@@ -244,7 +244,7 @@ impl Link {
         side: Side,
         w: &[S],
     ) -> Arc<Shared<T>> {
-        session.packed(slot, side, || {
+        session.packed((slot, self.inputs, side), |side| {
             let columns = self.inputs + usize::from(self.beyond.is_some());
             let view = View::new(w, self.outputs, self.inputs, columns);
             match side {
