@@ -7,6 +7,7 @@ use candle_ode::prelude::*;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
+pub mod against_f64;
 pub mod gradcheck;
 pub mod memory;
 

@@ -1,6 +1,5 @@
 //! The compute dtypes of a chain: what tensors store and what tiles hold of it.
 
-use super::Saving;
 use super::order::{Order, Ordered};
 use crate::field::ops::kernel::{View, transpose};
 use crate::field::session::{Matrix, Session};
@@ -9,11 +8,11 @@ use half::slice::HalfFloatSliceExt;
 use std::marker::PhantomData;
 
 /// A compute dtype.
-pub(super) trait Compute {
+pub(in crate::field::ops) trait Compute {
     /// What its tensors store.
     type Stored: WithDType + Into<f32>;
     /// What tiles hold of it.
-    type Held: Ordered + Saving;
+    type Held: Ordered;
 
     /// Stored rows as a tile holds them: where they lie, if they can be.
     fn held<'a>(session: &Session, order: Order, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held>;
@@ -33,13 +32,13 @@ pub(super) trait Compute {
 }
 
 /// A tile that may lie elsewhere.
-pub(super) enum Input<'a, T> {
+pub(in crate::field::ops) enum Input<'a, T> {
     There(View<'a, T>),
     Here(Matrix<T>),
 }
 
 impl<T: Ordered> Input<'_, T> {
-    pub(super) fn view(&self) -> View<'_, T> {
+    pub(in crate::field::ops) fn view(&self) -> View<'_, T> {
         match self {
             Self::There(view) => *view,
             Self::Here(matrix) => matrix.view(),
@@ -60,9 +59,9 @@ fn whole<T>(stored: &[T], rows: usize) -> View<'_, T> {
 }
 
 /// Tiles hold what tensors store.
-pub(super) struct AsStored<T>(PhantomData<T>);
+pub(in crate::field::ops) struct AsStored<T>(PhantomData<T>);
 
-impl<T: Ordered + Saving + WithDType + Into<f32>> Compute for AsStored<T> {
+impl<T: Ordered + WithDType + Into<f32>> Compute for AsStored<T> {
     type Stored = T;
     type Held = T;
 
@@ -88,7 +87,7 @@ impl<T: Ordered + Saving + WithDType + Into<f32>> Compute for AsStored<T> {
 }
 
 /// Tiles hold half precision in F32.
-pub(super) struct Widened<T>(PhantomData<T>);
+pub(in crate::field::ops) struct Widened<T>(PhantomData<T>);
 
 impl<T: WithDType + Into<f32>> Compute for Widened<T>
 where

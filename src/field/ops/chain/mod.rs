@@ -8,6 +8,7 @@
 
 mod compute;
 mod order;
+mod parameter;
 mod pass;
 
 use super::Activation;
@@ -15,11 +16,14 @@ use crate::Time;
 use crate::field::session::{Current, Session};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
-use compute::{AsStored, Compute, Widened};
 use half::{bf16, f16};
-use order::Order;
 use pass::Saved;
+use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
+
+pub(super) use compute::{AsStored, Compute, Widened};
+pub(super) use order::Order;
+pub(super) use parameter::{Parameter, with_elements};
 
 /// A linear layer and what is done with its result.
 #[derive(Clone, Debug)]
@@ -33,13 +37,6 @@ pub(super) struct Link {
     /// The time, which multiplies the one column beyond.
     beyond: Option<f64>,
     then: Activation,
-}
-
-/// A tensor that stands for a parameter of the open field.
-#[derive(Clone, Debug)]
-struct Parameter {
-    leaf: Tensor,
-    slot: usize,
 }
 
 /// A layer that may become part of a chain.
@@ -80,8 +77,7 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
 
 /// Layers that may become one op.
 pub(super) struct Chain {
-    session: Arc<Session>,
-    linearises: bool,
+    current: Current,
     links: Vec<Link>,
 }
 
@@ -90,30 +86,19 @@ impl Chain {
     pub(super) fn start(x: &Tensor) -> Option<Self> {
         let has_kernels = matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
         let fits = x.device().is_cpu() && has_kernels && x.rank() > 0 && x.elem_count() > 0;
-        let Current { session, linearises } = Session::current().filter(|_| fits)?;
-        Some(Self { session, linearises, links: vec![] })
+        Some(Self { current: Session::current().filter(|_| fits)?, links: vec![] })
     }
 
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
     pub(super) fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, t: Option<&Time>) -> bool {
-        let parameter = |leaf: &Tensor| Some(Parameter { leaf: leaf.clone(), slot: self.session.slot(leaf)? });
         let Ok((outputs, columns)) = weight.dims2() else { return false };
         let inputs = columns - usize::from(t.is_some()).min(columns);
         let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
         let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0 && outputs > 0;
-        // What Candle would have to track to reach the weights has to be tracked through x.
-        let is_seen = |leaf: &Tensor| !self.linearises || x.track_op() || !leaf.track_op();
-        let is_bias =
-            |b: &Tensor| b.dims() == &weight.dims()[..1] && matches!(b.dtype(), DType::F32) | (b.dtype() == x.dtype());
-        let is_tracked_time = t.is_some_and(Time::is_tracked);
-        if !fits || is_tracked_time || !is_seen(weight) || !bias.is_none_or(|b| is_bias(b) && is_seen(b)) {
+        if !fits || t.is_some_and(Time::is_tracked) {
             return false;
         }
-        let bias = match bias.map(parameter) {
-            Some(None) => return false,
-            bias => bias.flatten(),
-        };
-        let Some(weight) = parameter(weight) else { return false };
+        let Some((weight, bias)) = Parameter::of_layer(&self.current, x, weight, bias) else { return false };
         self.links.push(Link { weight, bias, inputs, outputs, beyond: t.map(Time::value), then: Activation::Identity });
         true
     }
@@ -136,7 +121,8 @@ impl Chain {
         }
         let x = x.contiguous()?;
         let (tracked, is_narrow) = (x.track_op(), Order::is_narrow(&self.links));
-        let op = ChainOp { session: self.session, links: self.links, saved: Mutex::default(), tracked, is_narrow };
+        let (session, links) = (self.current.session, self.links);
+        let op = ChainOp { session, links, saved: Mutex::default(), tracked, is_narrow };
         if op.tracked { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
     }
 }
@@ -144,17 +130,11 @@ impl Chain {
 struct ChainOp {
     session: Arc<Session>,
     links: Vec<Link>,
-    /// What the pullback needs, from the forward pass on.
-    saved: Mutex<Option<Saves>>,
+    /// What the pullback needs, [`Saved`] of what tiles hold; from the forward pass on.
+    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
     tracked: bool,
     /// Whether BF16 is held in F32: whatever the number of rows, so that a row gives the same among any others.
     is_narrow: bool,
-}
-
-/// By what the tiles hold.
-enum Saves {
-    Single(Saved<f32>),
-    Brain(Saved<bf16>),
 }
 
 impl ChainOp {
@@ -162,42 +142,18 @@ impl ChainOp {
         let mut dims = shape.dims().to_vec();
         let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
         *last = link.outputs;
-        let mut saved = self.tracked.then(Saved::default);
+        let mut saved = self.tracked.then(Saved::<C::Held>::default);
         let value = pass::value::<C>(&self.session, &self.links, x, saved.as_mut())?;
-        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(C::Held::saves);
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
         Ok((C::storage(value), Shape::from(dims)))
     }
 
     fn pull<C: Compute>(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(saved) = saved.as_ref().and_then(C::Held::saved) else {
+        let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Saved<C::Held>>()) else {
             bail!("a chain pulls back what it has evaluated")
         };
         pass::pull::<C>(&self.session, &self.links, saved, x, value, grad).map(Some)
-    }
-}
-
-/// What holds the saves of a chain in its own elements.
-trait Saving: Sized {
-    fn saves(saved: Saved<Self>) -> Saves;
-    fn saved(saves: &Saves) -> Option<&Saved<Self>>;
-}
-
-impl Saving for f32 {
-    fn saves(saved: Saved<Self>) -> Saves {
-        Saves::Single(saved)
-    }
-    fn saved(saves: &Saves) -> Option<&Saved<Self>> {
-        if let Saves::Single(saved) = saves { Some(saved) } else { None }
-    }
-}
-
-impl Saving for bf16 {
-    fn saves(saved: Saved<Self>) -> Saves {
-        Saves::Brain(saved)
-    }
-    fn saved(saves: &Saves) -> Option<&Saved<Self>> {
-        if let Saves::Brain(saved) = saves { Some(saved) } else { None }
     }
 }
 
@@ -225,14 +181,5 @@ impl CustomOp1 for ChainOp {
             DType::BF16 => self.pull::<AsStored<bf16>>(x, value, &grad),
             _ => self.pull::<AsStored<f32>>(x, value, &grad),
         }
-    }
-}
-
-/// The elements of a contiguous tensor on the CPU.
-fn with_elements<T: candle_core::WithDType, R>(x: &Tensor, with: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = x.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (candle_core::Storage::Cpu(storage), Some((from, to))) => with(&storage.as_slice::<T>()?[from..to]),
-        _ => bail!("a chain takes contiguous tensors on the CPU"),
     }
 }

@@ -10,7 +10,7 @@ use half::bf16;
 
 /// What is contiguous in a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
+pub(in crate::field::ops) enum Order {
     /// The features of a row of the batch.
     Rows,
     /// A feature of all rows: the batch lies in the lanes of the vectors, which layers of few features would not fill.
@@ -50,7 +50,7 @@ impl Order {
 }
 
 /// Elements with kernels for their orders. BF16 is multiplied in rows alone.
-pub(super) trait Ordered: Tile {
+pub(in crate::field::ops) trait Ordered: Tile {
     /// f(x B + b)
     fn multiply(
         order: Order,

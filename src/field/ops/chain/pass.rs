@@ -198,7 +198,7 @@ impl Link {
 
     /// dW += gᵀ x and db += Σ g, for those of the two that are tracked.
     fn add_gradients<T: Ordered>(&self, session: &Session, order: Order, g: View<'_, T>, x: View<'_, T>) -> Result<()> {
-        let tracked = |parameter: &&Parameter| parameter.leaf.track_op();
+        let tracked = |parameter: &&Parameter| parameter.is_tracked();
         let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
         if weight.is_none() && bias.is_none() {
             return Ok(());
@@ -219,9 +219,7 @@ impl Link {
             })?;
         }
         match bias {
-            Some(bias) => {
-                sink::add_in_place(&bias.leaf, |db| db.iter_mut().zip(sums.iter()).for_each(|(db, sum)| *db += sum))
-            }
+            Some(bias) => bias.add(&sums),
             None => Ok(()),
         }
     }

@@ -101,7 +101,7 @@ impl Multiply<'_> {
             // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x no more is read
             // than `count` rows of the batch, and the sums have space for whole vectors, asserted above.
             unsafe {
-                let a = Left { at: panel.values.as_ptr().add(feature % PANEL), row: 1, step: panel.width };
+                let a = Left::even(panel.values.as_ptr().add(feature % PANEL), 1, panel.width);
                 let b = Right { at: self.x.as_ptr().add(row + at), step: self.x.stride() };
                 let to = sums.as_mut_ptr().add(at);
                 let start = |m: usize, _| M::Lanes::splat(bias[m]);
@@ -253,21 +253,6 @@ impl Work for RowSums<'_> {
                 }
                 let [a, b, c, d] = sums;
                 *db += a.plus(b).plus(c.plus(d)).total();
-            }
-        }
-    }
-}
-
-/// The transpose of `from` `(rows, columns)` in `to` `(columns, rows)`: from row-major to feature by feature and back.
-pub(crate) fn transpose<T: Copy>(from: View<'_, T>, mut to: ViewMut<'_, T>) {
-    const BLOCK: usize = 16;
-    assert_eq!((from.rows(), from.columns()), (to.columns(), to.rows()));
-    for first in (0..from.rows()).step_by(BLOCK) {
-        let rows = first..from.rows().min(first + BLOCK);
-        for column in 0..from.columns() {
-            let to = &mut to.row(column)[rows.clone()];
-            for (row, to) in rows.clone().zip(to) {
-                *to = from.row(row)[column];
             }
         }
     }

@@ -20,6 +20,8 @@ pub(crate) trait Held: Copy + Default + Send + Sync + 'static {
     fn path(best: Path) -> Path;
     /// The matrix with `DEPTH` rows side by side, element by element, in place of one; the last filled up with zeros.
     fn interleaved<'a>(matrix: View<'a, Self>, scratch: &'a mut Vec<Self>) -> View<'a, Self>;
+    /// Each element with those that follow it at distances of `apart`, `DEPTH` side by side; beyond the end lie zeros.
+    fn gathered<'a>(values: &'a [Self], apart: usize, scratch: &'a mut Vec<Self>) -> &'a [Self];
 }
 
 impl Held for f32 {
@@ -43,6 +45,9 @@ impl Held for f32 {
     }
     fn interleaved<'a>(matrix: View<'a, Self>, _: &'a mut Vec<Self>) -> View<'a, Self> {
         matrix
+    }
+    fn gathered<'a>(values: &'a [Self], _: usize, _: &'a mut Vec<Self>) -> &'a [Self] {
+        values
     }
 }
 
@@ -83,5 +88,17 @@ impl Held for bf16 {
             }
         }
         View::new(scratch, pairs, width, width)
+    }
+    fn gathered<'a>(values: &'a [Self], apart: usize, scratch: &'a mut Vec<Self>) -> &'a [Self] {
+        scratch.resize(2 * values.len(), Self::ZERO);
+        let (both, alone) = scratch.split_at_mut(2 * values.len().saturating_sub(apart));
+        let pairs = values.iter().zip(values.get(apart..).unwrap_or_default());
+        for (out, (&first, &second)) in both.chunks_exact_mut(2).zip(pairs) {
+            out.copy_from_slice(&[first, second]);
+        }
+        for (out, &first) in alone.chunks_exact_mut(2).zip(&values[both.len() / 2..]) {
+            out.copy_from_slice(&[first, Self::ZERO]);
+        }
+        scratch
     }
 }

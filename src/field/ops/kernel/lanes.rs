@@ -26,6 +26,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     /// The sum of the lanes, halves first.
     unsafe fn total(self) -> f32;
+    /// The lanes of both in turn: (those of the lower halves, those of the upper halves).
+    unsafe fn interleaved(self, other: Self) -> (Self, Self);
     /// Each lane taken for two BF16 side by side: (those in the low halves, those in the high halves), widened.
     unsafe fn split(self) -> (Self, Self);
 }
@@ -83,6 +85,11 @@ unsafe impl Lanes for Plain {
     unsafe fn total(self) -> f32 {
         let [a, b, c, d] = self.0;
         (a + c) + (b + d)
+    }
+    #[inline(always)]
+    unsafe fn interleaved(self, other: Self) -> (Self, Self) {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
+        (Self([a, e, b, f]), Self([c, g, d, h]))
     }
     #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {

@@ -11,6 +11,7 @@
 //! | [`multiply()`] with [`Packed::straight`] | (g W) ∘ f′ | its pullback to x, through the activation before |
 //! | [`add_outer`] | dW += gᵀ x | its pullback to W |
 //! | [`add_column_sums`] | db += Σ g | its pullback to b |
+//! | [`convolve`], [`add_outer_windows`] | the same with the windows of images for x | a convolution |
 //! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
 //!
 //! Tiles hold F32 or BF16 ([`Held`]); F16 is held in F32. Products of BF16 are
@@ -29,14 +30,18 @@ mod scheme;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transpose;
 mod view;
+mod windows;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(crate) use batch_lanes::{add_column_sums_lanes, add_outer_lanes, multiply_lanes, transpose};
+pub(crate) use batch_lanes::{add_column_sums_lanes, add_outer_lanes, multiply_lanes};
 pub(crate) use epilogue::{Epilogue, Then};
 pub(crate) use held::Held;
-pub(crate) use multiply::multiply;
-pub(crate) use outer::{Scratch, add_column_sums, add_outer};
+pub(crate) use multiply::{convolve, multiply};
+pub(crate) use outer::{Scratch, add_column_sums, add_outer, add_outer_windows};
 pub(crate) use packed::Packed;
+pub(crate) use transpose::transpose;
 pub(crate) use view::{View, ViewMut};
+pub(crate) use windows::{Looks, Windows};

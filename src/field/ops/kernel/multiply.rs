@@ -8,8 +8,10 @@ use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
+use super::scheme::Scheme;
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
+use super::windows::{Rows, Windows};
 
 /// Rows of a block at most.
 const ROWS: usize = 8;
@@ -25,16 +27,22 @@ pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilog
     multiply_on(T::path(Path::best()), x, b, epilogue, out);
 }
 
+/// [`multiply`] with the windows of images for rows: a convolution.
+pub(crate) fn convolve<T: Held>(x: Windows<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
+    multiply_on(T::path(Path::best()), x, b, epilogue, out);
+}
+
 /// [`multiply`] on a path that this CPU has.
 pub(super) fn multiply_on<T: Held>(
     path: Path,
-    x: View<'_, T>,
+    x: impl Rows<T>,
     b: &Packed<T>,
     epilogue: &Epilogue<'_, T>,
     out: ViewMut<'_, T>,
 ) {
     let shape = (out.rows(), out.columns());
-    assert_eq!((x.columns(), (x.rows(), b.columns())), (b.depth(), shape));
+    assert_eq!((x.segments() * x.depth(), (x.rows(), b.columns())), (b.depth(), shape));
+    assert!(x.segments() == 1 || x.depth().is_multiple_of(T::DEPTH));
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.1));
     if let Then::TimesSlope(_, kept) = &epilogue.then {
         assert_eq!((kept.rows(), kept.columns()), shape);
@@ -42,20 +50,20 @@ pub(super) fn multiply_on<T: Held>(
     path.run(Multiply { x, b, epilogue, out });
 }
 
-struct Multiply<'a, T> {
-    x: View<'a, T>,
+struct Multiply<'a, T, X> {
+    x: X,
     b: &'a Packed<T>,
     epilogue: &'a Epilogue<'a, T>,
     out: ViewMut<'a, T>,
 }
 
-impl<T: Held> Work for Multiply<'_, T> {
+impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<M: Machine>(mut self) {
         let (mut start, mut sums, mut slopes) = ([0.0; COLUMNS], [0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
-        let group = (GROUP / self.x.columns().max(1) / PANEL * PANEL).clamp(PANEL, COLUMNS);
+        let group = (GROUP / self.b.depth().max(1) / PANEL * PANEL).clamp(PANEL, COLUMNS);
         let (rows, columns) = (self.out.rows(), self.out.columns());
         for first in (0..columns).step_by(group) {
             let columns = first..columns.min(first + group);
@@ -82,7 +90,7 @@ impl<T: Held> Work for Multiply<'_, T> {
     }
 }
 
-impl<T: Held> Multiply<'_, T> {
+impl<T: Held, X: Rows<T>> Multiply<'_, T, X> {
     /// The products of `HEIGHT` rows of x from `row` on with the panel at `column`, added to `start`, to the first columns
     /// of `sums`.
     ///
@@ -98,25 +106,50 @@ impl<T: Held> Multiply<'_, T> {
         stride: usize,
     ) {
         let panel = self.b.panel(column);
-        let depth = self.x.columns();
+        let (depth, apart) = (self.x.depth(), self.x.apart());
+        let values = self.x.values().as_ptr();
         assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width && start.len() >= panel.width);
         let mut at = 0;
         while at < panel.width {
-            // SAFETY: x has the rows and is as wide as the panel is deep, `multiply_on` has seen to that; the panel is
-            // as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
+            // SAFETY: x has the rows, and in them as much as the panel is deep, `multiply_on` has seen to that; the panel
+            // is as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
             unsafe {
-                let a = Left { at: self.x.as_ptr().add(row * self.x.stride()), row: self.x.stride(), step: T::DEPTH };
-                let b = Right { at: panel.values.as_ptr().add(at * T::DEPTH), step: panel.width * T::DEPTH };
+                let rows = std::array::from_fn(|m| values.add(self.x.start(row + m)));
+                let panel_at = panel.values.as_ptr().add(at * T::DEPTH);
                 let to = sums.as_mut_ptr().add(at);
                 let start = |_, v| M::Lanes::load(start.as_ptr().add(at + v * M::Lanes::WIDTH));
+                let segment = |n: usize| {
+                    let a = Left { rows: rows.map(|row: *const T| row.add(n * apart)), step: T::DEPTH };
+                    (a, Right { at: panel_at.add(n * depth * panel.width), step: panel.width * T::DEPTH })
+                };
                 if panel.width - at >= 2 * M::Lanes::WIDTH {
-                    store(tile::<T::Scheme<M>, HEIGHT, 2, true>(depth, a, b, 0, start), to, stride);
+                    store(segmented::<T::Scheme<M>, HEIGHT, 2>(self.x.segments(), depth, segment, start), to, stride);
                     at += 2 * M::Lanes::WIDTH;
                 } else {
-                    store(tile::<T::Scheme<M>, HEIGHT, 1, true>(depth, a, b, 0, start), to, stride);
+                    store(segmented::<T::Scheme<M>, HEIGHT, 1>(self.x.segments(), depth, segment, start), to, stride);
                     at += M::Lanes::WIDTH;
                 }
             }
         }
     }
+}
+
+/// The tile of sums over all segments, which begin at `start`.
+///
+/// # Safety
+/// As [`tile`], for the operands of every segment.
+#[inline(always)]
+unsafe fn segmented<S: Scheme, const M: usize, const V: usize>(
+    segments: usize,
+    depth: usize,
+    segment: impl Fn(usize) -> (Left<S::Element, M>, Right<S::Element>),
+    start: impl Fn(usize, usize) -> S::Lanes,
+) -> [[S::Lanes; V]; M] {
+    let mut sums = std::array::from_fn(|m| std::array::from_fn(|v| start(m, v)));
+    for n in 0..segments {
+        let (a, b) = segment(n);
+        // SAFETY: the caller's.
+        sums = unsafe { tile::<S, M, V, true>(depth, a, b, 0, |m, v| sums[m][v]) };
+    }
+    sums
 }

@@ -37,7 +37,8 @@ impl<T: Held> Packed<T> {
         Self::pack(weight.rows(), weight.columns(), |k, n| weight.row(k)[n].into())
     }
 
-    fn pack(depth: usize, columns: usize, at: impl Fn(usize, usize) -> f32) -> Self {
+    /// B of the elements at (k, n).
+    pub(crate) fn pack(depth: usize, columns: usize, at: impl Fn(usize, usize) -> f32) -> Self {
         const LINE: usize = 64;
         let padded = columns.div_ceil(PANEL / 2) * (PANEL / 2);
         let steps = depth.div_ceil(T::DEPTH);

@@ -2,6 +2,7 @@
 
 mod lanes;
 mod rates;
+mod windows;
 
 use super::machine::Path;
 use super::multiply::multiply_on;

@@ -6,11 +6,22 @@
 use super::lanes::Lanes;
 use super::scheme::Scheme;
 
-/// The left-hand operand: element (m, k) at `m · row + k · step`; each is multiplied with a whole row of the right.
-pub(super) struct Left<E> {
-    pub(super) at: *const E,
-    pub(super) row: usize,
+/// The left-hand operand: element (m, k) at `rows[m] + k · step`; each is multiplied with a whole row of the right.
+pub(super) struct Left<E, const M: usize> {
+    pub(super) rows: [*const E; M],
     pub(super) step: usize,
+}
+
+impl<E, const M: usize> Left<E, M> {
+    /// Rows that are `apart` elements apart.
+    ///
+    /// # Safety
+    /// They lie in the memory that `at` leads into.
+    #[inline(always)]
+    pub(super) unsafe fn even(at: *const E, apart: usize, step: usize) -> Self {
+        // SAFETY: the caller's.
+        Self { rows: std::array::from_fn(|m| unsafe { at.add(m * apart) }), step }
+    }
 }
 
 /// The right-hand operand: row k at `k · step`, read in vectors.
@@ -27,7 +38,7 @@ pub(super) struct Right<E> {
 #[inline(always)]
 pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE: bool>(
     depth: usize,
-    a: Left<S::Element>,
+    a: Left<S::Element, M>,
     b: Right<S::Element>,
     last: usize,
     start: impl Fn(usize, usize) -> S::Lanes,
@@ -45,7 +56,7 @@ pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE
         for k in 0..depth / S::DEPTH {
             let row = vectors(k);
             for (m, sums) in sums.iter_mut().enumerate() {
-                let factor = S::everywhere(a.at.add(m * a.row + k * a.step));
+                let factor = S::everywhere(a.rows[m].add(k * a.step));
                 for (sum, &vector) in sums.iter_mut().zip(&row) {
                     *sum = S::accumulate(*sum, factor, vector);
                 }
@@ -55,7 +66,7 @@ pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE
             let k = depth / S::DEPTH;
             let row = vectors(k);
             for (m, sums) in sums.iter_mut().enumerate() {
-                let factor = S::everywhere_last(a.at.add(m * a.row + k * a.step));
+                let factor = S::everywhere_last(a.rows[m].add(k * a.step));
                 for (sum, &vector) in sums.iter_mut().zip(&row) {
                     *sum = S::accumulate(*sum, factor, vector);
                 }

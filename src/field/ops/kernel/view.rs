@@ -1,5 +1,7 @@
 //! Row-major matrices in slices: a row is `columns` elements, the next begins `stride` further on.
 
+use std::ops::Range;
+
 /// A matrix to be read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct View<'a, T> {
@@ -42,6 +44,17 @@ impl<'a, T> View<'a, T> {
     #[inline(always)]
     pub(crate) fn row(&self, n: usize) -> &'a [T] {
         &self.values[n * self.stride..][..self.columns]
+    }
+
+    /// Some rows, and of them some columns.
+    pub(crate) fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && columns.end <= self.columns);
+        let start = rows.start * self.stride + columns.start;
+        Self::new(&self.values[start..], rows.len(), columns.len(), self.stride)
+    }
+
+    pub(super) fn slice(&self) -> &'a [T] {
+        self.values
     }
 
     pub(super) fn as_ptr(&self) -> *const T {

@@ -61,6 +61,13 @@ unsafe impl Lanes for Eight {
         }
     }
     #[inline(always)]
+    unsafe fn interleaved(self, other: Self) -> (Self, Self) {
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(self.0, other.0), _mm256_unpackhi_ps(self.0, other.0));
+            (Self(_mm256_permute2f128_ps::<0x20>(low, high)), Self(_mm256_permute2f128_ps::<0x31>(low, high)))
+        }
+    }
+    #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {
         unsafe {
             let bits = _mm256_castps_si256(self.0);
@@ -110,6 +117,15 @@ unsafe impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn total(self) -> f32 {
         unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn interleaved(self, other: Self) -> (Self, Self) {
+        unsafe {
+            let lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let upper = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            let of = |half| Self(_mm512_permutex2var_ps(self.0, half, other.0));
+            (of(lower), of(upper))
+        }
     }
     #[inline(always)]
     unsafe fn split(self) -> (Self, Self) {

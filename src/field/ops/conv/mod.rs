@@ -2,7 +2,10 @@
 //!
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in / groups, k, k)`, b `(out)`. Dtypes: x and weight share one of F16,
 //! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over batch
-//! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included.
+//! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included. Inside a solve
+//! on the CPU, kernels of ours do it ([`direct`]), except with dilation, groups or strides above 2.
+
+mod direct;
 
 use super::bias::add_bias;
 use super::cpu::wide_dtype;
@@ -12,6 +15,7 @@ use crate::Time;
 use crate::field::Tangent;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Module, Result, Shape, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
+use direct::Direct;
 
 /// A 2-d convolution: the twin of [`candle_nn::Conv2d`].
 ///
@@ -92,6 +96,9 @@ impl Conv2d {
 
 impl Module for Conv2d {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(direct) = Direct::new(x, &self.weight, self.bias.as_ref(), &self.config) {
+            return direct.run(x);
+        }
         let y = self.convolve(x)?;
         match &self.bias {
             Some(bias) => add_bias(&y, bias, 1),

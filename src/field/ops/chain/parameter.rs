@@ -1,0 +1,78 @@
+//! Parameters of layers inside a solve: what stands for them, and what they add to dL/dθ.
+
+use crate::field::session::{Current, Matrix, Session, Tile};
+use crate::field::sink;
+use candle_core::{DType, Result, Tensor, WithDType, bail};
+
+/// A tensor that stands for a parameter of the open field.
+#[derive(Clone, Debug)]
+pub(in crate::field::ops) struct Parameter {
+    pub(in crate::field::ops) leaf: Tensor,
+    pub(in crate::field::ops) slot: usize,
+}
+
+impl Parameter {
+    /// Weight and bias of a layer on `x`, if kernels of ours can reach them: they stand for parameters, have dtypes that
+    /// fit, and what Candle would have to track to reach them is tracked through x.
+    pub(in crate::field::ops) fn of_layer(
+        current: &Current,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Option<(Self, Option<Self>)> {
+        let parameter = |leaf: &Tensor| {
+            let is_seen = !current.linearises || x.track_op() || !leaf.track_op();
+            let slot = current.session.slot(leaf).filter(|_| is_seen)?;
+            Some(Self { leaf: leaf.clone(), slot })
+        };
+        let is_bias =
+            |b: &Tensor| b.dims() == &weight.dims()[..1] && (b.dtype() == DType::F32 || b.dtype() == x.dtype());
+        if weight.dtype() != x.dtype() || !bias.is_none_or(is_bias) {
+            return None;
+        }
+        let weight = parameter(weight)?;
+        match bias {
+            Some(bias) => Some((weight, Some(parameter(bias)?))),
+            None => Some((weight, None)),
+        }
+    }
+
+    /// Whether its gradient is wanted.
+    pub(in crate::field::ops) fn is_tracked(&self) -> bool {
+        self.leaf.track_op()
+    }
+
+    /// Lets `with` see the elements, each of which the function gives in F32.
+    pub(in crate::field::ops) fn with_floats<R>(&self, with: impl FnOnce(&dyn Fn(usize) -> f32) -> R) -> Result<R> {
+        let leaf = self.leaf.detach().contiguous()?;
+        match leaf.dtype() {
+            DType::F16 => with_elements::<half::f16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),
+            DType::BF16 => with_elements::<half::bf16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),
+            _ => with_elements::<f32, _>(&leaf, |x| Ok(with(&|n| x[n]))),
+        }
+    }
+
+    /// The elements of a vector in F32.
+    pub(in crate::field::ops) fn in_f32(&self, session: &Session) -> Result<Matrix<f32>> {
+        let mut floats = f32::spare(session).matrix(1, self.leaf.elem_count());
+        self.with_floats(|at| floats.iter_mut().enumerate().for_each(|(n, float)| *float = at(n)))?;
+        Ok(floats)
+    }
+
+    /// Adds to its sum of dL/dθ.
+    pub(in crate::field::ops) fn add(&self, gradient: &[f32]) -> Result<()> {
+        sink::add_in_place(&self.leaf, |sum| sum.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += gradient))
+    }
+}
+
+/// The elements of a contiguous tensor on the CPU.
+pub(in crate::field::ops) fn with_elements<T: WithDType, R>(
+    x: &Tensor,
+    with: impl FnOnce(&[T]) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (candle_core::Storage::Cpu(storage), Some((from, to))) => with(&storage.as_slice::<T>()?[from..to]),
+        _ => bail!("kernels of layers take contiguous tensors on the CPU"),
+    }
+}

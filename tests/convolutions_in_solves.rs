@@ -1,0 +1,168 @@
+//! Inside a solve convolutions have kernels of their own: the values and gradients are those of the same convolutions
+//! made of Candle's, in every dtype, for all sizes, strides and paddings, without bias, or with parts frozen.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+use candle_ode::ops::{self, Activation, Conv2d};
+use candle_ode::prelude::*;
+use common::against_f64::*;
+use common::*;
+
+fn config(stride: usize, padding: usize) -> Conv2dConfig {
+    Conv2dConfig { stride, padding, ..Default::default() }
+}
+
+/// y ↦ Σ over the pixels of conv(y), spread over y again: a convolution of any stride in a field.
+fn field(vars: &VarMap, [inputs, outputs, kernel]: [usize; 3], has_bias: bool, config: Conv2dConfig) -> ModelField {
+    let build = move |vb: VarBuilder<'static>| {
+        let weight = vb.get((outputs, inputs, kernel, kernel), "weight")?;
+        let bias = if has_bias { Some(vb.get(outputs, "bias")?) } else { None };
+        let back = vb.get((inputs, outputs, 1, 1), "back")?;
+        Ok((Conv2d::new(weight, bias, config), Conv2d::new(back, None, Conv2dConfig::default())))
+    };
+    let scale = 1.0 / ((inputs * kernel * kernel) as f64).sqrt();
+    let eval = move |(conv, back): &(Conv2d, Conv2d), _: &Time, y: &Tensor| {
+        let (_, _, height, width) = y.dims4()?;
+        let z = back.forward(&Activation::Tanh.forward(&(conv.forward(y)? * scale)?)?)?;
+        let (_, _, rows, columns) = z.dims4()?;
+        // As many pixels as y has, whatever the stride and the padding have made of them.
+        let z = if rows < height { z.pad_with_same(2, 0, height - rows)? } else { z.narrow(2, 0, height)? };
+        if columns < width { z.pad_with_same(3, 0, width - columns) } else { z.narrow(3, 0, width) }
+    };
+    let field = ModelField::new(vars, &Device::Cpu, build, eval).unwrap();
+    fill(vars, 5, 0.5);
+    field
+}
+
+#[test]
+fn every_stride_padding_and_kernel() {
+    for stride in [1, 2] {
+        for padding in 0..=2 {
+            for kernel in [1, 3, 5] {
+                for size in [[5, 5], [6, 9], [7, 16]] {
+                    let vars = VarMap::new();
+                    let field = field(&vars, [3, 5, kernel], true, config(stride, padding));
+                    let y0 = start(2, &[2, 3, size[0], size[1]]);
+                    let what = format!("stride {stride}, padding {padding}, kernel {kernel}, {size:?}");
+                    against_f64(&field, &vars, &y0, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_number_of_channels_with_and_without_bias() {
+    for (inputs, outputs) in [(1, 1), (1, 40), (40, 1), (2, 7), (16, 17), (32, 32), (33, 40)] {
+        for has_bias in [true, false] {
+            for stride in [1, 2] {
+                let vars = VarMap::new();
+                let field = field(&vars, [inputs, outputs, 3], has_bias, config(stride, 1));
+                let what = format!("{inputs} to {outputs} channels, bias {has_bias}, stride {stride}");
+                against_f64(&field, &vars, &start(2, &[3, inputs, 16, 17]), &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn settings_without_kernels_are_right_too() {
+    for config in [
+        Conv2dConfig { dilation: 2, padding: 2, ..Default::default() },
+        Conv2dConfig { stride: 3, ..Default::default() },
+    ] {
+        let vars = VarMap::new();
+        let field = field(&vars, [3, 4, 3], true, config);
+        against_f64(&field, &vars, &start(2, &[2, 3, 8, 7]), &format!("{config:?}"));
+    }
+}
+
+#[test]
+fn oblong_kernels_and_turned_images() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| Ok(Conv2d::new(vb.get((3, 3, 1, 3), "weight")?, None, config(1, 1)));
+    let eval =
+        |conv: &Conv2d, _: &Time, y: &Tensor| conv.forward(&y.transpose(2, 3)?)?.narrow(2, 1, 6)?.transpose(2, 3);
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+    fill(&vars, 5, 0.5);
+    against_f64(&field, &vars, &start(2, &[2, 3, 7, 6]), "a kernel of one row");
+}
+
+#[test]
+fn what_is_frozen_has_no_gradient_and_changes_no_other() {
+    let vars = VarMap::new();
+    let field = field(&vars, [3, 4, 3], true, config(1, 1));
+    let y0 = start(2, &[2, 3, 6, 5]);
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        let all = gradients(&ode(&field).precision(precision), &vars, &y0);
+        for frozen in ["weight", "bias", "back"] {
+            let field = field.clone().freeze(move |name| name == frozen);
+            let mut expected = all.clone();
+            expected.remove(frozen);
+            compare(&gradients(&ode(&field).precision(precision), &vars, &y0), &expected, 1e-7, frozen);
+        }
+    }
+}
+
+#[test]
+fn scales_change_nothing() {
+    let vars = VarMap::new();
+    let field = field(&vars, [3, 4, 3], true, config(2, 1));
+    let y0 = start(2, &[2, 3, 6, 5]);
+    let plain = gradients(&ode(&field), &vars, &y0);
+    for scale in [1024.0, 0.25] {
+        let scaling = AdjointScaling::fixed(scale).unwrap();
+        compare(&gradients(&ode(&field).scaling(scaling), &vars, &y0), &plain, 1e-7, "a fixed scale");
+    }
+}
+
+/// A tile of images gives the bits that the whole batch gives.
+#[test]
+fn images_do_not_see_each_other() {
+    for precision in [Precision::F32, Precision::BF16] {
+        let vars = VarMap::new();
+        let field = field(&vars, [3, 4, 3], true, config(1, 1));
+        let y0 = normal(2, &[3, 3, 6, 5], DType::F32);
+        let whole = ode(&field).precision(precision).solve(&y0).unwrap().last().clone();
+        for n in 0..3 {
+            let alone = ode(&field).precision(precision).solve(&y0.narrow(0, n, 1).unwrap()).unwrap();
+            assert_eq!(bits(alone.last()), bits(&whole.narrow(0, n, 1).unwrap()));
+        }
+    }
+}
+
+/// NaN in a pixel reaches the pixels around it, in its image, and no others.
+#[test]
+fn nan_passes() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let vars = VarMap::new();
+        let build = |vb: VarBuilder<'static>| ops::conv2d(2, 2, 3, config(1, 1), vb);
+        let field = ModelField::new(&vars, &Device::Cpu, build, |conv, _, y| conv.forward(y)).unwrap();
+        let mut pixels = vec![0.5_f32; 2 * 2 * 5 * 5];
+        pixels[12] = f32::NAN;
+        let y0 = Tensor::from_vec(pixels, (2, 2, 5, 5), &Device::Cpu).unwrap();
+        let ode = Ode::new(&field).solver(Euler).span(0.0, 0.5).steps(1).precision(Precision::new().compute(dtype));
+        let Ok(solution) = ode.solve(&y0) else { continue };
+        let nan: Vec<usize> = (0..100).filter(|&n| values(solution.last())[n].is_nan()).collect();
+        let around: Vec<usize> =
+            [0, 25].iter().flat_map(|c| [6, 7, 8, 11, 12, 13, 16, 17, 18].map(|n| c + n)).collect();
+        assert_eq!(nan, around, "{dtype:?}");
+    }
+}
+
+/// A kernel made by another layer is reached through Candle's graph.
+#[test]
+fn kernels_from_elsewhere_keep_their_gradients() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| ops::linear(1, 36, vb.pp("hyper"));
+    let eval = |hyper: &ops::Linear, t: &Time, y: &Tensor| {
+        let kernel = hyper.forward(&t.like(y)?.reshape((1, 1))?)?.reshape((2, 2, 3, 3))?;
+        Conv2d::new(kernel, None, config(1, 1)).forward(y)
+    };
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+    fill(&vars, 5, 0.2);
+    against_f64(&field, &vars, &start(2, &[2, 2, 5, 4]), "a hypernetwork");
+}
