@@ -62,7 +62,9 @@ fn every_number_of_channels_with_and_without_bias() {
                 let vars = VarMap::new();
                 let field = field(&vars, [inputs, outputs, 3], has_bias, config(stride, 1));
                 let what = format!("{inputs} to {outputs} channels, bias {has_bias}, stride {stride}");
-                against_f64(&field, &vars, &start(2, &[3, inputs, 16, 17]), &what);
+                // The one sum of a single channel cancels for the most part.
+                let cancels = if outputs == 1 { 5.0 } else { 1.0 };
+                against_f64_within(cancels, &field, &vars, &start(2, &[3, inputs, 16, 17]), &what);
             }
         }
     }
@@ -145,7 +147,7 @@ fn nan_passes() {
         pixels[12] = f32::NAN;
         let y0 = Tensor::from_vec(pixels, (2, 2, 5, 5), &Device::Cpu).unwrap();
         let ode = Ode::new(&field).solver(Euler).span(0.0, 0.5).steps(1).precision(Precision::new().compute(dtype));
-        let Ok(solution) = ode.solve(&y0) else { continue };
+        let solution = ode.solve(&y0).unwrap();
         let nan: Vec<usize> = (0..100).filter(|&n| values(solution.last())[n].is_nan()).collect();
         let around: Vec<usize> =
             [0, 25].iter().flat_map(|c| [6, 7, 8, 11, 12, 13, 16, 17, 18].map(|n| c + n)).collect();

@@ -57,16 +57,15 @@ impl<T: Held> Transpose<'_, T> {
     #[inline(always)]
     unsafe fn block<L: Lanes>(&mut self, row: usize, column: usize) {
         let mut wide = [0.0; WIDEST];
-        // SAFETY: `wide` is as long as any vector.
-        let mut lanes: [L; WIDEST] = std::array::from_fn(|n| unsafe {
-            if n >= L::WIDTH {
-                return L::splat(0.0);
-            }
+        // SAFETY: the caller's.
+        let mut lanes = [unsafe { L::splat(0.0) }; WIDEST];
+        for (n, lanes) in lanes.iter_mut().enumerate().take(L::WIDTH) {
             for (wide, value) in wide.iter_mut().zip(&self.from.row(row + n)[column..column + L::WIDTH]) {
                 *wide = value.wide();
             }
-            L::load(wide.as_ptr())
-        });
+            // SAFETY: `wide` is as long as any vector.
+            *lanes = unsafe { L::load(wide.as_ptr()) };
+        }
         // Each round moves the top bit of a row's number to the bottom of the lane's, and that of the lane's to the row's.
         let mut size = 1;
         while size < L::WIDTH {
