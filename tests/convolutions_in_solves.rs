@@ -4,7 +4,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use candle_ode::ops::{self, Activation, Conv2d};
 use candle_ode::prelude::*;
