@@ -281,6 +281,12 @@ impl Casts {
         Session::new(&self.leaves, packed, linearises)
     }
 
+    /// Bytes of the weights that the passes which linearise at this moment have packed.
+    pub(crate) fn packed_back(&self) -> usize {
+        let back = self.packed_back.lock().unwrap_or_else(PoisonError::into_inner);
+        back.upgrade().map_or(0, |packed| packed.bytes())
+    }
+
     /// The same values, untracked: what a forward pass runs on.
     pub(crate) fn detached(&self) -> Self {
         Self { leaves: self.leaves.iter().map(Tensor::detach).collect(), ..self.clone() }

@@ -79,7 +79,9 @@ impl Session {
         pack: impl Fn(Side) -> Packed<T>,
     ) -> Arc<Shared<T>> {
         let key = |side| (slot, inputs, side, TypeId::of::<T>());
-        let known = |packs: &Packs, side| packs.get(&key(side)).cloned().and_then(|found| found.downcast().ok());
+        let known = |packs: &Packs, side| {
+            packs.get(&key(side)).cloned().and_then(|found| (found as Arc<dyn Any + Send + Sync>).downcast().ok())
+        };
         if let Some(found) = known(&lock(&self.seen), side) {
             return found;
         }
@@ -87,7 +89,7 @@ impl Session {
         let found = known(&shared, side).unwrap_or_else(|| {
             let sides: &[Side] = if self.linearises { &[Side::Forward, Side::Backward] } else { &[side] };
             let mut made = sides.iter().map(|side| (*side, Shared::new(pack(*side)))).collect::<Vec<_>>();
-            shared.extend(made.iter().map(|(side, made)| (key(*side), made.clone() as Arc<dyn Any + Send + Sync>)));
+            shared.extend(made.iter().map(|(side, made)| (key(*side), made.clone() as Arc<dyn Bytes>)));
             let wanted = made.iter().position(|(made, _)| *made == side).unwrap_or(0);
             made.swap_remove(wanted).1
         });
@@ -118,8 +120,26 @@ pub(crate) enum Side {
 #[derive(Default)]
 pub(crate) struct PackedWeights(Mutex<Packs>);
 
+impl PackedWeights {
+    /// How much memory they take.
+    pub(crate) fn bytes(&self) -> usize {
+        lock(&self.0).values().map(|packed| packed.bytes()).sum()
+    }
+}
+
+/// Packed weights of any element type.
+trait Bytes: Any + fmt::Debug + Send + Sync {
+    fn bytes(&self) -> usize;
+}
+
+impl<T: Held> Bytes for Shared<T> {
+    fn bytes(&self) -> usize {
+        self.packed.bytes()
+    }
+}
+
 /// By slot, columns, side and element type.
-type Packs = HashMap<(usize, usize, Side, TypeId), Arc<dyn Any + Send + Sync>>;
+type Packs = HashMap<(usize, usize, Side, TypeId), Arc<dyn Bytes>>;
 
 impl fmt::Debug for PackedWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -128,6 +148,7 @@ impl fmt::Debug for PackedWeights {
 }
 
 /// A packed weight and its announcement.
+#[derive(Debug)]
 pub(crate) struct Shared<T> {
     packed: Packed<T>,
     _owned: Owned,

@@ -216,7 +216,9 @@ impl Planned<'_> {
             counts: Counts::default(),
             sums: None,
             live: 0,
-            packed: vec![],
+            goes_back: false,
+            packed: None,
+            packed_back: None,
             session: vec![],
         };
         let mut walked = solve.forward(&self.outputs, self.checks);

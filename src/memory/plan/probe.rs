@@ -46,13 +46,13 @@ pub(crate) struct Costs {
     pub(super) pullback: usize,
 }
 
-/// Scratch of a field's layers: weights packed once per solve, and buffers that one call hands on to the next, of which a
+/// Scratch of a field's layers: weights packed once per solve and once per backward pass, and buffers that one call hands on to the next, of which a
 /// session has as many as it ever needed at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Layers {
-    /// Weights, from the first evaluation and from the first pullback on.
+    /// Weights, packed by the first evaluation, and anew while a pass linearises.
     pub(super) packed: usize,
-    pub(super) packed_for_pullbacks: usize,
+    pub(super) packed_back: usize,
     /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, and for a pullback.
     pub(super) evaluation: usize,
     pub(super) linearisation: usize,
@@ -163,12 +163,14 @@ impl Probed<'_> {
         // The layers make their buffers, and the first pullback the sums.
         let (needed, warm) = held_by(|| {
             let first = stages.linearize(&at, 0, point)?;
-            let one = grown();
+            let packed = casts.packed_back();
+            let one = grown() - packed;
             let second = stages.linearize(&at, 0, point)?;
-            let two = grown();
+            let two = grown() - packed;
             drop(pull(&mut gradients, second.as_ref())?);
             drop((first, second));
-            Ok::<_, crate::OdeError>([one, two, grown()])
+            costs.layers.packed_back = packed;
+            Ok::<_, crate::OdeError>([one, two, grown() - packed])
         })?;
         costs.sums = gradients.bytes();
         let (linearization, steady) = held_by(|| stages.linearize(&at, 0, point))?;
@@ -176,12 +178,12 @@ impl Probed<'_> {
         let (mu, steady) = held_by(|| pull(&mut gradients, linearization.as_ref()))?;
         drop((mu, linearization));
         costs.pullback = steady.most;
-        costs.linearised_model = held.kept + warm.kept.saturating_sub(needed[2] + costs.sums);
+        costs.linearised_model =
+            held.kept + warm.kept.saturating_sub(needed[2] + costs.layers.packed_back + costs.sums);
         drop(model);
-        let Layers { packed_for_pullbacks, linearisation, further, pullback, .. } = &mut costs.layers;
-        *packed_for_pullbacks = grown();
+        let Layers { linearisation, further, pullback, .. } = &mut costs.layers;
         (*linearisation, *further) = (needed[0], needed[1] - needed[0]);
-        *pullback = needed[2] - needed[1] - *packed_for_pullbacks;
+        *pullback = needed[2] - needed[1];
         Ok(())
     }
 

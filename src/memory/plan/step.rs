@@ -143,7 +143,6 @@ impl Solve<'_> {
             let owned = sums.announce(Category::Gradients, self.costs.sums);
             self.sums = Some((sums, owned));
         }
-        self.pack(self.costs.layers.packed + self.costs.layers.packed_for_pullbacks);
         self.layers(self.linearised_layers() + self.costs.layers.pullback);
         self.heap.pass(Part::Pullback, self.costs.pullback);
         self.counts.pullbacks += 1;
@@ -156,19 +155,18 @@ impl Solve<'_> {
         self.costs.layers.linearisation + self.live.saturating_sub(1) * self.costs.layers.further
     }
 
-    /// The layers of the open session need buffers of so many bytes at once; they keep them. Weights are packed by then.
+    /// The layers of the open session need buffers of so many bytes at once; they keep them. Weights are packed by
+    /// then.
     pub(super) fn layers(&mut self, bytes: usize) {
-        self.pack(self.costs.layers.packed);
+        if self.packed.is_none() {
+            self.packed = self.scratch(self.costs.layers.packed);
+        }
+        if self.goes_back && self.packed_back.is_none() {
+            self.packed_back = self.scratch(self.costs.layers.packed_back);
+        }
         let grown = bytes.saturating_sub(self.session.iter().map(|(_, owned)| owned.bytes()).sum());
         let more = self.scratch(grown);
         self.session.extend(more);
-    }
-
-    /// So many bytes of weights are packed.
-    fn pack(&mut self, bytes: usize) {
-        let grown = bytes.saturating_sub(self.packed.iter().map(|(_, owned)| owned.bytes()).sum());
-        let more = self.scratch(grown);
-        self.packed.extend(more);
     }
 
     fn scratch(&self, bytes: usize) -> Option<Held> {

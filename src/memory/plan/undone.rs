@@ -19,7 +19,7 @@ impl<'a> Solve<'a> {
     /// Undoes every step from the end, or from the next anchor.
     pub(super) fn undo_all(&mut self, walked: &Walked, outputs: &[usize]) {
         let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        let model = self.open_back();
         let anchor = |n: usize| {
             let (_, states) = walked.anchors.iter().find(|(at, _)| *at == n)?;
             Some(states.iter().map(|(state, _)| state.clone()).collect::<Vec<_>>())
@@ -60,7 +60,7 @@ impl<'a> Solve<'a> {
         walked.clock = None;
         let clock = self.clock(way.clock);
         let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        let model = self.open_back();
         self.tableau = way.tableau;
         let mut y: Option<Ghost> = None;
         let mut lambda: Option<Held> = None;

@@ -73,8 +73,12 @@ pub(super) struct Solve<'a> {
     pub(super) sums: Option<Held>,
     /// Linearisations that live.
     pub(super) live: usize,
-    /// Weights that the field's layers have packed, and buffers of the session that is open.
-    pub(super) packed: Vec<Held>,
+    /// Whether the field is open for linearisations.
+    pub(super) goes_back: bool,
+    /// Weights that the field's layers have packed, once per solve and once per backward pass, and buffers of the session
+    /// that is open.
+    pub(super) packed: Option<Held>,
+    pub(super) packed_back: Option<Held>,
     pub(super) session: Vec<Held>,
 }
 
@@ -189,7 +193,7 @@ impl Solve<'_> {
         (schedule, consume): (&dyn Schedule, Consume),
     ) -> Result<()> {
         let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.heap.buffer(Part::Field, self.costs.linearised_model);
+        let model = self.open_back();
         let mut slots = if consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
         let states = slots.states();
         let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| states.contains(n)).collect();
@@ -238,10 +242,17 @@ impl Solve<'_> {
         Ok(())
     }
 
+    /// The model is opened for linearisations.
+    pub(super) fn open_back(&mut self) -> Ghost {
+        self.goes_back = true;
+        self.heap.buffer(Part::Field, self.costs.linearised_model)
+    }
+
     /// The model is closed; dL/dy0 and the sums are handed over, and added up by Candle.
     pub(super) fn hand_over(&mut self, model: Ghost) {
         drop(model);
         self.session.clear();
+        (self.goes_back, self.packed_back) = (false, None);
         drop(self.sums.take().map(|(sums, _)| sums));
     }
 

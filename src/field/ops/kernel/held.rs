@@ -6,7 +6,7 @@ use super::view::View;
 use half::bf16;
 
 /// An element of a tile.
-pub(crate) trait Held: Copy + Default + Send + Sync + 'static {
+pub(crate) trait Held: std::fmt::Debug + Copy + Default + Send + Sync + 'static {
     /// How products of such elements are summed.
     type Scheme<M: Machine>: Scheme<Element = Self, Lanes = M::Lanes>;
     /// Elements that lie side by side for one product: see [`Scheme::DEPTH`].
