@@ -1,7 +1,7 @@
 //! What `Ode::plan` says against what is measured, over the whole matrix of solvers, precisions, codecs, adjoints, fields
 //! and numbers of steps.
 //!
-//! Everything runs on one thread: threads that join a matrix product or not, as the scheduler likes, have buffers of
+//! Each field in each precision has a process of its own, and everything in it runs on one thread: threads that join a matrix product or not, as the scheduler likes, have buffers of
 //! their own. The first solves of a field are its warm-up and count for nothing. The loss is Σ y(T), which hands back one
 //! cotangent and takes nothing itself.
 
@@ -15,6 +15,10 @@ use candle_ode::memory::{MemoryPlan, MemoryProfiler};
 use candle_ode::prelude::*;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 /// Predicted bytes against measured ones.
 #[derive(Args)]
@@ -22,13 +26,16 @@ pub(super) struct Plan {
     /// A small part of the matrix: seconds, not minutes.
     #[arg(long)]
     quick: bool,
+    /// The rows of this field and precision alone, as CSV: what a process of its own does.
+    #[arg(long, num_args = 2, value_names = ["FIELD", "PRECISION"], hide = true)]
+    only: Option<Vec<String>>,
     #[command(flatten)]
     output: Output,
 }
 
 /// Which batch of each field is small, and large enough for what is not planned to be little: Candle's graph around the
 /// solve, a few kibibytes.
-const BATCHES: [(&str, usize); 2] = [("mlp", 64), ("conv", 2)];
+const BATCHES: [(&str, usize); 2] = [("mlp", 64), ("conv", 4)];
 /// By how much a measured peak may differ.
 const BOUND: f64 = 0.03;
 
@@ -82,50 +89,101 @@ impl Axes {
 
 impl Plan {
     pub(super) fn run(&self) -> Result<()> {
-        rayon::ThreadPoolBuilder::new().num_threads(1).build_global()?;
         let axes = if self.quick { QUICK } else { WHOLE };
-        let ways = axes.ways();
-        let count = BATCHES.len() * axes.precisions.len() * ways.len() * axes.steps.len();
-        let progress = ProgressBar::new(count as u64);
+        if let Some([field, precision]) = self.only.as_deref() {
+            return axes.rows(field, precision);
+        }
+        let groups =
+            BATCHES.iter().flat_map(|(field, _)| axes.precisions.iter().map(move |precision| [*field, *precision]));
+        let groups: Vec<_> = groups.collect();
+        let progress = ProgressBar::new((groups.len() * axes.ways().len() * axes.steps.len()) as u64);
         // The template is a constant that indicatif knows.
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").unwrap_or(ProgressStyle::default_bar());
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}").unwrap_or(ProgressStyle::default_bar());
         progress.set_style(style);
-        let (mut rows, mut broken, mut worst) = (vec![HEAD.map(str::to_owned).to_vec()], vec![], 1.0_f64);
-        for (field, batch) in BATCHES {
-            for precision in axes.precisions {
-                // One field at a time is alive: the ledger tells the masters of all.
-                let problem = find(FIELDS, field)?(batch, &Device::Cpu)?;
-                let (from, to) = problem.span;
-                let ode = Ode::new(&problem.field).span(from, to).precision(find(PRECISIONS, precision)?);
-                let warm_up = ode.clone().solver(Rk4).steps(8);
-                (0..3).try_for_each(|_| Row::of(&problem, &warm_up).map(|_| ()))?;
-                for way @ [solver, codec, adjoint_word] in &ways {
-                    for steps in axes.steps {
-                        let ode = find(SOLVERS, solver)?(ode.clone().steps(*steps));
-                        let ode = ode.adjoint(adjoint(adjoint_word, find(CODECS, codec)?)?);
-                        let row = Row::of(&problem, &ode)?;
-                        if (row.ratio() - 1.0).abs() > (worst - 1.0).abs() {
-                            worst = row.ratio();
-                        }
-                        let cells = [field, way[0], precision, way[1], way[2], &steps.to_string()].map(str::to_owned);
-                        if !row.holds() {
-                            broken.push(format!("{}: {}", cells.join(", "), row.words()));
-                        }
-                        rows.push(cells.into_iter().chain(row.cells()).collect());
-                        progress.inc(1);
-                    }
+        let found = self.in_processes(&groups, &progress)?;
+        progress.finish_and_clear();
+        let mut rows = vec![HEAD.map(str::to_owned).to_vec()];
+        rows.extend(found.iter().flatten().map(|line| line.split(',').map(str::to_owned).collect()));
+        publish(&rows, &self.output.folder()?.join("plan.csv"))?;
+        verdict(&rows[1..])
+    }
+
+    /// The lines of every group, as many groups at once as there are cores.
+    fn in_processes(&self, groups: &[[&str; 2]], progress: &ProgressBar) -> Result<Vec<Vec<String>>> {
+        let program = std::env::current_exe()?;
+        let run = |group: &[&str; 2]| -> std::io::Result<Vec<String>> {
+            let mut command = Command::new(&program);
+            command.args(["study", "plan", "--only"]).args(group).args(self.quick.then_some("--quick"));
+            let mut child = command.stdout(Stdio::piped()).spawn()?;
+            let lines = child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines);
+            let lines = lines.inspect(|_| progress.inc(1)).collect::<std::io::Result<Vec<_>>>()?;
+            match child.wait()?.success() {
+                true => Ok(lines),
+                false => Err(std::io::Error::other(format!("{} failed; its message is above", group.join(", ")))),
+            }
+        };
+        let (next, found) = (AtomicUsize::new(0), Mutex::new(vec![vec![]; groups.len()]));
+        let work = || -> std::io::Result<()> {
+            while let Some((n, group)) = Some(next.fetch_add(1, Relaxed)).and_then(|n| Some((n, groups.get(n)?))) {
+                let lines = run(group)?;
+                found.lock().unwrap_or_else(PoisonError::into_inner)[n] = lines;
+            }
+            Ok(())
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..cores.min(groups.len())).map(|_| scope.spawn(work)).collect();
+            // A worker that panicked has said why.
+            workers.into_iter().try_for_each(|worker| {
+                worker.join().unwrap_or_else(|_| Err(std::io::Error::other("a worker panicked")))
+            })
+        })?;
+        Ok(found.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// How many rows hold; an error that names those that do not.
+fn verdict(rows: &[Vec<String>]) -> Result<()> {
+    let [ratio, holds] =
+        ["measured / planned", "holds"].map(|name| HEAD.iter().position(|head| *head == name).unwrap_or(0));
+    let broken: Vec<_> = rows.iter().filter(|row| row[holds] != "yes").map(|row| row.join(", ")).collect();
+    let off = |row: &Vec<String>| row[ratio].parse::<f64>().map_or(f64::INFINITY, |ratio| (ratio - 1.0).abs());
+    let worst = rows.iter().map(off).fold(0.0, f64::max);
+    let summary = format!(
+        "{} of {} rows hold: owned bytes equal, peaks within {:.0} %; the worst peak is {:.2} % off its plan.\n",
+        rows.len() - broken.len(),
+        rows.len(),
+        100.0 * BOUND,
+        100.0 * worst
+    );
+    crate::print(summary.as_bytes())?;
+    if broken.is_empty() { Ok(()) } else { Err(broken.join("\nmemory-report: ").into()) }
+}
+
+impl Axes {
+    /// Prints the rows of one field in one precision.
+    fn rows(&self, field: &str, precision: &str) -> Result<()> {
+        rayon::ThreadPoolBuilder::new().num_threads(1).build_global()?;
+        let batch = BATCHES.iter().find(|(name, _)| *name == field).map_or(1, |(_, batch)| *batch);
+        let problem = find(FIELDS, field)?(batch, &Device::Cpu)?;
+        let (from, to) = problem.span;
+        let ode = Ode::new(&problem.field).span(from, to).precision(find(PRECISIONS, precision)?);
+        let warm_up = ode.clone().solver(Rk4).steps(8);
+        (0..3).try_for_each(|_| Row::of(&problem, &warm_up).map(|_| ()))?;
+        for [solver, codec, adjoint_word] in self.ways() {
+            for steps in self.steps {
+                let ode = find(SOLVERS, solver)?(ode.clone().steps(*steps));
+                let ode = ode.adjoint(adjoint(adjoint_word, find(CODECS, codec)?)?);
+                let row = Row::of(&problem, &ode)?;
+                let cells = [field, solver, precision, codec, adjoint_word, &steps.to_string()].map(str::to_owned);
+                let line = [&cells[..], &row.cells()[..]].concat().join(",") + "\n";
+                crate::print(line.as_bytes())?;
+                if !row.holds() {
+                    eprintln!("memory-report: {}: {}", cells.join(", "), row.words());
                 }
             }
         }
-        progress.finish_and_clear();
-        publish(&rows, &self.output.folder()?.join("plan.csv"))?;
-        let summary = format!(
-            "{} of {count} rows hold: owned bytes equal, peaks within {:.0} %; the worst peak is {worst:.4} of its plan.\n",
-            count - broken.len(),
-            100.0 * BOUND
-        );
-        crate::print(summary.as_bytes())?;
-        if broken.is_empty() { Ok(()) } else { Err(broken.join("\nmemory-report: ").into()) }
+        Ok(())
     }
 }
 
