@@ -138,14 +138,14 @@ impl Recorded {
                         lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
                     }
                     let from = match (linearized.take(), at_hand.take()) {
-                        (Some(kept), _) => From::Linearized(kept),
-                        (None, Some(y)) => From::State(y),
+                        (Some(kept), _) => PulledFrom::Linearized(kept),
+                        (None, Some(y)) => PulledFrom::State(y),
                         (None, None) => return illegal(index - 1, action, NOTHING_AT_HAND),
                     };
                     let Some(state) = lambda.take() else { continue };
                     lambda.set(pass.step(n, &state, |stages, at, pullbacks| match &from {
-                        From::Linearized(kept) => solver.pullback_linearized(stages, at, kept, &state, pullbacks),
-                        From::State(y) => solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks),
+                        PulledFrom::Linearized(kept) => solver.pullback_linearized(stages, at, kept, &state, pullbacks),
+                        PulledFrom::State(y) => solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks),
                     })?);
                     if pass.is_lost() {
                         return Ok(None);
@@ -172,7 +172,7 @@ impl Recorded {
 }
 
 /// From what a step is pulled back.
-enum From {
+enum PulledFrom {
     State(AtHand),
     Linearized(Arc<Linearized>),
 }
