@@ -1,7 +1,6 @@
 //! Every path against sums in F64, for odd shapes, strides and edges; and how fast the best one is.
 
 mod lanes;
-mod rates;
 mod windows;
 
 use super::machine::Path;
