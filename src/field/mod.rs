@@ -5,6 +5,7 @@ pub(crate) use connected::beside;
 pub mod divergence;
 pub mod draw;
 mod function;
+mod gradients;
 mod model;
 mod opened;
 pub mod ops;
@@ -16,9 +17,10 @@ mod sum;
 mod vjp;
 
 pub use function::FnField;
+pub use gradients::Gradients;
 pub use model::ModelField;
 pub(crate) use opened::{Fallback, Opened};
-pub use params::{Casts, Gradients, Params};
+pub use params::{Casts, Params};
 pub(crate) use sum::{all_finite, sum};
 
 use crate::error::Result;

@@ -1,6 +1,7 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
-use super::params::{Casts, Gradients, Params};
+use super::gradients::Gradients;
+use super::params::{Casts, Params};
 use super::session::Session;
 use super::{Field, Linearization, Opening, Pulled, VectorField, connected, draw, sink, vjp};
 use crate::error::{OdeError, Result};

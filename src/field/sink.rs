@@ -4,8 +4,8 @@
 //! op whose weight *is* such a leaf adds its F32 contribution here and returns no gradient to Candle; in any other
 //! place (plain Candle training) [`add`] says `false` and the op returns the gradient as every Candle op does.
 
+use super::gradients::Gradients;
 use super::ops::combine::Finite;
-use super::params::Gradients;
 use crate::error::OdeError;
 use candle_core::{Result, Tensor};
 use std::cell::RefCell;
