@@ -3,92 +3,17 @@
 //! [`OdeError`] converts to [`candle_core::Error`] and back without losing anything, so that it survives the way
 //! through `loss.backward()`: `OdeError::from(candle_error)` finds the original again.
 
-use crate::State;
+mod convert;
+mod place;
+
+pub use place::{Interrupted, PassKind, Place, Worst};
+
 use candle_core::{DType, DeviceLocation, Shape};
 use std::fmt;
 use std::path::PathBuf;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, OdeError>;
-
-/// Where in a solve something happened.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Place {
-    /// Step, counted from 0 in the direction of the forward pass.
-    pub step: usize,
-    /// Stage inside the step, counted from 0.
-    pub stage: usize,
-    /// Model time at which the vector field was evaluated.
-    pub time: f64,
-    /// Dtype the vector field ran in.
-    pub dtype: DType,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { step, stage, time, dtype } = self;
-        write!(f, "step {step}, stage {stage}, t = {time}, {dtype:?}")
-    }
-}
-
-/// Which pass over the steps an error belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PassKind {
-    /// From the first time to the last.
-    Forward,
-    /// From the last time to the first.
-    Backward,
-}
-
-impl fmt::Display for PassKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Forward => "forward",
-            Self::Backward => "backward",
-        })
-    }
-}
-
-/// The component of a state whose estimated error is farthest beyond its tolerance.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Worst {
-    /// Which tensor of the state.
-    pub tensor: usize,
-    /// Flat, row-major index.
-    pub index: usize,
-    /// Its error in units of its tolerance; NaN if it is not finite.
-    pub error: f64,
-}
-
-/// How far an adaptive solve came that could not go on.
-#[derive(Clone, Debug)]
-pub struct Interrupted {
-    /// The time reached.
-    pub time: f64,
-    /// The state there, in the accumulate dtype, out of Candle's graph.
-    pub state: State,
-    /// The output times that were reached.
-    pub times: Vec<f64>,
-    /// The states there.
-    pub states: Vec<State>,
-    /// Accepted steps.
-    pub steps: usize,
-    /// The norms of the scaled errors of the last steps tried, oldest first; NaN where something was not finite.
-    pub errors: Vec<f64>,
-    /// The offending component of the last step tried.
-    pub worst: Worst,
-}
-
-impl fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { time, steps, errors, worst: Worst { tensor, index, error }, .. } = self;
-        write!(f, "t = {time} after {steps} accepted steps; last errors, in tolerances: [")?;
-        for (n, error) in errors.iter().enumerate() {
-            write!(f, "{}{error:.3}", if n == 0 { "" } else { ", " })?;
-        }
-        write!(f, "], worst {error:.3} in tensor {tensor} of the state at flat index {index}")
-    }
-}
 
 /// What went wrong, with the values that show it and what to try.
 #[derive(thiserror::Error)]
@@ -504,83 +429,5 @@ pub enum OdeError {
 impl fmt::Debug for OdeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
-    }
-}
-
-impl From<OdeError> for candle_core::Error {
-    fn from(error: OdeError) -> Self {
-        match error {
-            OdeError::Candle(inner) => inner,
-            other => Self::WrappedContext { wrapped: Box::new(other), context: "candle-ode".into() },
-        }
-    }
-}
-
-impl From<candle_core::Error> for OdeError {
-    fn from(error: candle_core::Error) -> Self {
-        use candle_core::Error as C;
-        match error {
-            C::WrappedContext { wrapped, context } => match wrapped.downcast::<Self>() {
-                Ok(ours) => *ours,
-                Err(wrapped) => match wrapped.downcast::<C>() {
-                    Ok(inner) if holds_ours(&inner) => Self::from(*inner),
-                    Ok(inner) => Self::Candle(C::WrappedContext { wrapped: inner, context }),
-                    Err(wrapped) => Self::Candle(C::WrappedContext { wrapped, context }),
-                },
-            },
-            C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. }
-                if holds_ours(&inner) =>
-            {
-                Self::from(*inner)
-            }
-            other => match without_backward(&other) {
-                Some(op) => Self::no_backward(op),
-                None => Self::Candle(other),
-            },
-        }
-    }
-}
-
-/// The op that Candle cannot differentiate. It says so in two ways.
-fn without_backward(error: &candle_core::Error) -> Option<&str> {
-    match error {
-        candle_core::Error::BackwardNotSupported { op } => Some(op),
-        candle_core::Error::Msg(text) => text.strip_prefix("backward not supported for "),
-        _ => None,
-    }
-}
-
-fn holds_ours(error: &candle_core::Error) -> bool {
-    use candle_core::Error as C;
-    match error {
-        // What `.context(..)` on a `Result` makes: ours, or Candle's around ours.
-        C::WrappedContext { wrapped, .. } => {
-            wrapped.is::<OdeError>() || wrapped.downcast_ref::<C>().is_some_and(holds_ours)
-        }
-        C::Context { inner, .. } | C::WithPath { inner, .. } | C::WithBacktrace { inner, .. } => holds_ours(inner),
-        other => without_backward(other).is_some(),
-    }
-}
-
-impl OdeError {
-    /// Names the differentiable twin of a Candle op that has no backward pass.
-    fn no_backward(op: &str) -> Self {
-        let instead = match op {
-            "layer-norm" => "use candle_ode::ops::layer_norm, which takes the same arguments",
-            "rms-norm" => "use candle_ode::ops::rms_norm, which takes the same arguments",
-            "softmax-last-dim" => "use candle_ode::ops::softmax",
-            "sigmoid" => "use candle_ode::ops::sigmoid",
-            _ => "write it with ops that have one, or implement `VectorField` with your own pullback",
-        };
-        Self::NoBackward { op: op.to_owned(), instead }
-    }
-
-    /// f depends on something that Candle's graph of f does not reach.
-    pub(crate) fn graph_cut(from: &str) -> Self {
-        let op = format!("whatever leads from {from} to f(t, y), which cuts the graph");
-        let instead = "candle-nn's softmax_last_dim, layer_norm, rms_norm and rotary embeddings do so without a word: \
-                       use candle_ode::ops::softmax and candle_ode::ops::layer_norm, or ops made of others; \
-                       where it is meant, freeze the parameter, or tell the field so with .stops_gradients()";
-        Self::NoBackward { op, instead }
     }
 }

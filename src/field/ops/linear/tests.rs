@@ -2,7 +2,7 @@
 
 use super::super::gradcheck::{check, check_half, check_tangent, distance, gradients, noise, values};
 use super::*;
-use crate::field::params::Gradients;
+use crate::field::gradients::Gradients;
 use crate::field::sink;
 use candle_core::{Device, Var};
 use proptest::prelude::*;

@@ -1,6 +1,6 @@
 use super::super::gradcheck::{check, check_half, check_tangent, distance, gradients, noise, values};
 use super::*;
-use crate::field::params::Gradients;
+use crate::field::gradients::Gradients;
 use crate::field::sink;
 use candle_core::{DType, Device, Var};
 
