@@ -4,7 +4,7 @@
 //! weight is then broadcast and multiplied with many rows of the batch at a time, where row-major kernels would fill
 //! panels with zeros. Tiles are F32. Results have the bits of the row-major kernels.
 
-use super::epilogue::{Epilogue, Sums, Then};
+use super::epilogue::{Epilogue, Then};
 use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
@@ -12,9 +12,8 @@ use super::packed::{PANEL, Packed};
 use super::scheme::Single;
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
+use std::ops::Range;
 
-/// Features of a block at most.
-const FEATURES: usize = 8;
 /// Rows of the batch in a block at most.
 const ROWS: usize = 256;
 
@@ -52,23 +51,18 @@ impl Work for Multiply<'_> {
 
     #[inline(always)]
     unsafe fn run<M: Machine>(mut self) {
-        let (mut sums, mut slopes) = ([0.0; FEATURES * ROWS], [0.0; FEATURES * ROWS]);
         let features = self.out.rows();
         for first in (0..self.out.columns()).step_by(ROWS) {
             let rows = first..self.out.columns().min(first + ROWS);
-            let stride = rows.len().next_multiple_of(2 * M::Lanes::WIDTH);
             for panel in (0..features).step_by(PANEL) {
                 let end = features.min(panel + PANEL);
                 let mut feature = panel;
                 while feature < end {
                     let height = by_height!(M::Lanes, end - feature, HEIGHT => {
                         // SAFETY: the CPU has the instructions, says the caller; the loops stay in the shapes.
-                        unsafe { self.block::<M, HEIGHT>(feature, rows.start, rows.len(), &mut sums, stride) };
+                        unsafe { self.block::<M, HEIGHT>(feature, rows.clone()) };
                     });
-                    let space = height * stride;
-                    let features = feature..feature + height;
-                    let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
-                    self.epilogue.finish(sums, features, rows.clone(), &mut self.out);
+                    self.finish(feature..feature + height, rows.clone());
                     feature += height;
                 }
             }
@@ -77,47 +71,66 @@ impl Work for Multiply<'_> {
 }
 
 impl Multiply<'_> {
-    /// `HEIGHT` features from `feature` on, which lie in one panel, of `count` rows of the batch from `row` on.
+    /// `HEIGHT` features from `feature` on, which lie in one panel, of some rows of the batch: products and bias.
     ///
     /// # Safety
     /// The CPU has the instructions of `M`; there are such features and rows.
     #[inline(always)]
-    unsafe fn block<M: Machine, const HEIGHT: usize>(
-        &self,
-        feature: usize,
-        row: usize,
-        count: usize,
-        sums: &mut [f32],
-        stride: usize,
-    ) {
+    unsafe fn block<M: Machine, const HEIGHT: usize>(&mut self, feature: usize, rows: Range<usize>) {
         let width = M::Lanes::WIDTH;
         let panel = self.b.panel(feature / PANEL * PANEL);
         let bias: [f32; HEIGHT] = std::array::from_fn(|m| self.epilogue.bias.map_or(0.0, |bias| bias[feature + m]));
-        let depth = self.b.depth();
-        assert!(sums.len() >= HEIGHT * stride && stride >= count.next_multiple_of(2 * width));
-        let mut at = 0;
-        while at < count {
-            let left = count - at;
-            // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x no more is read
-            // than `count` rows of the batch, and the sums have space for whole vectors, asserted above.
+        let (depth, stride) = (self.b.depth(), self.out.stride());
+        let mut at = rows.start;
+        while at < rows.end {
+            let left = rows.end - at;
+            // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x and of the result
+            // no more is touched than the features and rows that the caller says are there.
             unsafe {
                 let a = Left::even(panel.values.as_ptr().add(feature % PANEL), 1, panel.width);
-                let b = Right { at: self.x.as_ptr().add(row + at), step: self.x.stride() };
-                let to = sums.as_mut_ptr().add(at);
+                let b = Right { at: self.x.as_ptr().add(at), step: self.x.stride() };
+                let to = self.out.as_mut_ptr().add(feature * stride + at);
                 let start = |m: usize, _| M::Lanes::splat(bias[m]);
                 if HEIGHT <= 2 && left >= 4 * width {
                     // Few sums wait for each other; these are enough to fill the time.
-                    store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0, start), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0, start), to, stride, width);
                     at += 4 * width;
                 } else if left >= 2 * width {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 2, true>(depth, a, b, 0, start), to, stride);
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, true>(depth, a, b, 0, start), to, stride, width);
                     at += 2 * width;
                 } else if left > width {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 2, false>(depth, a, b, left - width, start), to, stride);
-                    at = count;
+                    let last = left - width;
+                    store(tile::<Single<M::Lanes>, HEIGHT, 2, false>(depth, a, b, last, start), to, stride, last);
+                    at = rows.end;
                 } else {
-                    store(tile::<Single<M::Lanes>, HEIGHT, 1, false>(depth, a, b, left, start), to, stride);
-                    at = count;
+                    store(tile::<Single<M::Lanes>, HEIGHT, 1, false>(depth, a, b, left, start), to, stride, left);
+                    at = rows.end;
+                }
+            }
+        }
+    }
+
+    /// What follows the sums, on them in place.
+    #[inline(always)]
+    fn finish(&mut self, features: Range<usize>, rows: Range<usize>) {
+        match self.epilogue.then {
+            Then::Nothing => {}
+            // Features without a gap between them are one slice.
+            Then::Activation(activation) if rows.len() == self.out.stride() => {
+                let (first, count) = (features.start * rows.len(), features.len() * rows.len());
+                activation.value_in_place(&mut self.out.slice_mut()[first..first + count]);
+            }
+            Then::Activation(activation) => {
+                features.for_each(|feature| activation.value_in_place(&mut self.out.row(feature)[rows.clone()]));
+            }
+            Then::TimesSlope(activation, kept) => {
+                let mut slopes = [0.0; ROWS];
+                let slopes = &mut slopes[..rows.len()];
+                for feature in features {
+                    slopes.copy_from_slice(&kept.row(feature)[rows.clone()]);
+                    activation.slope_in_place(slopes);
+                    let out = &mut self.out.row(feature)[rows.clone()];
+                    out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
                 }
             }
         }

@@ -123,10 +123,12 @@ impl<T: Held, X: Rows<T>> Multiply<'_, T, X> {
                     (a, Right { at: panel_at.add(n * depth * panel.width), step: panel.width * T::DEPTH })
                 };
                 if panel.width - at >= 2 * M::Lanes::WIDTH {
-                    store(segmented::<T::Scheme<M>, HEIGHT, 2>(self.x.segments(), depth, segment, start), to, stride);
+                    let sums = segmented::<T::Scheme<M>, HEIGHT, 2>(self.x.segments(), depth, segment, start);
+                    store(sums, to, stride, M::Lanes::WIDTH);
                     at += 2 * M::Lanes::WIDTH;
                 } else {
-                    store(segmented::<T::Scheme<M>, HEIGHT, 1>(self.x.segments(), depth, segment, start), to, stride);
+                    let sums = segmented::<T::Scheme<M>, HEIGHT, 1>(self.x.segments(), depth, segment, start);
+                    store(sums, to, stride, M::Lanes::WIDTH);
                     at += M::Lanes::WIDTH;
                 }
             }

@@ -76,16 +76,24 @@ pub(super) unsafe fn tile<S: Scheme, const M: usize, const V: usize, const WHOLE
     }
 }
 
-/// Stores the sums, rows `stride` apart.
+/// Stores the sums, rows `stride` apart; of each row's last vector only the first `last` lanes.
 ///
 /// # Safety
-/// The CPU has the instructions of `L`; there is memory for `M` rows of `V` vectors.
+/// The CPU has the instructions of `L`; there is memory for `M` rows of `V` vectors, the last one that short.
 #[inline(always)]
-pub(super) unsafe fn store<L: Lanes, const M: usize, const V: usize>(sums: [[L; V]; M], to: *mut f32, stride: usize) {
+pub(super) unsafe fn store<L: Lanes, const M: usize, const V: usize>(
+    sums: [[L; V]; M],
+    to: *mut f32,
+    stride: usize,
+    last: usize,
+) {
     for (m, sums) in sums.into_iter().enumerate() {
         for (v, sum) in sums.into_iter().enumerate() {
             // SAFETY: the caller's.
-            unsafe { sum.store(to.add(m * stride + v * L::WIDTH)) }
+            unsafe {
+                let to = to.add(m * stride + v * L::WIDTH);
+                if v + 1 < V || last == L::WIDTH { sum.store(to) } else { sum.store_first(to, last) }
+            }
         }
     }
 }

@@ -16,7 +16,54 @@ pub(crate) fn transpose<T: Held>(from: View<'_, T>, to: ViewMut<'_, T>) {
 /// [`transpose`] on a path that this CPU has.
 pub(super) fn transpose_on<T: Held>(path: Path, from: View<'_, T>, to: ViewMut<'_, T>) {
     assert_eq!((from.rows(), from.columns()), (to.columns(), to.rows()));
-    path.run(Transpose { from, to });
+    // Of few features the lanes are filled by rows.
+    match (from.columns(), to.columns()) {
+        (2, _) if from.stride() == 2 => path.run(Apart::<T, 2> { from, to }),
+        (3, _) if from.stride() == 3 => path.run(Apart::<T, 3> { from, to }),
+        (4, _) if from.stride() == 4 => path.run(Apart::<T, 4> { from, to }),
+        (_, 2) if to.stride() == 2 => path.run(Together::<T, 2> { from, to }),
+        (_, 3) if to.stride() == 3 => path.run(Together::<T, 3> { from, to }),
+        (_, 4) if to.stride() == 4 => path.run(Together::<T, 4> { from, to }),
+        _ => path.run(Transpose { from, to }),
+    }
+}
+
+/// From rows of `N` features without a gap.
+struct Apart<'a, T, const N: usize> {
+    from: View<'a, T>,
+    to: ViewMut<'a, T>,
+}
+
+impl<T: Held, const N: usize> Work for Apart<'_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(mut self) {
+        for n in 0..N {
+            for (to, from) in self.to.row(n).iter_mut().zip(self.from.slice().as_chunks::<N>().0) {
+                *to = from[n];
+            }
+        }
+    }
+}
+
+/// To rows of `N` features without a gap.
+struct Together<'a, T, const N: usize> {
+    from: View<'a, T>,
+    to: ViewMut<'a, T>,
+}
+
+impl<T: Held, const N: usize> Work for Together<'_, T, N> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(mut self) {
+        let rows = self.to.rows();
+        let from: [&[T]; N] = std::array::from_fn(|n| &self.from.row(n)[..rows]);
+        for (row, to) in self.to.slice_mut().as_chunks_mut::<N>().0[..rows].iter_mut().enumerate() {
+            *to = std::array::from_fn(|n| from[n][row]);
+        }
+    }
 }
 
 struct Transpose<'a, T> {

@@ -88,6 +88,10 @@ impl<'a, T> ViewMut<'a, T> {
         &mut self.values[n * self.stride..][..self.columns]
     }
 
+    pub(super) fn slice_mut(&mut self) -> &mut [T] {
+        self.values
+    }
+
     pub(super) fn as_mut_ptr(&mut self) -> *mut T {
         self.values.as_mut_ptr()
     }
