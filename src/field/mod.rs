@@ -6,6 +6,7 @@ pub mod divergence;
 pub mod draw;
 mod function;
 mod gradients;
+mod linearized;
 mod model;
 mod opened;
 pub mod ops;

@@ -1,12 +1,11 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
-use super::gradients::Gradients;
+use super::linearized::{Graph, Layered};
 use super::params::{Casts, Params};
-use super::session::Session;
-use super::{Field, Linearization, Opening, Pulled, VectorField, connected, draw, sink, vjp};
+use super::session::{Call, Ran, Session};
+use super::{Field, Linearization, Opening, VectorField, connected, draw};
 use crate::error::{OdeError, Result};
 use crate::field::ops::combine;
-use crate::scaling::Scale;
 use crate::{State, Time};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -45,7 +44,7 @@ pub struct ModelField {
     model: Arc<dyn Constructor>,
     params: Params,
     probed: Arc<AtomicBool>,
-    connected: Arc<AtomicBool>,
+    learned: Arc<Learned>,
     rows: Rows,
 }
 
@@ -130,7 +129,7 @@ impl ModelField {
         let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
         let params = Params::new(seen);
         let model = Arc::new(Closures { build, eval: Arc::new(eval) });
-        Ok(Self { model, params, probed: Arc::default(), connected: Arc::default(), rows: Rows::default() })
+        Ok(Self { model, params, probed: Arc::default(), learned: Arc::default(), rows: Rows::default() })
     }
 
     /// A closure as a field: nothing to build.
@@ -139,7 +138,7 @@ impl ModelField {
     ) -> Self {
         let model = Arc::new(Closures { build: |_: VarBuilder<'static>| Ok(()), eval: Arc::new(eval) });
         let probed = Arc::new(AtomicBool::new(true));
-        Self { model, params: Params::default(), probed, connected: Arc::default(), rows: Rows::default() }
+        Self { model, params: Params::default(), probed, learned: Arc::default(), rows: Rows::default() }
     }
 
     /// The same field, with the parameters whose name satisfies `frozen` fixed: no gradient, no cost.
@@ -159,7 +158,7 @@ impl ModelField {
     /// taken as it is. Otherwise the first linearisation of a field is compared with a difference quotient of f, since
     /// some ops cut Candle's graph without a word.
     pub fn stops_gradients(mut self) -> Self {
-        self.connected = Arc::new(AtomicBool::new(true));
+        self.learned = Arc::new(Learned { connected: AtomicBool::new(true), ..Learned::default() });
         self
     }
 
@@ -209,7 +208,7 @@ impl Field for ModelField {
         let vb = casts.var_builder();
         let model = draw::seeded(seed, || self.model.build(vb))
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
-        let source = Source { constructor: self.model.clone(), seed, connected: self.connected.clone() };
+        let source = Source { constructor: self.model.clone(), seed, learned: self.learned.clone() };
         let has_kernels = opening != Opening::Track && casts.device().is_cpu();
         let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
         Ok(Box::new(OpenModel { model, casts, source, session }))
@@ -285,101 +284,74 @@ struct OpenModel {
 struct Source {
     constructor: Arc<dyn Constructor>,
     seed: u64,
-    /// Whether the pullback of the field has been seen to be that of f.
-    connected: Arc<AtomicBool>,
+    learned: Arc<Learned>,
+}
+
+/// What has been seen of a field.
+#[derive(Default)]
+struct Learned {
+    /// Its pullback is that of f.
+    connected: AtomicBool,
+    /// f is layers of ours from y to dy/dt, with nothing beside them.
+    is_layers: AtomicBool,
 }
 
 impl OpenModel {
-    fn call(&self, t: &Time, y: &State, linearises: bool) -> candle_core::Result<State> {
+    /// f(t, y), and the layers of ours that ran last.
+    fn call(&self, t: &Time, y: &State, call: Call) -> candle_core::Result<(State, Option<Ran>)> {
         let eval = || self.model.eval(t, y, self.casts.inputs());
-        match &self.session {
-            Some(session) => session.open(linearises, eval),
-            None => Session::shut(eval),
-        }
+        let (value, ran) = match &self.session {
+            Some(session) => session.open(call, eval),
+            None => (Session::shut(eval), None),
+        };
+        Ok((value?, ran))
     }
 
     /// Once in the life of a field: see [`connected`].
     fn check_connected(&self, t: &Time, y: &State) -> candle_core::Result<()> {
-        let Source { constructor, seed, connected } = &self.source;
-        if !connected.load(Ordering::Relaxed) {
+        let Source { constructor, seed, learned } = &self.source;
+        if !learned.connected.load(Ordering::Relaxed) {
             connected::check(constructor.as_ref(), &self.casts, *seed, t, y)?;
-            connected.store(true, Ordering::Relaxed);
+            learned.connected.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// f with its pullback by the layers alone, without a graph, if they are all there is to it.
+    fn linearize_layers(&self, t: &Time, y: &State) -> candle_core::Result<Option<Layered>> {
+        let can_run =
+            self.session.is_some() && self.casts.dtype() != DType::F64 && !y.tensors().iter().any(Tensor::track_op);
+        if !can_run || !self.source.learned.is_layers.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let (value, ran) = self.call(t, y, Call::Layers)?;
+        Ok(ran.and_then(|ran| Layered::between(y, &value, ran)))
     }
 }
 
 impl VectorField for OpenModel {
     fn eval(&self, t: &Time, y: &State) -> candle_core::Result<State> {
-        self.call(t, y, false)
+        Ok(self.call(t, y, Call::Value)?.0)
     }
 
     fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>> {
+        if let Some(linearization) = self.linearize_layers(t, y)? {
+            return Ok(Box::new(linearization));
+        }
         let leaf = |x: &Tensor| if x.is_variable() { Ok(x.clone()) } else { combine::leaf(x, x.dtype()) };
         let y = y.try_map(leaf)?;
         self.check_connected(t, &y)?;
-        let output = self.call(t, &y, true)?;
+        let (output, ran) = self.call(t, &y, Call::Graph)?;
+        let is_layers = ran.and_then(|ran| Layered::between(&y, &output, ran)).is_some();
+        self.source.learned.is_layers.store(is_layers, Ordering::Relaxed);
         let wanted = self.casts.leaves().iter().filter(|leaf| leaf.is_variable()).cloned();
         let times = t.leaves();
         let wanted = y.tensors().iter().cloned().chain(wanted).chain(times).collect();
-        let value = output.detach();
-        Ok(Box::new(Graph { y, output, value, wanted }))
+        Ok(Box::new(Graph::new(y, output, wanted)))
     }
 
     fn leaves(&self) -> &[Tensor] {
         self.casts.leaves()
-    }
-}
-
-/// A linearisation that is one of Candle's graphs.
-struct Graph {
-    y: State,
-    output: State,
-    value: State,
-    /// y, then the parameters and inputs, then the leaves of the time.
-    wanted: Vec<Tensor>,
-}
-
-impl Linearization for Graph {
-    fn value(&self) -> &State {
-        &self.value
-    }
-
-    fn pull(&self, cotangent: &State, scale: &Scale, gradients: &mut Gradients) -> candle_core::Result<Pulled> {
-        let accumulate = cotangent.tensors().first().map_or(DType::F32, Tensor::dtype);
-        let compute = |(kappa, f): (&Tensor, &Tensor)| scale.apply(kappa, f.dtype());
-        let seeds: Vec<Tensor> =
-            cotangent.tensors().iter().zip(self.output.tensors()).map(compute).collect::<candle_core::Result<_>>()?;
-        gradients.set_scale(scale);
-        let (pulled, sums) =
-            sink::open(std::mem::take(gradients), || vjp::vjp(self.output.tensors(), &seeds, &self.wanted));
-        *gradients = sums;
-        let pulled = pulled?;
-        drop(seeds);
-        let (of_y, rest) = pulled.split_at(self.y.len());
-        let mut finite = combine::Finite::default();
-        let mut y = Vec::with_capacity(of_y.len());
-        for (pulled, leaf) in of_y.iter().zip(self.y.tensors()) {
-            let mu = match pulled {
-                Some(pulled) => scale.undo(pulled, accumulate)?,
-                None => Tensor::zeros(leaf.shape(), accumulate, leaf.device())?,
-            };
-            finite = finite.and(combine::finite(&mu)?);
-            y.push(mu);
-        }
-        let mut t: Option<Tensor> = None;
-        for (gradient, leaf) in rest.iter().zip(&self.wanted[self.y.len()..]) {
-            let Some(gradient) = gradient else { continue };
-            if !gradients.add_leaf(leaf, gradient)? {
-                let part = scale.undo(&gradient.to_dtype(accumulate)?.sum_all()?, accumulate)?;
-                finite = finite.and(combine::finite(&part)?);
-                t = Some(match t {
-                    None => part,
-                    Some(t) => (t + part)?,
-                });
-            }
-        }
-        Ok(Pulled { y: State::from(y), t, finite: finite.and(gradients.take_finite()) })
     }
 }
 

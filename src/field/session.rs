@@ -14,14 +14,41 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 thread_local! {
     static OPEN: RefCell<Option<Current>> = const { RefCell::new(None) };
+    static RAN: RefCell<Option<Ran>> = const { RefCell::new(None) };
 }
 
 /// The session that is open on a thread, during one call of the field.
 #[derive(Clone, Debug)]
 pub(crate) struct Current {
     pub(crate) session: Arc<Session>,
-    /// Whether what is evaluated will be pulled back.
-    pub(crate) linearises: bool,
+    pub(crate) call: Call,
+}
+
+/// What a field is called for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// Its value.
+    Value,
+    /// A value that Candle's graph leads back from.
+    Graph,
+    /// A value that layers lead back from by themselves: nothing is tracked.
+    Layers,
+}
+
+/// Layers that have run, from one tensor to another, and nothing beside them.
+pub(crate) struct Ran {
+    pub(crate) from: TensorId,
+    pub(crate) to: TensorId,
+    pub(crate) way_back: Arc<dyn WayBack>,
+}
+
+/// Layers that pull cotangents back through themselves.
+pub(crate) trait WayBack: Send + Sync {
+    /// dL/dx from dL/d(value), both S times; dL/dθ goes to the open sums.
+    ///
+    /// # Errors
+    /// When no sums are open for a parameter.
+    fn pull(&self, value: &Tensor, cotangent: &Tensor) -> candle_core::Result<Tensor>;
 }
 
 /// The session of one pass on one thread.
@@ -49,10 +76,16 @@ impl Session {
         })
     }
 
-    /// Runs `call` with the session open on this thread.
-    pub(super) fn open<T>(self: &Arc<Self>, linearises: bool, call: impl FnOnce() -> T) -> T {
-        let _outer = Outer(OPEN.replace(Some(Current { session: self.clone(), linearises })));
-        call()
+    /// Runs `eval` with the session open on this thread; gives the layers that ran last, too, if they can be pulled back.
+    pub(super) fn open<T>(self: &Arc<Self>, call: Call, eval: impl FnOnce() -> T) -> (T, Option<Ran>) {
+        let _outer = Outer(OPEN.replace(Some(Current { session: self.clone(), call })));
+        let value = eval();
+        (value, RAN.take())
+    }
+
+    /// Layers have run, in a call for more than a value.
+    pub(crate) fn ran(layers: Ran) {
+        RAN.set(Some(layers));
     }
 
     /// Runs `call` with no session open on this thread.

@@ -33,6 +33,11 @@ impl Activation {
         }
     }
 
+    /// out ← out f′, f′ from what [`keeps`](Self::keeps) says; as many of both.
+    pub(crate) fn times_slope(self, kept: &[f32], out: &mut [f32]) {
+        with_function!(self, f => vectorised(TimesSlope { kept, out, f }));
+    }
+
     /// f′(x) in place of what [`keeps`](Self::keeps) says: of y = f(x), or of x.
     pub(crate) fn slope_in_place(self, kept: &mut [f32]) {
         with_function!(self, f => vectorised(InPlace::<_, true> { x: kept, f }));
@@ -66,6 +71,32 @@ impl<F: Function, const SLOPE: bool> Kernel for InPlace<'_, F, SLOPE> {
             before.copy_from_slice(x);
             Self::apply(self.f, x);
             beyond_turns(before, x, quarters + u32::from(SLOPE));
+        }
+    }
+}
+
+/// out ← out f′
+struct TimesSlope<'a, F> {
+    kept: &'a [f32],
+    out: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Function> Kernel for TimesSlope<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { kept, out, f } = self;
+        if F::SINE.is_none() {
+            return out.iter_mut().zip(kept).for_each(|(out, kept)| *out *= f.slope_of_kept(*kept));
+        }
+        let mut slopes = [0.0; CHUNK];
+        for (out, kept) in out.chunks_mut(CHUNK).zip(kept.chunks(CHUNK)) {
+            let slopes = &mut slopes[..kept.len()];
+            slopes.copy_from_slice(kept);
+            InPlace::<_, true> { x: slopes, f }.run();
+            out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
         }
     }
 }

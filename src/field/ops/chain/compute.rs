@@ -44,6 +44,18 @@ impl<T: Ordered> Input<'_, T> {
             Self::Here(matrix) => matrix.view(),
         }
     }
+
+    /// The tile in a buffer of the session.
+    pub(super) fn own(self, session: &Session) -> Matrix<T> {
+        match self {
+            Self::Here(matrix) => matrix,
+            Self::There(view) => {
+                let mut own = T::spare(session).matrix(view.rows(), view.columns());
+                own.copy_from_slice(view.slice());
+                own
+            }
+        }
+    }
 }
 
 /// Rows in another order.

@@ -13,11 +13,11 @@ mod pass;
 
 use super::Activation;
 use crate::Time;
-use crate::field::session::{Current, Session};
+use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
-use pass::Saved;
+use pass::{Saved, Saves};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -120,44 +120,75 @@ impl Chain {
             return Ok(x.clone());
         }
         let x = x.contiguous()?;
-        let (tracked, is_narrow) = (x.track_op(), Order::is_narrow(&self.links));
-        let (session, links) = (self.current.session, self.links);
-        let op = ChainOp { session, links, saved: Mutex::default(), tracked, is_narrow };
-        if op.tracked { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
+        let (Current { session, call }, links) = (self.current, self.links);
+        let saves = match call {
+            _ if x.track_op() => Saves::Results,
+            Call::Layers => Saves::All,
+            Call::Value | Call::Graph => Saves::Nothing,
+        };
+        let (is_narrow, saved) = (Order::is_narrow(&links), Mutex::default());
+        let layers = Layers { session, links, is_narrow, shape: x.shape().clone(), saves, saved };
+        if saves == Saves::Nothing {
+            return x.apply_op1_no_bwd(&layers);
+        }
+        let layers = Arc::new(layers);
+        let value = if x.track_op() { x.apply_op1(Node(layers.clone())) } else { x.apply_op1_no_bwd(layers.as_ref()) }?;
+        Session::ran(Ran { from: x.id(), to: value.id(), way_back: layers });
+        Ok(value)
     }
 }
 
-struct ChainOp {
+/// The layers of a chain.
+struct Layers {
     session: Arc<Session>,
     links: Vec<Link>,
-    /// What the pullback needs, [`Saved`] of what tiles hold; from the forward pass on.
-    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
-    tracked: bool,
     /// Whether BF16 is held in F32: whatever the number of rows, so that a row gives the same among any others.
     is_narrow: bool,
+    /// Of x.
+    shape: Shape,
+    saves: Saves,
+    /// What the pullback needs, [`Saved`] of what tiles hold; from the forward pass on.
+    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
 
-impl ChainOp {
+impl Layers {
     fn value<C: Compute>(&self, x: &[C::Stored], shape: &Shape) -> Result<(CpuStorage, Shape)> {
         let mut dims = shape.dims().to_vec();
         let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
         *last = link.outputs;
-        let mut saved = self.tracked.then(Saved::<C::Held>::default);
-        let value = pass::value::<C>(&self.session, &self.links, x, saved.as_mut())?;
+        let (value, saved) = pass::value::<C>(&self.session, &self.links, x, self.saves)?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
         Ok((C::storage(value), Shape::from(dims)))
     }
 
-    fn pull<C: Compute>(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    /// dL/dx; `x` is asked for unless all has been saved.
+    fn pull_from(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        let cotangent = cotangent.contiguous()?;
+        match value.dtype() {
+            DType::F16 => self.pull_in::<Widened<f16>>(x, value, &cotangent),
+            DType::BF16 if self.is_narrow => self.pull_in::<Widened<bf16>>(x, value, &cotangent),
+            DType::BF16 => self.pull_in::<AsStored<bf16>>(x, value, &cotangent),
+            _ => self.pull_in::<AsStored<f32>>(x, value, &cotangent),
+        }
+    }
+
+    fn pull_in<C: Compute>(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Saved<C::Held>>()) else {
             bail!("a chain pulls back what it has evaluated")
         };
-        pass::pull::<C>(&self.session, &self.links, saved, x, value, grad).map(Some)
+        let dx = pass::pull::<C>(&self.session, &self.links, saved, x, value, cotangent)?;
+        Tensor::from_vec(dx, &self.shape, value.device())
     }
 }
 
-impl CustomOp1 for ChainOp {
+impl WayBack for Layers {
+    fn pull(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        self.pull_from(None, value, cotangent)
+    }
+}
+
+impl CustomOp1 for Layers {
     fn name(&self) -> &'static str {
         "layers"
     }
@@ -172,14 +203,21 @@ impl CustomOp1 for ChainOp {
             other => bail!("no kernels for {:?}", other.dtype()),
         }
     }
+}
+
+/// The layers as a node of Candle's graph.
+struct Node(Arc<Layers>);
+
+impl CustomOp1 for Node {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_fwd(x, layout)
+    }
 
     fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.detach().contiguous()?;
-        match x.dtype() {
-            DType::F16 => self.pull::<Widened<f16>>(x, value, &grad),
-            DType::BF16 if self.is_narrow => self.pull::<Widened<bf16>>(x, value, &grad),
-            DType::BF16 => self.pull::<AsStored<bf16>>(x, value, &grad),
-            _ => self.pull::<AsStored<f32>>(x, value, &grad),
-        }
+        self.0.pull_from(Some(x), value, &grad.detach()).map(Some)
     }
 }

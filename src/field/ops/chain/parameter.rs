@@ -1,6 +1,6 @@
 //! Parameters of layers inside a solve: what stands for them, and what they add to dL/dθ.
 
-use crate::field::session::{Current, Matrix, Session, Tile};
+use crate::field::session::{Call, Current, Matrix, Session, Tile};
 use crate::field::sink;
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 
@@ -21,7 +21,7 @@ impl Parameter {
         bias: Option<&Tensor>,
     ) -> Option<(Self, Option<Self>)> {
         let parameter = |leaf: &Tensor| {
-            let is_seen = !current.linearises || x.track_op() || !leaf.track_op();
+            let is_seen = current.call != Call::Graph || x.track_op() || !leaf.track_op();
             let slot = current.session.slot(leaf).filter(|_| is_seen)?;
             Some(Self { leaf: leaf.clone(), slot })
         };

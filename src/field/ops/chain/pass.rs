@@ -8,30 +8,35 @@ use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::kernel::{Epilogue, Held, Packed, Then, View, ViewMut};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 use std::sync::Arc;
+
+/// What is saved on the way forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Saves {
+    Nothing,
+    /// What the layers make of x.
+    Results,
+    /// x, too.
+    All,
+}
 
 /// What a tile's pullback needs of its way forward.
 pub(super) struct Saved<T> {
+    x: Option<Matrix<T>>,
     /// The results of all layers but the last.
     hidden: Vec<Matrix<T>>,
     /// By layer, what was activated, where f′ is a function of that.
     inputs: Vec<Option<Matrix<T>>>,
 }
 
-impl<T> Default for Saved<T> {
-    fn default() -> Self {
-        Self { hidden: vec![], inputs: vec![] }
-    }
-}
-
-/// The value of the chain at x; what the pullback needs goes to `saved`.
+/// The value of the chain at x, and what the pullback needs.
 pub(super) fn value<C: Compute>(
     session: &Session,
     links: &[Link],
     x: &[C::Stored],
-    saved: Option<&mut Saved<C::Held>>,
-) -> Result<Vec<C::Stored>> {
+    saves: Saves,
+) -> Result<(Vec<C::Stored>, Option<Saved<C::Held>>)> {
     let rows = x.len() / links[0].inputs;
     let order = Order::of(links, rows);
     let x = C::held(session, order, x, rows);
@@ -40,7 +45,7 @@ pub(super) fn value<C: Compute>(
     for link in before {
         let mut out = order.tile(session, rows, link.outputs);
         inputs.push(link.value(session, order, from(&x, &hidden), &mut out)?);
-        if saved.is_none() {
+        if saves == Saves::Nothing {
             // Nobody looks back.
             hidden.clear();
             inputs.clear();
@@ -52,10 +57,9 @@ pub(super) fn value<C: Compute>(
         kept = last.value(session, order, from(&x, &hidden), out);
     });
     inputs.push(kept?);
-    if let Some(saved) = saved {
-        *saved = Saved { hidden, inputs };
-    }
-    Ok(stored)
+    let x = (saves == Saves::All).then(|| x.own(session));
+    let saved = (saves != Saves::Nothing).then_some(Saved { x, hidden, inputs });
+    Ok((stored, saved))
 }
 
 /// What the next layer is given.
@@ -63,29 +67,33 @@ fn from<'a, T: Ordered>(x: &'a Input<'_, T>, hidden: &'a [Matrix<T>]) -> View<'a
     hidden.last().map_or_else(|| x.view(), Matrix::view)
 }
 
-/// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx.
+/// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx; `x` is there unless it has been saved.
 pub(super) fn pull<C: Compute>(
     session: &Session,
     links: &[Link],
     saved: &Saved<C::Held>,
-    x: &Tensor,
+    x: Option<&Tensor>,
     value: &Tensor,
     grad: &Tensor,
-) -> Result<Tensor> {
-    let rows = x.elem_count() / links[0].inputs;
-    let order = Order::of(links, rows);
-    let scale = sink::scale()?;
-    let dx = with_elements::<C::Stored, _>(x, |x| {
-        with_elements::<C::Stored, _>(value, |value| {
-            with_elements::<C::Stored, _>(grad, |grad| {
-                let held = |stored| C::held(session, order, stored, rows);
-                let (x, value, grad) = (held(x), held(value), held(grad));
-                let g = seed(session, order, links, saved, value.view(), grad.view(), scale);
-                back::<C>(session, order, links, saved, x.view(), g, scale)
-            })
+) -> Result<Vec<C::Stored>> {
+    let rows = value.elem_count() / links[links.len() - 1].outputs;
+    let (order, scale) = (Order::of(links, rows), sink::scale()?);
+    let g = with_elements::<C::Stored, _>(value, |value| {
+        with_elements::<C::Stored, _>(grad, |grad| {
+            let is_kept = links.last().is_some_and(|link| link.then.keeps() == Keeps::Value);
+            let value = is_kept.then(|| C::held(session, order, value, rows));
+            let grad = C::held(session, order, grad, rows);
+            Ok(seed(session, order, links, saved, value.as_ref().map(Input::view), grad.view(), scale))
         })
     })?;
-    Tensor::from_vec(dx, x.shape(), x.device())
+    match (&saved.x, x) {
+        (Some(x), _) => back::<C>(session, order, links, saved, x.view(), g, scale),
+        (None, Some(x)) => with_elements(x, |x| {
+            let x = C::held(session, order, x, rows);
+            back::<C>(session, order, links, saved, x.view(), g, scale)
+        }),
+        (None, None) => bail!("a chain pulls back what it has saved, or is given"),
+    }
 }
 
 /// The cotangent of the last product: grad/S, through the last activation.
@@ -94,7 +102,7 @@ fn seed<T: Ordered>(
     order: Order,
     links: &[Link],
     saved: &Saved<T>,
-    value: View<'_, T>,
+    value: Option<View<'_, T>>,
     grad: View<'_, T>,
     scale: f64,
 ) -> Matrix<T> {
@@ -132,7 +140,7 @@ fn back<C: Compute>(
     for (n, link) in links.iter().enumerate().skip(1).rev() {
         let input = saved.hidden[n - 1].view();
         link.add_gradients(session, order, g.view(), input)?;
-        let then = match kept(links, saved, n - 1, input) {
+        let then = match kept(links, saved, n - 1, Some(input)) {
             Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
         };
@@ -153,11 +161,16 @@ fn back<C: Compute>(
     }))
 }
 
-/// What f′ of layer `n` is a function of, given the layer's result.
-fn kept<'a, T: Tile>(links: &[Link], saved: &'a Saved<T>, n: usize, result: View<'a, T>) -> Option<View<'a, T>> {
+/// What f′ of layer `n` is a function of, given the layer's result if it is that.
+fn kept<'a, T: Tile>(
+    links: &[Link],
+    saved: &'a Saved<T>,
+    n: usize,
+    result: Option<View<'a, T>>,
+) -> Option<View<'a, T>> {
     match links[n].then.keeps() {
         Keeps::Nothing => None,
-        Keeps::Value => Some(result),
+        Keeps::Value => result,
         Keeps::Input => saved.inputs[n].as_ref().map(Matrix::view),
     }
 }

@@ -124,13 +124,9 @@ impl Multiply<'_> {
                 features.for_each(|feature| activation.value_in_place(&mut self.out.row(feature)[rows.clone()]));
             }
             Then::TimesSlope(activation, kept) => {
-                let mut slopes = [0.0; ROWS];
-                let slopes = &mut slopes[..rows.len()];
                 for feature in features {
-                    slopes.copy_from_slice(&kept.row(feature)[rows.clone()]);
-                    activation.slope_in_place(slopes);
                     let out = &mut self.out.row(feature)[rows.clone()];
-                    out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
+                    activation.times_slope(&kept.row(feature)[rows.clone()], out);
                 }
             }
         }

@@ -53,7 +53,7 @@ impl<'a, T> View<'a, T> {
         Self::new(&self.values[start..], rows.len(), columns.len(), self.stride)
     }
 
-    pub(super) fn slice(&self) -> &'a [T] {
+    pub(crate) fn slice(&self) -> &'a [T] {
         self.values
     }
 
