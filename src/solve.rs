@@ -351,7 +351,7 @@ impl Ode {
         let anchors = self.adjoint.anchors(self.solver.as_ref())?;
         let linearizes = tracked && keeping.as_ref().is_some_and(|keeping| keeping.schedule.slot() == Slot::Stages);
         if linearizes {
-            self.check_linearizes(of_times)?;
+            self.check_linearizes(of_times, keeping.as_ref().is_some_and(|keeping| keeping.levels.is_some()))?;
         }
         let opening = match (unrolled, linearizes) {
             (true, _) => Opening::Track,
@@ -382,6 +382,7 @@ impl Ode {
             None => (forward.solve(&start, &outputs, wanted)?, vec![counters]),
         };
         let trajectory_bytes = back.as_ref().map_or(0, |back| back.bytes());
+        let second_level_bytes = back.as_ref().map_or(0, |back| back.bytes_away());
         if let Some(back) = back {
             trainable.extend(moments(&times).into_iter().map(|moments| Some(moments.tensor)));
             let indices: Vec<usize> = reached.iter().map(|(n, _)| *n).collect();
@@ -407,19 +408,20 @@ impl Ode {
             }
         }
         let (at, states) = states.into_iter().unzip();
-        Ok(Solution { states, times: at, last, end, counters, trajectory_bytes, dense })
+        Ok(Solution { states, times: at, last, end, counters, trajectory_bytes, second_level_bytes, dense })
     }
 
     /// Whether the linearisations of steps can be kept.
-    fn check_linearizes(&self, of_times: bool) -> Result<()> {
+    fn check_linearizes(&self, of_times: bool, on_two_levels: bool) -> Result<()> {
         let refuse = |what: &str| {
             let what = format!("keeping the linearisations of steps {what}");
             Err(OdeError::Unsupported { what, instead: "keep states alone: leave out .with_stages()" })
         };
-        match (self.is_adaptive(), of_times) {
-            (true, _) => refuse("of adaptive length"),
-            (_, true) => refuse("whose times have gradients"),
-            (false, false) => Ok(()),
+        match () {
+            () if self.is_adaptive() => refuse("of adaptive length"),
+            () if of_times => refuse("whose times have gradients"),
+            () if on_two_levels => refuse("on two levels of storage"),
+            () => Ok(()),
         }
     }
 

@@ -151,6 +151,10 @@ impl Reverse for Tiled {
     fn bytes(&self) -> usize {
         self.backs.iter().map(|back| back.bytes()).sum()
     }
+
+    fn bytes_away(&self) -> usize {
+        self.backs.iter().map(|back| back.bytes_away()).sum()
+    }
 }
 
 /// The sums of dL/dθ over the tiles so far, added in the order of the tiles.

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use candle_ode::prelude::*;
-use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, StageMemory, States};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, SecondLevel, StageMemory, States};
 
 /// What a name stands for.
 pub(crate) struct Named<T: 'static> {
@@ -82,6 +82,13 @@ pub(crate) const ADJOINTS: &[Named<WithAdjoint>] = &[
         "checkpoints",
         "at most so many states are kept (checkpoints:8), the other steps are done again",
         Numbered(|codec, slots| codec(Discrete::default()).checkpoints(slots).into()),
+    ),
+    named(
+        "file",
+        "every step's start is kept, the latest so many in memory (file:8) and the others in a temporary file",
+        Numbered(|codec, resident| {
+            codec(Discrete::default()).two_levels(resident, SecondLevel::temporary_file()).into()
+        }),
     ),
     named(
         "linearizations",

@@ -54,6 +54,10 @@ impl Reverse for Recorded {
     fn bytes(&self) -> usize {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Slots::bytes)
     }
+
+    fn bytes_away(&self) -> usize {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Slots::bytes_away)
+    }
 }
 
 impl Recorded {

@@ -23,7 +23,7 @@ use crate::State;
 use crate::error::Result;
 use crate::solver::{Solver, StageMemory};
 use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule};
-use crate::trajectory::{Codec, Keeping, States, kept_bytes};
+use crate::trajectory::{Codec, Keeping, SecondLevel, States, TwoLevels, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
 
@@ -35,8 +35,13 @@ pub(crate) trait Reverse: Send + Sync {
     /// Whatever the field reports, with its place; an overflow that no scaling helps.
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed>;
 
-    /// Bytes that were kept for it.
+    /// Bytes that were kept for it on the device.
     fn bytes(&self) -> usize;
+
+    /// Bytes that were kept for it on a second level of storage.
+    fn bytes_away(&self) -> usize {
+        0
+    }
 }
 
 /// What a backward pass gives.
@@ -76,6 +81,7 @@ pub struct Discrete {
     schedule: Option<Arc<dyn Schedule>>,
     consume: bool,
     budget: Option<u64>,
+    levels: Option<(usize, SecondLevel)>,
 }
 
 impl Discrete {
@@ -108,6 +114,30 @@ impl Discrete {
     /// [`Checkpoints::with_stages`]. Needs an explicit Runge–Kutta method and given steps.
     pub fn keep_linearizations(self) -> Self {
         self.schedule(Checkpoints::new(usize::MAX).with_stages())
+    }
+
+    /// Two levels of storage: the latest `resident` entries of the trajectory stay on the device, earlier ones wait in
+    /// `second` and are brought back, bit for bit, when the backward pass comes to them. In tiles each tile has so many
+    /// on the device. Goes with every codec and schedule of states. Moves are made between steps, one after another:
+    /// nothing is computed meanwhile.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use candle_ode::SecondLevel;
+    /// use candle_ode::prelude::*;
+    ///
+    /// let field = FnField::new(|_: &Time, y: &Tensor| y.neg()?.tanh());
+    /// let y0 = Var::ones((4, 100), DType::F32, &Device::Cpu)?;
+    /// let adjoint = Discrete::default().two_levels(4, SecondLevel::temporary_file());
+    /// let solution = Ode::new(&field).span(0.0, 1.0).steps(32).adjoint(adjoint).solve(y0.as_tensor())?;
+    /// assert_eq!(solution.trajectory_bytes(), 4 * 400 * 4);
+    /// assert_eq!(solution.second_level_bytes(), 27 * 400 * 4);
+    /// solution.last().sum_all()?.backward()?;
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    pub fn two_levels(mut self, resident: usize, second: SecondLevel) -> Self {
+        self.levels = Some((resident, second));
+        self
     }
 
     /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: all stage
@@ -152,7 +182,8 @@ impl Discrete {
 
     /// Bytes of the trajectory at the end of a forward pass of `steps` equal or given steps, for a state of tensors of
     /// these shapes: what [`Solution::trajectory_bytes`](crate::Solution::trajectory_bytes) will say, if nothing
-    /// overflows and there is no budget. Reversible solvers carry two states, and keep twice that.
+    /// overflows and there is no budget. Reversible solvers carry two states, and keep twice that. Of [two
+    /// levels](Self::two_levels) it is the first, on a GPU if the other is the host.
     pub fn trajectory_bytes(&self, shapes: &[Shape], steps: usize, precision: Precision) -> usize {
         kept_bytes(&self.keeping(precision), shapes, steps, true, precision.accumulate_dtype())
     }
@@ -167,6 +198,7 @@ impl Discrete {
             codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),
             schedule: self.schedule.clone().unwrap_or_else(|| Arc::new(KeepAll)),
             consume: self.consume,
+            levels: self.levels.clone().map(|(resident, second)| TwoLevels::new(resident, second)),
         }
     }
 }

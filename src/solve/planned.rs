@@ -45,6 +45,7 @@ impl Ode {
             (_, Some(keeping)) if keeping.schedule.slot() == Slot::Stages => {
                 return unplanned("slots that hold linearisations");
             }
+            (_, Some(keeping)) if keeping.levels.is_some() => return unplanned("two levels of storage"),
             (Adjoint::Discrete(discrete), Some(keeping)) => (discrete.stage_memory, PlannedAdjoint::Kept(keeping)),
             (Adjoint::Reconstruct(reconstruct), _) => {
                 (reconstruct.stage_memory, PlannedAdjoint::Undone(reconstruct.spacing(self.solver.as_ref())?))

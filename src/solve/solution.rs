@@ -20,6 +20,7 @@ pub struct Solution {
     /// By tile.
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) trajectory_bytes: usize,
+    pub(super) second_level_bytes: usize,
     pub(super) dense: Option<Dense>,
 }
 
@@ -95,6 +96,12 @@ impl Solution {
     /// them.
     pub fn trajectory_bytes(&self) -> usize {
         self.trajectory_bytes
+    }
+
+    /// Bytes of it that wait on the second level of storage, outside the memory of the device: see
+    /// [`Discrete::two_levels`](crate::Discrete::two_levels).
+    pub fn second_level_bytes(&self) -> usize {
+        self.second_level_bytes
     }
 }
 

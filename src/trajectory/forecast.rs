@@ -8,7 +8,7 @@ use candle_core::{DType, Shape};
 /// Bytes that a forward pass over `steps` steps has kept at its end, for a state of these shapes. `known` says whether
 /// it knew the number of steps ahead.
 pub(crate) fn kept_bytes(keeping: &Keeping, shapes: &[Shape], steps: usize, known: bool, accumulate: DType) -> usize {
-    let Keeping { codec, schedule, .. } = keeping;
+    let Keeping { codec, schedule, levels, .. } = keeping;
     let (mut states, _) = kept(schedule.as_ref(), steps, known.then_some(steps));
     let last = steps.saturating_sub(1);
     let scheduled = states.len();
@@ -22,5 +22,6 @@ pub(crate) fn kept_bytes(keeping: &Keeping, shapes: &[Shape], steps: usize, know
         Encodes::Increments if n + 1 < scheduled && states[n + 1] == state + 1 => codec.bytes(shapes),
         Encodes::Increments => whole,
     });
-    bytes.sum()
+    let away = levels.as_ref().map_or(0, |levels| states.len().saturating_sub(levels.resident));
+    bytes.skip(away).sum()
 }

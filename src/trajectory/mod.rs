@@ -2,13 +2,18 @@
 
 mod codec;
 mod forecast;
+mod kept;
 pub mod schedule;
+mod second_level;
 mod slots;
 mod store;
 
 pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
 pub(crate) use forecast::kept_bytes;
-pub(crate) use slots::{AtHand, Kept, Slots};
+pub(crate) use kept::{AtHand, Kept};
+pub use second_level::SecondLevel;
+pub(crate) use second_level::TwoLevels;
+pub(crate) use slots::Slots;
 pub(crate) use store::Trajectory;
 
 use schedule::Schedule;
@@ -21,4 +26,6 @@ pub(crate) struct Keeping {
     pub(crate) schedule: Arc<dyn Schedule>,
     /// Whether the first backward pass frees the trajectory as it walks over it.
     pub(crate) consume: bool,
+    /// How entries are shared out, if there is a second level.
+    pub(crate) levels: Option<TwoLevels>,
 }

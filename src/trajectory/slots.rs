@@ -1,6 +1,8 @@
 //! The states a walk has kept, encoded: each by itself, or as the increment to the next.
 
 use super::codec::{Codec, Encodes, Entry, States};
+use super::kept::{AtHand, Kept};
+use super::second_level::TwoLevels;
 use crate::State;
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
@@ -10,58 +12,12 @@ use candle_core::DType;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// One kept state.
-#[derive(Debug)]
-pub(crate) struct Kept {
-    at: usize,
-    /// Whether the entry is y_{at+1} − y_at.
-    is_increment: bool,
-    entry: Entry,
-    codec: Arc<dyn Codec>,
-    owned: Owned,
-}
-
-impl Kept {
-    /// What an entry takes in a list of entries, beside itself.
-    pub(crate) const BESIDE: usize = size_of::<Self>() + 3 * size_of::<usize>();
-
-    fn decode(&self, dtype: DType) -> Result<State> {
-        let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
-        let state = self.codec.decode(&self.entry, dtype)?;
-        if state.len() != self.entry.shapes.len() {
-            let (found, expected) = (state.len(), self.entry.shapes.len());
-            return Err(OdeError::Unsupported {
-                what: format!("a codec that decodes {found} tensors where it was given {expected}"),
-                instead: "Codec::decode gives back the tensors that were encoded",
-            });
-        }
-        Ok(state)
-    }
-}
-
-/// A state that is at hand: as it is, or to be decoded when it is needed, and every time it is.
-pub(crate) enum AtHand {
-    /// As it is.
-    State(State),
-    /// To be decoded to this dtype.
-    Kept(Arc<Kept>, DType),
-}
-
-impl AtHand {
-    /// The state.
-    pub(crate) fn state(&self) -> Result<State> {
-        match self {
-            Self::State(state) => Ok(state.clone()),
-            Self::Kept(kept, dtype) => kept.decode(*dtype),
-        }
-    }
-}
-
 /// Kept states, earliest first, and what rounding has left over of the state at hand.
 #[derive(Debug)]
 pub(crate) struct Slots {
     codec: Arc<dyn Codec>,
     accumulate: DType,
+    levels: Option<TwoLevels>,
     kept: Vec<Arc<Kept>>,
     residual: Option<(State, Owned)>,
     /// The last state that was restored, from which the one below may have to be decoded.
@@ -71,8 +27,8 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    pub(crate) fn new(codec: Arc<dyn Codec>, accumulate: DType) -> Self {
-        Self { codec, accumulate, kept: vec![], residual: None, above: None, linearized: BTreeMap::new() }
+    pub(crate) fn new(codec: Arc<dyn Codec>, accumulate: DType, levels: Option<TwoLevels>) -> Self {
+        Self { codec, accumulate, levels, kept: vec![], residual: None, above: None, linearized: BTreeMap::new() }
     }
 
     /// The same entries, for a walk that may drop them without taking them from others.
@@ -82,7 +38,7 @@ impl Slots {
 
     /// No entries, for a walk that starts over.
     pub(crate) fn emptied(&self) -> Self {
-        Self::new(self.codec.clone(), self.accumulate)
+        Self::new(self.codec.clone(), self.accumulate, self.levels.clone())
     }
 
     /// Keeps the linearisations of the step that led to state `n`.
@@ -100,9 +56,14 @@ impl Slots {
         self.kept.iter().map(|kept| kept.at).collect()
     }
 
-    /// Bytes of all entries.
+    /// Bytes of all entries on the device.
     pub(crate) fn bytes(&self) -> usize {
-        self.kept.iter().map(|kept| kept.owned.bytes()).sum()
+        self.kept.iter().map(|kept| kept.bytes()).sum()
+    }
+
+    /// Bytes of those on the second level.
+    pub(crate) fn bytes_away(&self) -> usize {
+        self.kept.iter().map(|kept| kept.bytes_away()).sum()
     }
 
     /// The dtype entries are kept in.
@@ -159,12 +120,12 @@ impl Slots {
         };
         let (entry, finite) = self.encode(&codec, y)?;
         if !exactly(&finite)? {
-            self.push(n, false, codec, entry);
+            self.push(n, codec, entry)?;
             return Ok(finite);
         }
         let exact = self.exact();
         let (entry, _) = self.encode(&exact, y)?;
-        self.push(n, false, exact, entry);
+        self.push(n, exact, entry)?;
         Ok(Finite::default())
     }
 
@@ -227,7 +188,7 @@ impl Slots {
             let AtHand::State(state) = restored else { return Ok(()) };
             let codec = self.exact();
             let (entry, _) = codec.encode(&state)?;
-            self.kept[index - 1] = Arc::new(kept(n - 1, false, codec, entry));
+            self.kept[index - 1] = Arc::new(Kept::new(n - 1, false, codec, entry));
             self.above = None;
         }
         self.kept.remove(index);
@@ -245,7 +206,7 @@ impl Slots {
 
     /// State n − 1, the last in a slot, is kept by its increment from now on, and state n beside it.
     fn follow(&mut self, n: usize, before: &State, increment: &State, entry: Entry) -> Result<State> {
-        let kept = kept(n - 1, true, self.codec.clone(), entry);
+        let kept = Kept::new(n - 1, true, self.codec.clone(), entry);
         let decoded = kept.decode(self.accumulate)?;
         let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
         let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
@@ -255,7 +216,7 @@ impl Slots {
         self.kept.push(Arc::new(kept));
         let exact = self.exact();
         let (entry, _) = self.encode(&exact, &y)?;
-        self.push(n, false, exact, entry);
+        self.push(n, exact, entry)?;
         Ok(y)
     }
 
@@ -269,12 +230,19 @@ impl Slots {
         Arc::new(States(self.accumulate))
     }
 
-    fn push(&mut self, at: usize, is_increment: bool, codec: Arc<dyn Codec>, entry: Entry) {
-        self.kept.push(Arc::new(kept(at, is_increment, codec, entry)));
+    /// Keeps state `n`. What is then too much for the device goes to the second level, the earliest first: it is needed
+    /// last.
+    fn push(&mut self, n: usize, codec: Arc<dyn Codec>, entry: Entry) -> Result<()> {
+        self.kept.push(Arc::new(Kept::new(n, false, codec, entry)));
+        let Some(levels) = &self.levels else { return Ok(()) };
+        let beyond = self.kept.len().saturating_sub(levels.resident);
+        for kept in self.kept[..beyond].iter_mut().rev() {
+            match kept.put_away(levels)? {
+                Some(away) => *kept = Arc::new(away),
+                // So are those before it.
+                None => break,
+            }
+        }
+        Ok(())
     }
-}
-
-fn kept(at: usize, is_increment: bool, codec: Arc<dyn Codec>, entry: Entry) -> Kept {
-    let owned = Owned::entry(codec.name(), entry.bytes());
-    Kept { at, is_increment, entry, codec, owned }
 }

@@ -27,7 +27,7 @@ pub(crate) struct Trajectory {
 impl Trajectory {
     /// An empty one from `start` (accumulate dtype) over `steps` steps, if they are known.
     pub(crate) fn new(keeping: Keeping, start: &State, steps: Option<usize>, accumulate: DType) -> Self {
-        let slots = Slots::new(keeping.codec.clone(), accumulate);
+        let slots = Slots::new(keeping.codec.clone(), accumulate, keeping.levels.clone());
         let sweep = keeping.schedule.sweep(steps);
         Self { keeping, start: start.detach(), slots, scheduled: vec![], sweep, ahead: None }
     }

@@ -1,0 +1,224 @@
+//! The second level of a trajectory: entries that wait for the backward pass outside the memory of the device.
+
+use super::codec::Entry;
+use crate::error::{OdeError, Result};
+use candle_core::{DType, Device, Shape, Tensor};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where entries of a trajectory wait when the device has all of them that it is to hold. They come back bit for bit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecondLevel {
+    /// The memory of the host. On a CPU entries lie there as it is, and stay where they are.
+    Host,
+    /// A file in this directory, for a solve alone: it has no name, and is gone when the solve is.
+    File(PathBuf),
+}
+
+impl SecondLevel {
+    /// A file in the system's directory for temporary ones.
+    pub fn temporary_file() -> Self {
+        Self::File(std::env::temp_dir())
+    }
+}
+
+/// Two levels of storage, as a solve and its tiles share them.
+#[derive(Clone, Debug)]
+pub(crate) struct TwoLevels {
+    /// Entries that stay on the device: the latest.
+    pub(crate) resident: usize,
+    to: SecondLevel,
+    /// Made when the first entry moves there.
+    pages: Arc<Mutex<Option<Arc<Pages>>>>,
+}
+
+impl TwoLevels {
+    pub(crate) fn new(resident: usize, to: SecondLevel) -> Self {
+        Self { resident, to, pages: Arc::default() }
+    }
+
+    /// Whether entries on `device` have somewhere to go.
+    pub(crate) fn moves(&self, device: &Device) -> bool {
+        self.to != SecondLevel::Host || !device.is_cpu()
+    }
+
+    /// A copy of the entry on the second level.
+    pub(crate) fn put(&self, entry: &Entry) -> Result<Away> {
+        let _span = tracing::trace_span!(target: "candle_ode", "put_away", bytes = entry.bytes() as u64).entered();
+        let device = entry.tensors.first().map_or(Device::Cpu, |x| x.device().clone());
+        let place = match &self.to {
+            SecondLevel::Host => {
+                let tensors = entry.tensors.iter().map(|x| x.to_device(&Device::Cpu));
+                Place::Host(tensors.collect::<candle_core::Result<_>>()?)
+            }
+            SecondLevel::File(directory) => self.in_file(entry, directory)?,
+        };
+        Ok(Away { place, device, shapes: entry.shapes.clone(), bytes: entry.bytes() })
+    }
+
+    fn in_file(&self, entry: &Entry, directory: &Path) -> Result<Place> {
+        let pages = self.pages(directory)?;
+        let mut place = vec![];
+        for x in &entry.tensors {
+            let bytes = safetensors::View::data(&x);
+            let at = pages.put(&bytes)?;
+            place.push(Page { at, dtype: x.dtype(), shape: x.shape().clone() });
+        }
+        Ok(Place::File(pages, place))
+    }
+
+    fn pages(&self, directory: &Path) -> Result<Arc<Pages>> {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pages) = &*pages {
+            return Ok(pages.clone());
+        }
+        let directory = directory.to_owned();
+        let file =
+            tempfile::tempfile_in(&directory).map_err(|source| OdeError::Io { path: directory.clone(), source })?;
+        let space = Mutex::new(Space { file, end: 0, free: BTreeMap::new() });
+        Ok(pages.insert(Arc::new(Pages { directory, space })).clone())
+    }
+}
+
+/// An entry on the second level.
+#[derive(Debug)]
+pub(crate) struct Away {
+    place: Place,
+    device: Device,
+    pub(crate) shapes: Vec<Shape>,
+    pub(crate) bytes: usize,
+}
+
+#[derive(Debug)]
+enum Place {
+    Host(Vec<Tensor>),
+    File(Arc<Pages>, Vec<Page>),
+}
+
+/// A tensor in a file.
+#[derive(Debug)]
+struct Page {
+    at: u64,
+    dtype: DType,
+    shape: Shape,
+}
+
+impl Page {
+    fn len(&self) -> usize {
+        self.shape.elem_count() * self.dtype.size_in_bytes()
+    }
+}
+
+impl Away {
+    /// A copy of it on its device.
+    pub(crate) fn fetch(&self) -> Result<Entry> {
+        let _span = tracing::trace_span!(target: "candle_ode", "fetch", bytes = self.bytes as u64).entered();
+        let tensors = match &self.place {
+            Place::Host(tensors) => {
+                tensors.iter().map(|x| x.to_device(&self.device)).collect::<candle_core::Result<_>>()?
+            }
+            Place::File(pages, places) => {
+                let read = |page: &Page| -> Result<Tensor> {
+                    let bytes = pages.get(page.at, page.len())?;
+                    Ok(Tensor::from_raw_buffer(&bytes, page.dtype, page.shape.dims(), &self.device)?)
+                };
+                places.iter().map(read).collect::<Result<_>>()?
+            }
+        };
+        Ok(Entry { tensors, shapes: self.shapes.clone() })
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        if let Place::File(pages, places) = &self.place {
+            places.iter().for_each(|page| pages.free(page.at, page.len()));
+        }
+    }
+}
+
+/// A file of pages that are written, read and freed.
+#[derive(Debug)]
+struct Pages {
+    /// Where the file lies, for errors.
+    directory: PathBuf,
+    space: Mutex<Space>,
+}
+
+#[derive(Debug)]
+struct Space {
+    file: File,
+    end: u64,
+    /// Freed pages by their length: entries of a solve are as long as one another.
+    free: BTreeMap<usize, Vec<u64>>,
+}
+
+impl Pages {
+    fn put(&self, bytes: &[u8]) -> Result<u64> {
+        self.with(|Space { file, end, free }| {
+            let freed = free.get_mut(&bytes.len()).and_then(Vec::pop);
+            let at = freed.unwrap_or(*end);
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(bytes)?;
+            *end = (*end).max(at + bytes.len() as u64);
+            Ok(at)
+        })
+    }
+
+    fn get(&self, at: u64, len: usize) -> Result<Vec<u8>> {
+        self.with(|Space { file, .. }| {
+            let mut bytes = vec![0; len];
+            file.seek(SeekFrom::Start(at))?;
+            file.read_exact(&mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
+    fn free(&self, at: u64, len: usize) {
+        let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
+        space.free.entry(len).or_default().push(at);
+    }
+
+    fn with<T>(&self, run: impl FnOnce(&mut Space) -> io::Result<T>) -> Result<T> {
+        let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
+        run(&mut space).map_err(|source| OdeError::Io { path: self.directory.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freed_pages_are_written_again_and_nothing_else_is() -> Result<()> {
+        let two = TwoLevels::new(0, SecondLevel::temporary_file());
+        let entry = |value: f32| -> Result<Entry> {
+            let x = Tensor::full(value, (2, 3), &Device::Cpu)?;
+            Ok(Entry { shapes: vec![x.shape().clone()], tensors: vec![x.to_dtype(DType::F16)?, x] })
+        };
+        let value = |away: &Away| -> Result<Vec<f32>> {
+            let entry = away.fetch()?;
+            let read = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+            Ok(entry.tensors.iter().map(read).collect::<candle_core::Result<Vec<_>>>()?.concat())
+        };
+        let (first, second) = (two.put(&entry(1.5)?)?, two.put(&entry(-2.0)?)?);
+        assert_eq!(first.bytes, 6 * (2 + 4));
+        drop(first);
+        let third = two.put(&entry(3.0)?)?;
+        assert_eq!((value(&second)?, value(&third)?), (vec![-2.0; 12], vec![3.0; 12]));
+        let end = two.pages(&std::env::temp_dir())?.space.lock().unwrap().end;
+        assert_eq!(end, 2 * 6 * (2 + 4));
+        Ok(())
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let two = TwoLevels::new(0, SecondLevel::File("/nowhere/at/all".into()));
+        let x = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+        let error = two.put(&Entry { shapes: vec![], tensors: vec![x] }).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/at/all"), "{error}");
+    }
+}
