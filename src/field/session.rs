@@ -104,6 +104,11 @@ impl Session {
         self.slots.get(&leaf.id()).copied()
     }
 
+    /// A weight that this session has asked for before.
+    pub(crate) fn seen<T: Held>(&self, (slot, inputs, side): (usize, usize, Side)) -> Option<Arc<Shared<T>>> {
+        find(&lock(&self.seen), &(slot, inputs, side, TypeId::of::<T>()))
+    }
+
     /// The weight of a slot, `inputs` columns of it, on the side of a product; packed by `pack` when first asked for.
     /// Where it will be pulled back, both sides are packed at once, so that they are of the same values.
     pub(crate) fn packed<T: Held>(
@@ -111,15 +116,12 @@ impl Session {
         (slot, inputs, side): (usize, usize, Side),
         pack: impl Fn(Side) -> Packed<T>,
     ) -> Arc<Shared<T>> {
-        let key = |side| (slot, inputs, side, TypeId::of::<T>());
-        let known = |packs: &Packs, side| {
-            packs.get(&key(side)).cloned().and_then(|found| (found as Arc<dyn Any + Send + Sync>).downcast().ok())
-        };
-        if let Some(found) = known(&lock(&self.seen), side) {
+        if let Some(found) = self.seen((slot, inputs, side)) {
             return found;
         }
+        let key = |side| (slot, inputs, side, TypeId::of::<T>());
         let mut shared = lock(&self.packed.0);
-        let found = known(&shared, side).unwrap_or_else(|| {
+        let found = find(&shared, &key(side)).unwrap_or_else(|| {
             let sides: &[Side] = if self.linearises { &[Side::Forward, Side::Backward] } else { &[side] };
             let mut made = sides.iter().map(|side| (*side, Shared::new(pack(*side)))).collect::<Vec<_>>();
             shared.extend(made.iter().map(|(side, made)| (key(*side), made.clone() as Arc<dyn Bytes>)));
@@ -129,6 +131,10 @@ impl Session {
         lock(&self.seen).insert(key(side), found.clone());
         found
     }
+}
+
+fn find<T: Held>(packs: &Packs, key: &Key) -> Option<Arc<Shared<T>>> {
+    (packs.get(key)?.clone() as Arc<dyn Any + Send + Sync>).downcast().ok()
 }
 
 /// What was open before, put back however the call ends.
@@ -171,8 +177,10 @@ impl<T: Held> Bytes for Shared<T> {
     }
 }
 
-/// By slot, columns, side and element type.
-type Packs = HashMap<(usize, usize, Side, TypeId), Arc<dyn Bytes>>;
+/// Slot, columns, side and element type.
+type Key = (usize, usize, Side, TypeId);
+
+type Packs = HashMap<Key, Arc<dyn Bytes>>;
 
 impl fmt::Debug for PackedWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,6 +13,7 @@
 //! | [`pullback`](PULLBACK) | `TRACE` | | vector–Jacobian product |
 //! | [`cast`](CAST) | `TRACE` | | parameters into the compute dtype |
 //! | [`encode`](ENCODE), [`decode`](DECODE) | `TRACE` | | trajectory entry into and out of the storage dtype |
+//! | [`put_away`](PUT_AWAY), [`fetch`](FETCH) | `TRACE` | `bytes: u64` | trajectory entry to and from the second level of storage |
 //! | [`recompute`](RECOMPUTE) | `TRACE` | | stretch of steps done again for the backward pass |
 //!
 //! `backward` is not inside `solve`: it opens when Candle's own backward pass reaches the solve. Beside the spans there
@@ -41,6 +42,10 @@ pub const CAST: &str = "cast";
 pub const ENCODE: &str = "encode";
 /// A trajectory entry decoded.
 pub const DECODE: &str = "decode";
+/// A trajectory entry moved to the second level of storage.
+pub const PUT_AWAY: &str = "put_away";
+/// A trajectory entry brought back from there.
+pub const FETCH: &str = "fetch";
 /// Steps done again for the backward pass.
 pub const RECOMPUTE: &str = "recompute";
 /// The event that tells of owned bytes.

@@ -44,7 +44,7 @@ impl Parameter {
 
     /// Lets `with` see the elements, each of which the function gives in F32.
     pub(in crate::field::ops) fn with_floats<R>(&self, with: impl FnOnce(&dyn Fn(usize) -> f32) -> R) -> Result<R> {
-        let leaf = self.leaf.detach().contiguous()?;
+        let leaf = self.leaf.contiguous()?;
         match leaf.dtype() {
             DType::F16 => with_elements::<half::f16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),
             DType::BF16 => with_elements::<half::bf16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),

@@ -240,29 +240,27 @@ impl Link {
     /// W as the right-hand operand of the products on one side.
     fn packed<T: Tile>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
         let Parameter { leaf, slot } = &self.weight;
-        let leaf = leaf.detach().contiguous()?;
-        Ok(match leaf.dtype() {
-            DType::F16 => with_elements(&leaf, |w| Ok(self.pack::<T, half::f16>(session, *slot, side, w)))?,
-            DType::BF16 => with_elements(&leaf, |w| Ok(self.pack::<T, half::bf16>(session, *slot, side, w)))?,
-            _ => with_elements(&leaf, |w| Ok(self.pack::<T, f32>(session, *slot, side, w)))?,
-        })
+        let key = (*slot, self.inputs, side);
+        if let Some(packed) = session.seen(key) {
+            return Ok(packed);
+        }
+        let leaf = leaf.contiguous()?;
+        match leaf.dtype() {
+            DType::F16 => with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, half::f16>(side, w)))),
+            DType::BF16 => {
+                with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, half::bf16>(side, w))))
+            }
+            _ => with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, f32>(side, w)))),
+        }
     }
 
-    fn pack<T: Tile, S: Copy + Into<f32>>(
-        &self,
-        session: &Session,
-        slot: usize,
-        side: Side,
-        w: &[S],
-    ) -> Arc<Shared<T>> {
-        session.packed((slot, self.inputs, side), |side| {
-            let columns = self.inputs + usize::from(self.beyond.is_some());
-            let view = View::new(w, self.outputs, self.inputs, columns);
-            match side {
-                Side::Forward => Packed::transposed(view),
-                Side::Backward => Packed::straight(view),
-            }
-        })
+    fn pack<T: Tile, S: Copy + Into<f32>>(&self, side: Side, w: &[S]) -> Packed<T> {
+        let columns = self.inputs + usize::from(self.beyond.is_some());
+        let view = View::new(w, self.outputs, self.inputs, columns);
+        match side {
+            Side::Forward => Packed::transposed(view),
+            Side::Backward => Packed::straight(view),
+        }
     }
 
     /// b + t w in F32, where w is the column beyond.
@@ -288,7 +286,7 @@ fn add_elements(x: &Tensor, c: f32, (first, step): (usize, usize), sum: &mut [f3
         x.iter().skip(first).step_by(step).zip(sum).for_each(|(x, sum)| *sum += c * (*x).into());
         Ok(())
     }
-    let x = x.detach().contiguous()?;
+    let x = x.contiguous()?;
     match x.dtype() {
         DType::F16 => with_elements::<half::f16, _>(&x, |x| add(x, c, (first, step), sum)),
         DType::BF16 => with_elements::<half::bf16, _>(&x, |x| add(x, c, (first, step), sum)),
