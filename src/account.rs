@@ -108,7 +108,8 @@ impl Owned {
             return;
         }
         let category = self.category.name();
-        ALIVE[self.category as usize].fetch_add(delta, Relaxed);
+        let alive = ALIVE[self.category as usize].fetch_add(delta, Relaxed) + delta;
+        HIGHEST[self.category as usize].fetch_max(alive, Relaxed);
         match self.codec {
             None => tracing::event!(name: "bytes", target: TARGET, tracing::Level::TRACE, category, delta),
             Some(codec) => {
@@ -125,8 +126,10 @@ impl Drop for Owned {
     }
 }
 
-/// Bytes that are announced and not given back, by category, and those of the trajectory by codec.
+/// Bytes that are announced and not given back, by category, the most since [`at_most`] was asked, and those of the
+/// trajectory by codec.
 static ALIVE: [AtomicI64; Category::ALL.len()] = [const { AtomicI64::new(0) }; Category::ALL.len()];
+static HIGHEST: [AtomicI64; Category::ALL.len()] = [const { AtomicI64::new(0) }; Category::ALL.len()];
 static ENTRIES: Mutex<Vec<(&'static str, i64)>> = Mutex::new(Vec::new());
 
 fn count_entry(codec: &'static str, delta: i64) {
@@ -140,6 +143,15 @@ fn count_entry(codec: &'static str, delta: i64) {
 /// Bytes of `category` that are announced in the whole process and not given back.
 pub(crate) fn alive(category: Category) -> u64 {
     ALIVE[category as usize].load(Relaxed).max(0) as u64
+}
+
+/// Runs something, and says how much more of `category` was announced at most meanwhile, by the whole process.
+pub(crate) fn at_most<T>(category: Category, run: impl FnOnce() -> T) -> (T, usize) {
+    let (alive, highest) = (&ALIVE[category as usize], &HIGHEST[category as usize]);
+    let before = alive.load(Relaxed);
+    highest.store(before, Relaxed);
+    let done = run();
+    (done, usize::try_from(highest.load(Relaxed) - before).unwrap_or(0))
 }
 
 /// Of the trajectory, the bytes of each codec that was ever used.

@@ -8,6 +8,7 @@
 //! different threads have cells of their own.
 
 use crate::State;
+use crate::account::{Category, Owned};
 use crate::adjoint::{Reverse, Reversed};
 use crate::error::{OdeError, Result};
 use crate::field::Finite;
@@ -59,12 +60,20 @@ pub(crate) fn widen(y0: &State, accumulate: DType) -> Result<State> {
     })?)
 }
 
-/// Ties `outputs` (grid index, state) to `y0` (accumulate dtype) and the trainable tensors, by slot.
+/// Announces those tensors of y0 in the accumulate dtype that [`widen`] has copied.
+pub(crate) fn widened(y0: &State, accumulate: DType) -> Owned {
+    let copied = y0.tensors().iter().filter(|x| x.dtype() != accumulate);
+    let bytes = copied.map(|x| x.elem_count() * accumulate.size_in_bytes()).sum();
+    Owned::new(Category::Scratch, bytes)
+}
+
+/// Ties `outputs` (grid index, state) to `y0` (accumulate dtype; `copy` if it is one) and the trainable tensors, by slot.
 pub(crate) fn attach(
     outputs: Vec<(usize, State)>,
     y0: &State,
     trainable: Vec<Option<Tensor>>,
     recorded: Box<dyn Reverse>,
+    copy: Owned,
 ) -> Result<Vec<State>> {
     let cells = Arc::new(Cells::default());
     let tracked = y0.tensors().iter().map(Tensor::track_op).collect();
@@ -73,7 +82,8 @@ pub(crate) fn attach(
     let slots = trainable.into_iter().enumerate().filter_map(|(slot, tensor)| tensor.map(|x| (Arg::Slot(slot), x)));
     let (at, states): (Vec<usize>, Vec<State>) = outputs.into_iter().unzip();
     let Some(root) = token_tree(start.chain(slots).collect(), &cells)? else { return Ok(states) };
-    let solve = root.apply_op1(SolveNode { at, like: y0.detach(), tracked, recorded, cells: cells.clone() })?;
+    let node = SolveNode { at, like: y0.detach(), tracked, recorded, cells: cells.clone(), _copy: copy };
+    let solve = root.apply_op1(node)?;
     let attached = states.into_iter().enumerate().map(|(output, state)| {
         let mut tensor = 0;
         state.try_map(|x| {
@@ -149,6 +159,8 @@ struct SolveNode {
     tracked: Vec<bool>,
     recorded: Box<dyn Reverse>,
     cells: Arc<Cells>,
+    /// Of y0 in another dtype.
+    _copy: Owned,
 }
 
 impl SolveNode {

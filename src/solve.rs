@@ -340,6 +340,7 @@ impl Ode {
         let tracked = self.tracked && (y0.is_tracked() || of_times || trainable.iter().any(Option::is_some));
         let unrolled = tracked && matches!(self.adjoint, Adjoint::Unrolled(_));
         let start = crate::graph::widen(&y0, precision.accumulate_dtype())?;
+        let copy = crate::graph::widened(&y0, precision.accumulate_dtype());
         let compute = precision.compute_dtype();
         let casts = if unrolled {
             self.field.params().cast_tracked(&self.inputs, compute, &device)?
@@ -386,7 +387,7 @@ impl Ode {
         if let Some(back) = back {
             trainable.extend(moments(&times).into_iter().map(|moments| Some(moments.tensor)));
             let indices: Vec<usize> = reached.iter().map(|(n, _)| *n).collect();
-            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, back)?).collect();
+            reached = indices.into_iter().zip(crate::graph::attach(reached, &start, trainable, back, copy)?).collect();
         }
         let Some((end, last)) = reached.last().map(|(n, y)| (times[*n], y.clone())) else {
             return Err(OdeError::NoSteps);

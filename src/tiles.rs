@@ -1,23 +1,23 @@
 //! Tiles: rows of the batch that go through a pass together, on a thread of their own.
 //!
 //! A field that treats the rows of a batch independently is solved tile by tile: what lives at once of its evaluations,
-//! linearisations and stages belongs to one tile a thread and stays in that core's cache. Tiles are as even as can be. What they add up to, dL/dθ, is summed in the order of the tiles,
-//! so that the bits depend on the tile and not on the number of threads.
+//! linearisations and stages belongs to one tile a thread and stays in that core's cache. Tiles are as
+//! even as can be. What they add up to, dL/dθ, is summed in the order of the tiles, so that the bits depend on the tile and
+//! not on the number of threads.
 
+mod folding;
 mod workers;
 
 use crate::State;
-use crate::account::{Category, Owned};
 use crate::adjoint::{Reverse, Reversed};
 use crate::error::{OdeError, Result};
-use crate::field::ops::combine;
 use crate::forward::{Finished, Forward, Wanted};
 use crate::scaling::AdjointScaling;
 use crate::stats::Counters;
 use candle_core::Tensor;
-use std::collections::BTreeMap;
+use folding::Folding;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// How a batch is cut.
 #[derive(Clone, Debug)]
@@ -54,9 +54,19 @@ impl Tiles {
         workers::most()
     }
 
+    /// How many threads take them.
+    pub(crate) fn on_threads(&self) -> usize {
+        self.threads
+    }
+
     /// How many.
     pub(crate) fn count(&self) -> usize {
         self.tiles.len()
+    }
+
+    /// The rows of the largest.
+    pub(crate) fn rows(&self) -> usize {
+        self.tiles.iter().map(Range::len).max().unwrap_or(0)
     }
 
     /// The rows of tile `n`: a view.
@@ -136,15 +146,16 @@ struct Tiled {
 
 impl Reverse for Tiled {
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
-        let folded = Mutex::new(Folded::default());
+        let folding = Folding::new(self.tiles.threads);
         let starts = self.tiles.each(|n| {
+            let turn = folding.turn();
             let own = cotangents.iter().map(|(at, state)| Ok((*at, self.tiles.of(state, n)?)));
             let Reversed { y0, sums } = self.backs[n].reverse(&own.collect::<Result<Vec<_>>>()?)?;
-            folded.lock().unwrap_or_else(PoisonError::into_inner).add(n, sums)?;
+            turn.add(n, sums)?;
             Ok(y0)
         })?;
         self.scalings.iter().for_each(|scaling| self.scaling.learn(scaling.headroom()));
-        let Folded { sums, .. } = folded.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let sums = folding.into_sums();
         Ok(Reversed { y0: join(&starts.iter().collect::<Vec<_>>())?, sums })
     }
 
@@ -154,38 +165,6 @@ impl Reverse for Tiled {
 
     fn bytes_away(&self) -> usize {
         self.backs.iter().map(|back| back.bytes_away()).sum()
-    }
-}
-
-/// The sums of dL/dθ over the tiles so far, added in the order of the tiles.
-#[derive(Default)]
-struct Folded {
-    next: usize,
-    /// Of tiles that were done before one of a smaller index.
-    waiting: BTreeMap<usize, (Vec<Option<Tensor>>, Owned)>,
-    sums: Vec<Option<Tensor>>,
-    owned: Option<Owned>,
-}
-
-impl Folded {
-    fn add(&mut self, tile: usize, sums: Vec<Option<Tensor>>) -> Result<()> {
-        let bytes = sums.iter().flatten().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-        self.waiting.insert(tile, (sums, Owned::new(Category::Gradients, bytes)));
-        while let Some((sums, owned)) = self.waiting.remove(&self.next) {
-            self.next += 1;
-            if self.owned.is_none() {
-                (self.sums, self.owned) = (sums, Some(owned));
-                continue;
-            }
-            for (sum, of_tile) in self.sums.iter_mut().zip(sums) {
-                match (sum, of_tile) {
-                    (Some(sum), Some(of_tile)) => drop(combine::accumulate(sum, 1.0, &of_tile)?),
-                    (sum @ None, of_tile) => *sum = of_tile,
-                    (Some(_), None) => {}
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -249,20 +228,6 @@ mod tests {
             assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1, "{sizes:?}");
         }
         assert!(Tiles::new(128, 128, 2).is_none());
-    }
-
-    #[test]
-    fn sums_are_added_in_the_order_of_the_tiles() {
-        let of = |x: f32| vec![Some(Tensor::new(x, &Device::Cpu).unwrap()), None];
-        // In F32 1e8 + 1 − 1e8 is 0 in this order, and 1 in another.
-        for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
-            let mut folded = Folded::default();
-            for tile in order {
-                folded.add(tile, of([1e8, 1.0, -1e8][tile])).unwrap();
-            }
-            assert_eq!(folded.sums[0].as_ref().unwrap().to_scalar::<f32>().unwrap(), 0.0, "{order:?}");
-            assert!(folded.sums[1].is_none() && folded.waiting.is_empty());
-        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use candle_ode::account::Category;
 use candle_ode::memory::{MemoryPlan, MemoryProfiler, TrackingAllocator};
 use candle_ode::ops::{Activation, Mlp, conv2d};
 use candle_ode::prelude::*;
-use candle_ode::{Increments4, Increments8, Increments16, InputOnly, States};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
 use common::{fill, variable};
 
 #[global_allocator]
@@ -91,6 +91,9 @@ fn keepings() -> Vec<(&'static str, Adjoint)> {
         ("input only", discrete().schedule(InputOnly)),
         ("input only, increments in 8 bits", discrete().schedule(InputOnly).codec(Increments8)),
         ("consumed", discrete().consume()),
+        ("every linearisation", discrete().keep_linearizations()),
+        ("3 slots of linearisations", discrete().schedule(Checkpoints::new(3).with_stages())),
+        ("3 slots of linearisations, consumed", discrete().schedule(Checkpoints::new(3).with_stages()).consume()),
     ];
     all.into_iter().map(|(name, discrete)| (name, discrete.into())).collect()
 }
@@ -145,12 +148,58 @@ fn planned_is_measured() {
             for (name, solver, adjoint) in undone().into_iter().filter(|_| precision != Precision::BF16) {
                 cell(name, 16, ("nearly nothing", adjoint), solver(ode.clone()));
             }
+            // Tiles of 42 and 43 rows, of 2 and 3 images.
+            let rows = if problem == "mlp" { 43 } else { 3 };
+            let tiled = Ode::new(&field.clone().row_wise()).span(0.0, 1.0).precision(precision).tile(rows).threads(1);
+            for keeping in keepings.clone() {
+                cell("RK4 in tiles", 16, keeping, tiled.clone().solver(Rk4));
+            }
+            for (name, solver, adjoint) in undone().into_iter().filter(|_| precision == Precision::F32) {
+                cell(name, 16, ("tiles", adjoint), solver(tiled.clone()));
+            }
             for keeping in keepings.clone().into_iter().take(2) {
                 cell("Heun", 16, keeping.clone(), ode.clone().solver(Heun));
                 cell("Dopri5", 16, keeping, ode.clone().solver(Dopri5));
             }
         }
     }
+    falls_with_the_tile();
     println!("worst {worst:?}");
     assert!((worst.0 - 1.0).abs() < 0.03, "{worst:?}");
+}
+
+/// The peak falls with the tile as the plan says. On several threads the plan is a bound, and the trajectory what it is.
+fn falls_with_the_tile() {
+    let vars = VarMap::new();
+    let build = |vb| Mlp::new(&[64, 128, 64], Activation::Tanh, vb);
+    let field = ModelField::new(&vars, &Device::Cpu, build, |m: &Mlp, _: &Time, y| m.forward(y)).unwrap().row_wise();
+    fill(&vars, 1, 1.0);
+    let y0 = variable(2, &[1024, 64], DType::F32);
+    let ode = Ode::new(&field).span(0.0, 1.0).steps(16).precision(Precision::BF16);
+    for adjoint in [Discrete::default(), Discrete::default().schedule(InputOnly), Discrete::default().consume()] {
+        let ode = ode.clone().adjoint(adjoint.clone());
+        let mut last = u64::MAX;
+        for rows in [1024, 256, 100, 32] {
+            let name = format!("{adjoint:?}, tiles of {rows}");
+            let (plan, peak) = check(&name, &ode.clone().tile(rows).threads(1), y0.as_tensor());
+            assert_eq!((plan.tiles, plan.threads), (1024_usize.div_ceil(rows), 1), "{name}");
+            let planned = plan.peak.unwrap();
+            assert!((planned as f64 / peak as f64 - 1.0).abs() < 0.03, "{name}: planned {planned}, measured {peak}");
+            assert!(planned < last, "{name}: {planned} of {last}");
+            last = planned;
+        }
+        let mut last = 0;
+        for threads in [1, 2, 3] {
+            let ode = ode.clone().tile(128).threads(threads);
+            let plan = ode.plan(y0.as_tensor()).unwrap();
+            let (planned, peak) = (plan.peak.unwrap(), measured(&ode, y0.as_tensor()));
+            println!("{threads} threads: planned {planned} measured {peak} ratio {:.4}", planned as f64 / peak as f64);
+            assert!(peak as f64 <= 1.03 * planned as f64, "{threads} threads: {peak} is more than {planned}");
+            // All threads at their highest at once is not far from what happens.
+            assert!(planned as f64 <= 1.6 * peak as f64, "{threads} threads: {planned} for {peak}");
+            assert!(planned >= last, "{threads} threads: {planned} of {last}");
+            assert_eq!(ode.solve(y0.as_tensor()).unwrap().trajectory_bytes() as u64, plan.trajectory);
+            last = planned;
+        }
+    }
 }

@@ -22,7 +22,7 @@ use crate::Precision;
 use crate::State;
 use crate::error::Result;
 use crate::solver::{Solver, StageMemory};
-use crate::trajectory::schedule::{Checkpoints, KeepAll, Schedule};
+use crate::trajectory::schedule::{Checkpoints, InputOnly, KeepAll, Schedule};
 use crate::trajectory::{Codec, Keeping, SecondLevel, States, TwoLevels, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
@@ -140,11 +140,14 @@ impl Discrete {
         self
     }
 
-    /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: all stage
-    /// linearisations of a step at once or one at a time, and every state kept or as many checkpoints as there is room
-    /// for. The codec, and a schedule that was asked for, stay what they are. The peak is that of
-    /// [`Ode::plan`](crate::Ode::plan); where the heap is not counted the owned bytes have to fit. The choice is made once
-    /// per shape, and for the whole batch: a solve in tiles takes less.
+    /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: the
+    /// linearisations of every step kept or of some, every state kept or as many checkpoints as there is room for, all
+    /// stage linearisations of a step at once or one at a time. Where the solve runs in [tiles](crate::Ode::tile) and none
+    /// was asked for, also smaller tiles, and tile replay ([`InputOnly`](crate::InputOnly)); the tile moves the last bits
+    /// of dL/dθ. The codec, and a schedule or a tile that was asked for, stay what they are.
+    ///
+    /// The peak is that of [`Ode::plan`](crate::Ode::plan) (in tiles on several threads a bound of it); where the heap is not
+    /// counted the owned bytes have to fit. The choice is made once per shape.
     pub fn budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
         self
@@ -155,21 +158,29 @@ impl Discrete {
         self.budget.map(|bytes| (bytes, Self { budget: None, ..self.clone() }))
     }
 
-    /// The choices a budget has for `steps` steps, with their names.
-    pub(crate) fn choices(&self, steps: usize) -> Vec<(String, Self)> {
-        let mut schedules = vec![("as asked for".to_owned(), self.clone())];
-        if self.schedule.is_none() {
-            schedules[0].0 = "every state kept".into();
-            // A ladder of slots: each rung about half as many again.
-            let ladder = std::iter::successors(Some(1_usize), |slots| Some(slots + slots.div_ceil(2)));
-            let rungs = ladder.take_while(|slots| slots + 2 < steps);
-            schedules.extend(rungs.map(|slots| (format!("{slots} checkpoints"), self.clone().checkpoints(slots))));
-        }
+    /// The choices a budget has for `steps` steps, with their names. `linearizes` says whether linearisations can be kept,
+    /// `in_tiles` whether the solve runs in tiles.
+    pub(crate) fn choices(&self, steps: usize, linearizes: bool, in_tiles: bool) -> Vec<(String, Self)> {
         let stages = [(StageMemory::All, "all stages at once"), (StageMemory::One, "one stage at a time")];
-        let both = schedules.into_iter().flat_map(|(name, discrete)| {
+        let both = |(name, discrete): (String, Self)| {
             stages.map(|(memory, words)| (format!("{name}, {words}"), discrete.clone().stage_memory(memory)))
-        });
-        both.collect()
+        };
+        if self.schedule.is_some() {
+            return both(("as asked for".to_owned(), self.clone())).into();
+        }
+        // A ladder of slots: each rung about half as many again.
+        let ladder = || std::iter::successors(Some(1_usize), |slots| Some(slots + slots.div_ceil(2)));
+        let rungs = || ladder().take_while(|slots| slots + 2 < steps);
+        let mut states = vec![("every state kept".to_owned(), self.clone())];
+        states.extend(rungs().map(|slots| (format!("{slots} checkpoints"), self.clone().checkpoints(slots))));
+        states.extend(in_tiles.then(|| ("replayed".to_owned(), self.clone().schedule(InputOnly))));
+        let mut choices: Vec<_> = states.into_iter().flat_map(both).collect();
+        if linearizes {
+            let slots = |slots| self.clone().schedule(Checkpoints::new(slots).with_stages());
+            choices.push(("every step kept linearised".to_owned(), self.clone().keep_linearizations()));
+            choices.extend(rungs().map(|rung| (format!("{rung} steps kept linearised"), slots(rung))));
+        }
+        choices
     }
 
     /// Frees each entry of the trajectory as soon as the backward pass has used it. A second backward pass over the same

@@ -98,6 +98,7 @@ impl Gradients {
             return Ok(());
         }
         if self.wide {
+            let _owned = Owned::new(Category::Scratch, leaf.elem_count() * size_of::<f32>());
             let mut part = vec![0.0; leaf.elem_count()];
             contribute(&mut part);
             let scale = std::mem::take(&mut self.scale);

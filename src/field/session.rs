@@ -235,11 +235,13 @@ pub(crate) struct Spare<T>(Arc<Mutex<Unused<T>>>);
 struct Unused<T> {
     buffers: Vec<(Vec<T>, Owned)>,
     scratch: Scratch<T>,
+    /// Of the scratch, once it has grown.
+    owned: Option<Owned>,
 }
 
 impl<T: Default> Default for Spare<T> {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Unused { buffers: vec![], scratch: Scratch::default() })))
+        Self(Arc::new(Mutex::new(Unused { buffers: vec![], scratch: Scratch::default(), owned: None })))
     }
 }
 
@@ -260,7 +262,15 @@ impl<T: Held> Spare<T> {
 
     /// Runs `with` with the scratch of sums over rows.
     pub(crate) fn with_scratch<R>(&self, with: impl FnOnce(&mut Scratch<T>) -> R) -> R {
-        with(&mut lock(&self.0).scratch)
+        let mut unused = lock(&self.0);
+        let done = with(&mut unused.scratch);
+        let bytes = unused.scratch.bytes();
+        if bytes != unused.owned.as_ref().map_or(0, Owned::bytes) {
+            // What it was is given back first.
+            unused.owned = None;
+            unused.owned = Some(Owned::new(Category::Scratch, bytes));
+        }
+        done
     }
 }
 

@@ -121,6 +121,11 @@ impl Composition {
     pub(super) fn add(&mut self, part: Part, delta: i64) {
         self.0[part.position()] += delta;
     }
+
+    /// Itself and so many times the other.
+    pub(super) fn and(&self, times: i64, other: &Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n] + times * other.0[n]))
+    }
 }
 
 impl Serialize for Composition {

@@ -20,7 +20,7 @@ impl Ode {
     ///
     /// # Errors
     /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is not
-    /// known, dense output, a solve in [tiles](Self::tile) (the whole batch can be planned, and takes more), [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
+    /// known, dense output, [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
     /// [`Reversible`](crate::Reversible) with [`Reconstruct`](crate::Reconstruct) or [`Backsolve`](crate::Backsolve).
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();
@@ -36,15 +36,9 @@ impl Ode {
         if self.dense || self.interpolate {
             return unplanned("dense output");
         }
-        if self.tiles(&y0)?.is_some() {
-            return unplanned("a solve in tiles, which need less than the whole batch (that of .tile(usize::MAX))");
-        }
         let read = self.with_times_read()?;
         let grid = read.time_grid()?;
         let (memory, adjoint) = match (&self.adjoint, self.adjoint.keeping(precision)?) {
-            (_, Some(keeping)) if keeping.schedule.slot() == Slot::Stages => {
-                return unplanned("slots that hold linearisations");
-            }
             (_, Some(keeping)) if keeping.levels.is_some() => return unplanned("two levels of storage"),
             (Adjoint::Discrete(discrete), Some(keeping)) => (discrete.stage_memory, PlannedAdjoint::Kept(keeping)),
             (Adjoint::Reconstruct(reconstruct), _) => {
@@ -59,6 +53,9 @@ impl Ode {
             }
             _ => return unplanned("Unrolled"),
         };
+        if matches!(&adjoint, PlannedAdjoint::Kept(keeping) if keeping.schedule.slot() == Slot::Stages) {
+            self.check_linearizes(self.time_tensors.is_tracked(), false)?;
+        }
         let trainable = self.field.params().trainable(&self.inputs);
         let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
         outputs.push(grid.steps());
@@ -73,6 +70,7 @@ impl Ode {
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
             memory,
             adjoint,
+            tiles: self.tiles(&y0)?,
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked
@@ -110,11 +108,29 @@ impl Ode {
             Adjoint::Discrete(discrete) => discrete.take_budget().map_or_else(|| discrete.clone(), |(_, plain)| plain),
             _ => Discrete::default(),
         };
-        let planned = discrete.choices(steps).into_iter().map(|(name, adjoint)| {
-            let plan = self.clone().tile(usize::MAX).adjoint(adjoint.clone()).plan(&y0)?;
-            Ok(Choice { name, adjoint, plan })
-        });
-        Ok(Choices::new(planned.collect::<Result<_>>()?))
+        let linearizes = self.solver.tableau().is_some() && !self.time_tensors.is_tracked();
+        let mut choices = vec![];
+        for tile in self.rows_to_choose_from(&y0)? {
+            for (name, adjoint) in discrete.choices(steps, linearizes, tile.is_some()) {
+                let name = tile.map_or_else(|| name.clone(), |rows| format!("{name}, tiles of {rows}"));
+                let ode = tile.into_iter().fold(self.clone(), Self::tile);
+                let plan = ode.adjoint(adjoint.clone()).plan(&y0)?;
+                choices.push(Choice { name, adjoint, tile, plan });
+            }
+        }
+        Ok(Choices::new(choices))
+    }
+
+    /// The rows of tiles among which a budget may choose: those asked for, or the default and smaller ones.
+    fn rows_to_choose_from(&self, y0: &State) -> Result<Vec<Option<usize>>> {
+        let Some(tiles) = self.tiles(y0)? else { return Ok(vec![None]) };
+        match self.cut.rows {
+            Some(rows) => Ok(vec![Some(rows)]),
+            None => {
+                let smaller = std::iter::successors(Some(tiles.rows()), |rows| (*rows > 1).then(|| rows.div_ceil(4)));
+                Ok(smaller.take(3).map(Some).collect())
+            }
+        }
     }
 
     /// Itself with what fits the budget, if there is one.
@@ -128,9 +144,11 @@ impl Ode {
             y0.tensors().iter().chain(&self.inputs).map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
         let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
         let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
-        let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {:?} {plain:?} {budget}", self.save_at);
-        let chosen = self.known.choose(settings, || Ok(self.choices(y0)?.within(budget)?.adjoint.clone()))?;
-        Ok(Some(self.clone().adjoint(chosen)))
+        let (outputs, cut) = (&self.save_at, self.cut);
+        let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {outputs:?} {cut:?} {plain:?} {budget}");
+        let fitting = || self.choices(y0)?.within(budget).map(|choice| (choice.adjoint.clone(), choice.tile));
+        let (adjoint, tile) = self.known.choose(settings, fitting)?;
+        Ok(Some(tile.into_iter().fold(self.clone().adjoint(adjoint), Self::tile)))
     }
 }
 

@@ -4,6 +4,7 @@ use super::MemoryPlan;
 use crate::account::Category;
 use crate::adjoint::Discrete;
 use crate::error::{OdeError, Result};
+use std::cmp::Reverse;
 use std::fmt;
 
 /// One way of keeping a trajectory, and what it takes.
@@ -13,29 +14,34 @@ pub struct Choice {
     pub name: String,
     /// The adjoint to ask for.
     pub adjoint: Discrete,
+    /// The rows of a tile to ask for ([`Ode::tile`](crate::Ode::tile)); `None` where the batch is not cut.
+    pub tile: Option<usize>,
     /// What it takes.
     pub plan: MemoryPlan,
 }
 
 impl Choice {
-    /// The bytes a budget is held against: the peak, or where the heap is not counted what is owned beside the masters.
+    /// The bytes a budget is held against: the peak (of tiles on several threads a bound of it), or where the heap is not
+    /// counted what is owned beside the masters.
     pub fn bytes(&self) -> u64 {
         self.plan.peak.unwrap_or(self.plan.owned_peak - self.plan.owned(Category::Parameters))
     }
 
-    /// Calls of the field, all alike.
+    /// Calls of the field, all alike; in tiles, those of one.
     pub fn calls(&self) -> usize {
         self.plan.evaluations + self.plan.linearizations + self.plan.pullbacks
     }
 }
 
-/// Choices side by side, the one with the fewest calls of the field first; printed, a table.
+/// Choices side by side, the one with the fewest calls of the field first, and of as many the one with the largest tile;
+/// printed, a table.
 #[derive(Clone, Debug)]
 pub struct Choices(pub Vec<Choice>);
 
 impl Choices {
     pub(crate) fn new(mut choices: Vec<Choice>) -> Self {
-        choices.sort_by_key(|choice| (choice.calls(), choice.bytes()));
+        let rows = |choice: &Choice| choice.tile.unwrap_or(usize::MAX);
+        choices.sort_by_key(|choice| (choice.calls(), Reverse(rows(choice)), choice.bytes()));
         Self(choices)
     }
 
@@ -55,11 +61,12 @@ impl Choices {
 
 impl fmt::Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:44} {:>14} {:>14} {:>10} {:>10}", "choice", "bytes", "trajectory", "calls of f", "recomputed")?;
+        let width = self.0.iter().map(|choice| choice.name.chars().count()).max().unwrap_or(0).max("choice".len());
+        write!(f, "{:width$} {:>14} {:>14} {:>10} {:>10}", "choice", "bytes", "trajectory", "calls of f", "recomputed")?;
         for choice in &self.0 {
             let MemoryPlan { trajectory, recomputed_steps, .. } = choice.plan;
             let (bytes, calls) = (choice.bytes(), choice.calls());
-            write!(f, "\n{:44} {bytes:>14} {trajectory:>14} {calls:>10} {recomputed_steps:>10}", choice.name)?;
+            write!(f, "\n{:width$} {bytes:>14} {trajectory:>14} {calls:>10} {recomputed_steps:>10}", choice.name)?;
         }
         Ok(())
     }

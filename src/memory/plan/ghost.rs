@@ -1,7 +1,7 @@
 //! Buffers that are not there: they take their bytes from a tally when they are made and give them back when they are
 //! dropped, so that an imagined solve can be written as the real one is.
 
-use super::tally::Tally;
+use super::tally::{Stretch, Tally};
 use crate::account::Category;
 use crate::memory::composition::Part;
 use std::cell::RefCell;
@@ -18,9 +18,9 @@ impl Heap {
         Ghost(Rc::new(Buffer { heap: self.clone(), part, bytes }))
     }
 
-    /// Bytes that are live before and announced.
-    pub(super) fn hold(&self, category: Category, bytes: usize) {
-        self.0.borrow_mut().rename(Part::Baseline, Part::Owned(category), bytes);
+    /// A handle to what somebody else holds.
+    pub(super) fn handle(&self, part: Part) -> Ghost {
+        self.buffer(part, 0)
     }
 
     /// Something needs bytes for a moment.
@@ -28,9 +28,9 @@ impl Heap {
         self.0.borrow_mut().pass(part, bytes);
     }
 
-    /// What has been added up.
-    pub(super) fn tally(&self) -> Tally {
-        self.0.borrow().clone()
+    /// What has happened since the last stretch ended.
+    pub(super) fn stretch(&self) -> Stretch {
+        self.0.borrow_mut().stretch()
     }
 }
 

@@ -4,20 +4,23 @@
 //! linearisation and its pullback at y0 (no step is made). The two are put together by walking through both passes
 //! without allocating anything.
 
+mod back;
 mod choices;
 mod ghost;
 mod probe;
+mod session;
 mod slots;
 mod step;
 mod tally;
 mod undone;
 mod walk;
+mod whole;
 
 pub use choices::{Choice, Choices};
 pub(crate) use probe::{Costs, Key};
 
 use super::composition::{Composition, Part};
-use super::meter::{TrackingAllocator, held};
+use super::meter::held;
 use crate::State;
 use crate::account::Category;
 use crate::adjoint::{Back, Discrete};
@@ -26,14 +29,15 @@ use crate::field::Field;
 use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Clock, Reversal, Solver, StageMemory, Tableau};
+use crate::tiles::Tiles;
 use crate::time::TimeGrid;
-use crate::trajectory::{Codec, Encodes, Keeping, Kept, States};
-use candle_core::{Device, Shape, Tensor};
+use crate::trajectory::Keeping;
+use candle_core::{Device, Tensor};
 use probe::Probed;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use undone::Way;
-use walk::{ClockBytes, Counts, Keeps, Sizes, Solve};
+use walk::ClockBytes;
 
 /// Predicted bytes of one solve and its backward pass, above what is live before it, and how often the field is called.
 /// The field's masters are live before it: they are owned, and taken out of the baseline in [`at_peak`](Self::at_peak).
@@ -81,6 +85,12 @@ pub struct MemoryPlan {
     pub pullbacks: usize,
     /// Steps computed again in the backward pass.
     pub recomputed_steps: usize,
+    /// Tiles that the batch is cut into: see [`Ode::tile`](crate::Ode::tile). The counts above are those of a tile, as in
+    /// [`Solution::stats`](crate::Solution::stats).
+    pub tiles: usize,
+    /// Threads that the tiles run on. On one, the bytes are what will be measured. On several, where each of them is when
+    /// is not known: the trajectory is what it is, and peaks are bounds, with all threads at their highest at once.
+    pub threads: usize,
     owned: [u64; Category::ALL.len()],
 }
 
@@ -93,12 +103,17 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tiles, threads, .. } = self;
+        let at_most = if *threads > 1 { " at most" } else { "" };
         match self.peak {
-            Some(peak) => writeln!(f, "peak {peak} bytes, of which:")?,
+            Some(peak) => writeln!(f, "peak{at_most} {peak} bytes, of which:")?,
             None => writeln!(f, "owned at most {} bytes (the heap is not counted), of which:", self.owned_peak)?,
         }
         for (part, bytes) in self.at_peak.iter().filter(|(part, bytes)| *part != Part::Baseline && *bytes != 0) {
             writeln!(f, "  {:12} {bytes}", part.name())?;
+        }
+        if *tiles > 1 {
+            writeln!(f, "{tiles} tiles on {threads} threads, of each:")?;
         }
         let Self { evaluations, linearizations, pullbacks, recomputed_steps, .. } = self;
         write!(
@@ -113,19 +128,22 @@ impl fmt::Display for MemoryPlan {
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     costs: Mutex<Vec<(Key, Costs)>>,
-    chosen: Mutex<Vec<(String, Discrete)>>,
+    chosen: Mutex<Vec<(String, Fitting)>>,
 }
+
+/// What fits a budget: an adjoint, and the rows of a tile.
+pub(crate) type Fitting = (Discrete, Option<usize>);
 
 impl Known {
     /// The choice for these settings, made when it is first asked for.
-    pub(crate) fn choose(&self, settings: String, choose: impl FnOnce() -> Result<Discrete>) -> Result<Discrete> {
+    pub(crate) fn choose(&self, settings: String, choose: impl FnOnce() -> Result<Fitting>) -> Result<Fitting> {
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, discrete)) = chosen.iter().find(|(of, _)| *of == settings) {
-            return Ok(discrete.clone());
+        if let Some((_, fitting)) = chosen.iter().find(|(of, _)| *of == settings) {
+            return Ok(fitting.clone());
         }
-        let discrete = choose()?;
-        chosen.push((settings, discrete.clone()));
-        Ok(discrete)
+        let fitting = choose()?;
+        chosen.push((settings, fitting.clone()));
+        Ok(fitting)
     }
 }
 
@@ -150,6 +168,8 @@ pub(crate) struct Planned<'a> {
     pub(crate) scaling: AdjointScaling,
     pub(crate) memory: StageMemory,
     pub(crate) adjoint: PlannedAdjoint,
+    /// The tiles of the batch, if it is cut.
+    pub(crate) tiles: Option<Tiles>,
     pub(crate) inputs: &'a [Tensor],
     pub(crate) seed: u64,
     /// Whether a backward pass follows.
@@ -160,93 +180,6 @@ pub(crate) struct Planned<'a> {
 }
 
 impl Planned<'_> {
-    /// The plan of a solve from `y0`.
-    pub(crate) fn plan(&self, y0: &State) -> Result<MemoryPlan> {
-        let (tableau, coupled) = self.made_of()?;
-        let (compute, accumulate) = (self.precision.compute_dtype(), self.precision.accumulate_dtype());
-        let (start, widened) = held(|| crate::graph::widen(&y0.detach(), accumulate))?;
-        let (clock, clocked) = held(|| Ok(Clock::new(self.grid, self.solver.nodes(), y0.device())))?;
-        let costs = self.costs(&start, &clock)?;
-        let shapes: Vec<Shape> = start.tensors().iter().map(|x| x.shape().clone()).collect();
-        let exact: Arc<dyn Codec> = Arc::new(States(accumulate));
-        let codec = match &self.adjoint {
-            PlannedAdjoint::Kept(keeping) => &keeping.codec,
-            PlannedAdjoint::Undone(_) | PlannedAdjoint::Backwards(_) => &exact,
-        };
-        let entry = codec.bytes(&shapes);
-        let ((kept, _), encoded) = held(|| codec.encode(&start))?;
-        let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
-        drop((kept, decoded));
-        // A state that is kept as it is has a handle of its own.
-        let (_, handle) = held(|| exact.encode(&start))?;
-        let encodes = codec.encodes();
-        // Anything else makes an entry of its own.
-        let entry_is_state =
-            encodes == Encodes::States && codec.dtype() == accumulate && entry == start.bytes(accumulate);
-        let sizes = Sizes {
-            accumulate: start.bytes(accumulate),
-            compute: start.bytes(compute),
-            entry,
-            entry_beside: encoded.kept.saturating_sub(entry) + Kept::BESIDE,
-            handle: handle.kept + Kept::BESIDE,
-            encoding: encoded.most,
-            decoding: decoding.most,
-            encodes,
-            entry_is_state,
-            same_dtype: compute == accumulate,
-            widened: widened.kept,
-            clock: ClockBytes { host: clocked.kept + 8 * self.grid.times().len(), device: clock.len() * costs.time },
-            parameters: self.field.params().bytes(),
-        };
-        let keeps = match &self.adjoint {
-            _ if !self.tracked => Keeps::Nothing,
-            PlannedAdjoint::Kept(keeping) => Keeps::States(keeping.schedule.as_ref(), keeping.consume),
-            PlannedAdjoint::Undone(every) => Keeps::Anchors(*every),
-            PlannedAdjoint::Backwards(_) => Keeps::Anchors(usize::MAX),
-        };
-        let mut solve = Solve {
-            tableau,
-            coupled,
-            memory: self.memory,
-            keeps,
-            costs,
-            sizes,
-            steps: self.grid.steps(),
-            heap: Default::default(),
-            counts: Counts::default(),
-            sums: None,
-            live: 0,
-            goes_back: false,
-            packed: None,
-            packed_back: None,
-            session: vec![],
-        };
-        let mut walked = solve.forward(&self.outputs, self.checks);
-        let trajectory = walked.trajectory();
-        match (keeps, &self.adjoint) {
-            (Keeps::Nothing, _) => {}
-            (Keeps::States(schedule, consume), _) => solve.backward(&mut walked, &self.outputs, (schedule, consume))?,
-            (_, PlannedAdjoint::Backwards(back)) => {
-                let way = self.way(back, y0.device(), costs.time)?;
-                solve.solve_backwards(&mut walked, &self.outputs, &way);
-            }
-            _ => solve.undo_all(&walked, &self.outputs),
-        }
-        let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
-        let (tally, counts) = (solve.heap.tally(), solve.counts);
-        Ok(MemoryPlan {
-            peak: counts_heap.then_some(tally.highest().total() as u64),
-            at_peak: tally.highest(),
-            owned_peak: tally.owned_total_peak(),
-            trajectory: trajectory as u64,
-            evaluations: counts.evaluations,
-            linearizations: counts.linearizations,
-            pullbacks: counts.pullbacks,
-            recomputed_steps: counts.recomputed_steps,
-            owned: Category::ALL.map(|category| tally.owned_peak(category)),
-        })
-    }
-
     /// The tableau that the solver is made of, and whether it couples two states over it.
     fn made_of(&self) -> Result<(&Tableau, bool)> {
         let coupled = || self.solver.reversal().and_then(Reversal::base);
@@ -281,6 +214,7 @@ impl Planned<'_> {
             scaling: &self.scaling,
             seed: self.seed,
             tracked: self.tracked,
+            linearizes: self.keeps().linearizes(),
         };
         let key = probed.key();
         let mut known = self.known.costs.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,7 +4,7 @@
 //! least counts, since a thread that joins late takes its buffers then. No step is made.
 
 use crate::State;
-use crate::account::{Category, alive};
+use crate::account::{Category, alive, at_most};
 use crate::error::Result;
 use crate::field::ops::combine;
 use crate::field::{Casts, Field, Gradients, Linearization, Opening};
@@ -53,11 +53,15 @@ pub(crate) struct Layers {
     /// Weights, packed by the first evaluation, and anew while a pass linearises.
     pub(super) packed: usize,
     pub(super) packed_back: usize,
-    /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, and for a pullback.
+    /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, for an evaluation while
+    /// linearisations are kept, and for a pullback.
     pub(super) evaluation: usize,
     pub(super) linearisation: usize,
     pub(super) further: usize,
+    pub(super) beside: usize,
     pub(super) pullback: usize,
+    /// What a pullback needs for a moment: sums in F32, on their way into those in F64.
+    pub(super) moment: usize,
 }
 
 /// What a probe is made of.
@@ -72,6 +76,8 @@ pub(super) struct Probed<'a> {
     pub(super) seed: u64,
     /// Whether a backward pass follows.
     pub(super) tracked: bool,
+    /// Whether the forward pass keeps linearisations: its session is one that linearises.
+    pub(super) linearizes: bool,
 }
 
 /// What costs depend on.
@@ -82,6 +88,7 @@ pub(crate) struct Key {
     dtypes: (DType, DType),
     scaling: &'static str,
     tracked: bool,
+    linearizes: bool,
 }
 
 impl Probed<'_> {
@@ -92,6 +99,7 @@ impl Probed<'_> {
             dtypes: (self.compute, self.accumulate),
             scaling: self.scaling.name(),
             tracked: self.tracked,
+            linearizes: self.linearizes,
         }
     }
 
@@ -162,28 +170,40 @@ impl Probed<'_> {
         };
         // The layers make their buffers, and the first pullback the sums.
         let (needed, warm) = held_by(|| {
+            // In the order in which a session that keeps linearisations needs them.
+            let evaluate = || if self.linearizes { stages.slope(&at, 0, point).map(drop) } else { Ok(()) };
+            evaluate()?;
+            let zero = grown() - casts.packed_back();
             let first = stages.linearize(&at, 0, point)?;
             let packed = casts.packed_back();
             let one = grown() - packed;
             let second = stages.linearize(&at, 0, point)?;
             let two = grown() - packed;
+            evaluate()?;
+            let beside = grown() - packed;
             drop(pull(&mut gradients, second.as_ref())?);
             drop((first, second));
             costs.layers.packed_back = packed;
-            Ok::<_, crate::OdeError>([one, two, grown() - packed])
+            Ok::<_, crate::OdeError>([zero, one, two, beside, grown() - packed])
         })?;
         costs.sums = gradients.bytes();
         let (linearization, steady) = held_by(|| stages.linearize(&at, 0, point))?;
         (costs.linearisation, costs.linearised) = (steady.most, steady.kept);
-        let (mu, steady) = held_by(|| pull(&mut gradients, linearization.as_ref()))?;
+        let pulling = || held_by(|| pull(&mut gradients, linearization.as_ref()));
+        let (pulled, moment) = at_most(Category::Scratch, pulling);
+        let (mu, steady) = pulled?;
+        costs.layers.moment = moment;
         drop((mu, linearization));
         costs.pullback = steady.most;
         costs.linearised_model =
-            held.kept + warm.kept.saturating_sub(needed[2] + costs.layers.packed_back + costs.sums);
+            held.kept + warm.kept.saturating_sub(needed[4] + costs.layers.packed_back + costs.sums);
         drop(model);
-        let Layers { linearisation, further, pullback, .. } = &mut costs.layers;
-        (*linearisation, *further) = (needed[0], needed[1] - needed[0]);
-        *pullback = needed[2] - needed[1];
+        let [zero, one, two, beside, all] = needed;
+        let evaluation = if self.linearizes { zero } else { costs.layers.evaluation };
+        let differences = (one, two - one, beside - two, all - beside);
+        let layers = &mut costs.layers;
+        layers.evaluation = evaluation;
+        (layers.linearisation, layers.further, layers.beside, layers.pullback) = differences;
         Ok(())
     }
 

@@ -1,10 +1,12 @@
 //! The slots of a trajectory, in bytes: what is kept when a state is reached, restored or dropped.
 
 use super::ghost::{Announced, Ghost};
+use super::session::Linearization;
 use super::walk::Solve;
 use crate::account::Category;
 use crate::memory::composition::Part;
 use crate::trajectory::Encodes;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// One kept state.
@@ -24,6 +26,8 @@ pub(super) struct Slots {
     kept: Vec<Rc<Kept>>,
     residual: Option<Rc<(Ghost, Announced)>>,
     above: Option<(usize, Ghost)>,
+    /// By state, the linearisations of the step that led to it.
+    linearized: BTreeMap<usize, Rc<Vec<Linearization>>>,
 }
 
 /// A state that is at hand, or one to be decoded each time it is needed.
@@ -44,7 +48,15 @@ impl AtHand {
 impl Slots {
     /// For a walk that may drop entries without taking them from others.
     pub(super) fn share(&self) -> Self {
-        Self { kept: self.kept.clone(), ..Self::default() }
+        Self { kept: self.kept.clone(), linearized: self.linearized.clone(), ..Self::default() }
+    }
+
+    pub(super) fn keep_linearized(&mut self, n: usize, linearized: Rc<Vec<Linearization>>) {
+        self.linearized.insert(n, linearized);
+    }
+
+    pub(super) fn linearized(&self, n: usize) -> Option<Rc<Vec<Linearization>>> {
+        self.linearized.get(&n).cloned()
     }
 
     pub(super) fn states(&self) -> Vec<usize> {
@@ -132,6 +144,7 @@ impl Slots {
     }
 
     pub(super) fn drop_state(&mut self, solve: &Solve<'_>, n: usize) {
+        self.linearized.remove(&n);
         let Some(index) = self.kept.iter().position(|kept| kept.at == n) else { return };
         let depends = index > 0 && self.kept[index - 1].is_increment;
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {

@@ -4,6 +4,7 @@
 //! linearisations (or one, and the slopes below it), κ, the μᵢ and both λ.
 
 use super::ghost::{Announced, Ghost};
+use super::session::Linearization;
 use super::walk::Solve;
 use crate::account::Category;
 use crate::memory::composition::Part;
@@ -14,7 +15,7 @@ pub(super) type Held = (Ghost, Announced);
 
 /// What a backward pass holds of the stages of a step.
 enum Points {
-    All(Vec<Ghost>),
+    All(Vec<Linearization>),
     One(Vec<Held>),
 }
 
@@ -44,6 +45,20 @@ impl Solve<'_> {
         let y = self.state();
         drop(slopes);
         y
+    }
+
+    /// The same, with the linearisations of the step.
+    pub(super) fn linearized_step(&mut self) -> (Ghost, Vec<Linearization>) {
+        let all = self.used().into_iter().map(|i| self.linearise(i)).collect();
+        (self.state(), all)
+    }
+
+    /// The pullback of one step by linearisations that are kept: the new λ.
+    pub(super) fn pullback_linearized(&mut self, all: &[Linearization]) -> Ghost {
+        let mus: Vec<Held> = all.iter().rev().map(|linearization| self.pull(linearization)).collect();
+        let lambda = self.state();
+        drop(mus);
+        lambda
     }
 
     /// The pullback of one step from `y`: the new λ.
@@ -95,9 +110,7 @@ impl Solve<'_> {
                     Some(self.linearise(*i))
                 }
             };
-            mus.push(self.pull());
-            drop(linearization);
-            self.live -= 1;
+            mus.extend(linearization.map(|linearization| self.pull(&linearization)));
         }
         mus
     }
@@ -107,7 +120,7 @@ impl Solve<'_> {
         let used = self.used();
         let slope = |solve: &mut Self, i: usize| {
             let point = solve.point(i);
-            solve.layers(solve.costs.layers.evaluation);
+            solve.evaluate_layers();
             solve.heap.pass(Part::Field, solve.costs.evaluation);
             let k = solve.heap.buffer(Part::Field, solve.sizes.compute + solve.costs.state_beside);
             solve.counts.evaluations += 1;
@@ -118,61 +131,36 @@ impl Solve<'_> {
         used.into_iter().filter(|i| *i < end).map(|i| slope(self, i)).collect()
     }
 
-    pub(super) fn linearise(&mut self, stage: usize) -> Ghost {
+    pub(super) fn linearise(&mut self, stage: usize) -> Linearization {
         let point = self.point(stage);
-        self.live += 1;
-        self.layers(self.linearised_layers());
+        self.linearize_layers();
         self.heap.pass(Part::Field, self.costs.linearisation);
         let graph = self.heap.buffer(Part::Field, self.costs.linearised);
         self.counts.linearizations += 1;
         drop(point);
-        graph
+        self.linearization(graph)
     }
 
     /// One pullback: μ.
-    fn pull(&mut self) -> Held {
+    fn pull(&mut self, through: &Linearization) -> Held {
         let kappa = self.state();
         let _owned = kappa.announce(Category::Cotangents, self.sizes.accumulate);
-        self.pull_back()
+        self.pull_back(through)
     }
 
     /// μ of a κ that is at hand.
-    pub(super) fn pull_back(&mut self) -> Held {
+    pub(super) fn pull_back(&mut self, through: &Linearization) -> Held {
         if self.sums.is_none() {
             let sums = self.heap.buffer(Part::Other, self.costs.sums);
             let owned = sums.announce(Category::Gradients, self.costs.sums);
             self.sums = Some((sums, owned));
         }
-        self.layers(self.linearised_layers() + self.costs.layers.pullback);
+        self.pull_layers(through);
+        self.heap.pass(Part::Owned(Category::Scratch), self.costs.layers.moment);
         self.heap.pass(Part::Pullback, self.costs.pullback);
         self.counts.pullbacks += 1;
         let mu = self.state();
         self.cotangent(mu)
-    }
-
-    /// What the layers need for the linearisations that live.
-    fn linearised_layers(&self) -> usize {
-        self.costs.layers.linearisation + self.live.saturating_sub(1) * self.costs.layers.further
-    }
-
-    /// The layers of the open session need buffers of so many bytes at once; they keep them. Weights are packed by
-    /// then.
-    pub(super) fn layers(&mut self, bytes: usize) {
-        if self.packed.is_none() {
-            self.packed = self.scratch(self.costs.layers.packed);
-        }
-        if self.goes_back && self.packed_back.is_none() {
-            self.packed_back = self.scratch(self.costs.layers.packed_back);
-        }
-        let grown = bytes.saturating_sub(self.session.iter().map(|(_, owned)| owned.bytes()).sum());
-        let more = self.scratch(grown);
-        self.session.extend(more);
-    }
-
-    fn scratch(&self, bytes: usize) -> Option<Held> {
-        let buffer = (bytes > 0).then(|| self.heap.buffer(Part::Field, bytes))?;
-        let owned = buffer.announce(Category::Scratch, bytes);
-        Some((buffer, owned))
     }
 
     /// A stage state; without terms and in the same dtype it is y itself.

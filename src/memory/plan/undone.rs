@@ -1,5 +1,6 @@
 //! The walks back that keep next to nothing, in bytes: steps of a reversible solver undone, and the ODE solved backwards.
 
+use super::back::Left;
 use super::ghost::Ghost;
 use super::step::Held;
 use super::walk::{ClockBytes, Solve, Walked};
@@ -17,9 +18,9 @@ pub(super) struct Way<'a> {
 
 impl<'a> Solve<'a> {
     /// Undoes every step from the end, or from the next anchor.
-    pub(super) fn undo_all(&mut self, walked: &Walked, outputs: &[usize]) {
-        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.open_back();
+    pub(super) fn undo_all(&mut self, walked: &Walked, outputs: &[usize]) -> Left {
+        let cotangents = self.cotangents(outputs);
+        let model = self.open(true);
         let anchor = |n: usize| {
             let (_, states) = walked.anchors.iter().find(|(at, _)| *at == n)?;
             Some(states.iter().map(|(state, _)| state.clone()).collect::<Vec<_>>())
@@ -50,24 +51,21 @@ impl<'a> Solve<'a> {
         self.compare();
         // ȳ + z̄.
         let folded = self.state();
-        drop((carried, lambda, folded));
-        self.hand_over(model);
+        drop((carried, lambda));
+        (self.hand_over(model, Some(folded)), None)
     }
 
     /// Solves y and λ backwards.
-    pub(super) fn solve_backwards(&mut self, walked: &mut Walked, outputs: &[usize], way: &Way<'a>) {
-        // The times of the forward pass are not needed any more.
-        walked.clock = None;
+    pub(super) fn solve_backwards(&mut self, outputs: &[usize], way: &Way<'a>) -> Left {
         let clock = self.clock(way.clock);
-        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.open_back();
+        let cotangents = self.cotangents(outputs);
+        let model = self.open(true);
         self.tableau = way.tableau;
         let mut y: Option<Ghost> = None;
         let mut lambda: Option<Held> = None;
         for n in (0..=self.steps).rev() {
             if let Some(at) = outputs.iter().position(|output| *output == n) {
-                let sum = if lambda.is_some() { self.state() } else { cotangents[at].clone() };
-                lambda = Some(self.cotangent(sum));
+                lambda = Some(self.with_cotangent(lambda.as_ref(), &cotangents[at]));
             }
             for _ in 0..if n == 0 { 0 } else { way.substeps } {
                 let [before, pulled] = self.step_back();
@@ -76,8 +74,8 @@ impl<'a> Solve<'a> {
             }
         }
         self.compare();
-        drop((y, lambda, clock));
-        self.hand_over(model);
+        drop(y);
+        (self.hand_over(model, lambda.map(|(lambda, _)| lambda)), Some(clock))
     }
 
     /// One step back of y and λ.
@@ -88,10 +86,9 @@ impl<'a> Solve<'a> {
             // λ at the stage, which without terms is λ itself.
             let here = (0..stage).any(|j| self.tableau.a(stage, j) != 0.0).then(|| self.state());
             let kappa = self.state();
-            let mu = self.pull_back();
+            let mu = self.pull_back(&linearization);
             // The slope outlives the linearisation that it is part of.
             drop(linearization);
-            self.live -= 1;
             let k = self.heap.buffer(Part::Field, self.sizes.compute + self.costs.state_beside);
             let owned = k.announce(Category::Stages, self.sizes.compute);
             drop((here, kappa));

@@ -1,19 +1,19 @@
-//! The walk forward, and the walk back over what was kept, in bytes: makes and drops the buffers that the passes would, in
-//! their order.
+//! The walk forward over one tile, in bytes: makes and drops the buffers that the pass would, in their order. A batch that
+//! is not cut is one tile.
 
-use super::ghost::{Announced, Ghost, Heap};
+use super::ghost::{Ghost, Heap};
 use super::probe::Costs;
-use super::slots::{AtHand, Slots};
+use super::session::Session;
+use super::slots::Slots;
 use super::step::Held;
 use crate::account::Category;
-use crate::error::Result;
 use crate::memory::composition::Part;
-use crate::memory::meter::held;
 use crate::solver::{StageMemory, Tableau};
 use crate::trajectory::Encodes;
-use crate::trajectory::schedule::{Action, Schedule};
+use crate::trajectory::schedule::{Action, Schedule, Slot};
+use std::rc::Rc;
 
-/// The shape of a solve, in bytes.
+/// The states of a tile, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     /// A state in the accumulate dtype.
@@ -33,12 +33,6 @@ pub(super) struct Sizes {
     pub(super) entry_is_state: bool,
     /// Whether a stage state without terms is the state itself.
     pub(super) same_dtype: bool,
-    /// y0 in the accumulate dtype, if that is a copy.
-    pub(super) widened: usize,
-    /// The times of the stages.
-    pub(super) clock: ClockBytes,
-    /// The masters, which are live before.
-    pub(super) parameters: usize,
 }
 
 /// Bytes of a table of times: on the host, and on the device.
@@ -57,7 +51,7 @@ pub(super) struct Counts {
     pub(super) recomputed_steps: usize,
 }
 
-/// One imagined solve with its backward pass.
+/// One imagined solve of a tile with its backward pass.
 pub(super) struct Solve<'a> {
     pub(super) tableau: &'a Tableau,
     /// Whether the solver couples two states over the tableau, as reversible ones do.
@@ -71,15 +65,9 @@ pub(super) struct Solve<'a> {
     pub(super) counts: Counts,
     /// The sums of dL/dθ, once a pullback has made them.
     pub(super) sums: Option<Held>,
-    /// Linearisations that live.
-    pub(super) live: usize,
-    /// Whether the field is open for linearisations.
-    pub(super) goes_back: bool,
-    /// Weights that the field's layers have packed, once per solve and once per backward pass, and buffers of the session
-    /// that is open.
-    pub(super) packed: Option<Held>,
-    pub(super) packed_back: Option<Held>,
-    pub(super) session: Vec<Held>,
+    pub(super) session: Session,
+    /// Whether somebody else holds the weights that are packed for linearisations.
+    pub(super) packed_elsewhere: bool,
 }
 
 /// What the forward pass keeps for the backward pass.
@@ -96,18 +84,22 @@ pub(super) enum Keeps<'a> {
 /// Whether the backward pass frees what it has used.
 pub(super) type Consume = bool;
 
+impl Keeps<'_> {
+    /// Whether linearisations are kept.
+    pub(super) fn linearizes(&self) -> bool {
+        matches!(self, Self::States(schedule, _) if schedule.slot() == Slot::Stages)
+    }
+}
+
 /// What a forward pass leaves behind.
 pub(super) struct Walked {
     pub(super) start: Ghost,
-    slots: Slots,
-    scheduled: Vec<usize>,
+    pub(super) slots: Slots,
+    pub(super) scheduled: Vec<usize>,
     /// By the number of steps before them, the end last.
     pub(super) anchors: Vec<(usize, Vec<Held>)>,
-    /// The times of the stages.
-    pub(super) clock: Option<Held>,
-    /// Casts, y0 in the accumulate dtype, what is handed out.
-    _held: Vec<Ghost>,
-    _casts: Announced,
+    /// What is handed out.
+    pub(super) reached: Vec<Ghost>,
 }
 
 impl Walked {
@@ -119,30 +111,43 @@ impl Walked {
 }
 
 impl Solve<'_> {
-    /// The forward pass; `outputs` are the grid points handed out, the last of them the end.
+    /// The field is opened, evaluated so often to check it, and closed.
+    pub(super) fn check(&mut self, checks: usize) {
+        let model = self.open(self.keeps.linearizes());
+        self.evaluate_first(checks);
+        self.close(model);
+    }
+
+    /// The forward pass, after so many checks; `outputs` are the grid points handed out, the last of them the end.
     pub(super) fn forward(&mut self, outputs: &[usize], checks: usize) -> Walked {
-        self.heap.hold(Category::Parameters, self.sizes.parameters);
-        let casts = self.heap.buffer(Part::Other, self.costs.casts + self.costs.casts_beside);
-        let owned = casts.announce(Category::Casts, self.costs.casts);
-        let mut held = vec![casts];
-        let clock = Some(self.clock(self.sizes.clock));
-        // y0 is the caller's, or a copy.
-        let start = self.heap.buffer(Part::Other, self.sizes.widened);
-        let model = self.heap.buffer(Part::Field, self.costs.evaluated_model);
-        for n in 0..checks {
-            self.layers(self.costs.layers.evaluation);
-            self.heap.pass(Part::Field, (n + 1) * self.sizes.compute + self.costs.evaluation);
-            self.counts.evaluations += 1;
-        }
+        // Somebody else's.
+        let start = self.heap.handle(Part::Other);
+        let model = self.open(self.keeps.linearizes());
+        self.evaluate_first(checks);
         let mut sweep = match self.keeps {
             Keeps::States(schedule, _) => Some((schedule, schedule.sweep(Some(self.steps)))),
             _ => None,
         };
-        let (mut slots, mut scheduled, mut anchors, mut reached) = (Slots::default(), vec![], vec![], vec![]);
+        let (mut slots, mut scheduled, mut anchors) = (Slots::default(), vec![], vec![]);
+        let mut reached: Vec<Ghost> = outputs.contains(&0).then(|| start.clone()).into_iter().collect();
         let mut carried = vec![start.clone()];
         for n in 0..self.steps {
-            let mut after = self.advance();
             let is_last = n + 1 == self.steps;
+            let actions = match &mut sweep {
+                Some((_, sweep)) if !is_last => sweep.reached(n + 1),
+                _ => vec![],
+            };
+            let wanted = actions.iter().any(|action| matches!(action, Action::Keep(_)));
+            let linearizes = self.keeps.linearizes()
+                && if is_last { sweep.as_ref().is_some_and(|(schedule, _)| schedule.keeps_last()) } else { wanted };
+            let mut after = match linearizes {
+                true => {
+                    let (after, linearized) = self.linearized_step();
+                    slots.keep_linearized(n + 1, Rc::new(linearized));
+                    vec![after]
+                }
+                false => self.advance(),
+            };
             if is_last || outputs.contains(&(n + 1)) {
                 reached.push(slots.whole(self, &after[0]));
             }
@@ -151,23 +156,19 @@ impl Solve<'_> {
             {
                 anchors.push((n + 1, after.iter().map(|state| self.anchored(state)).collect()));
             }
-            if let Some((schedule, sweep)) = &mut sweep {
+            if let Some((schedule, _)) = &sweep {
                 if is_last {
-                    if n > 0 && schedule.keeps_last() {
+                    if n > 0 && schedule.keeps_last() && schedule.slot() == Slot::State {
                         slots.keep(self, n, &carried[0]);
                     }
                     break;
                 }
                 let y = after.swap_remove(0);
                 carried.clear();
-                let mut wanted = false;
-                for action in sweep.reached(n + 1) {
-                    match action {
-                        Action::Drop(dropped) => {
-                            slots.drop_state(self, dropped);
-                            scheduled.retain(|state| *state != dropped);
-                        }
-                        _ => wanted = true,
+                for action in actions {
+                    if let Action::Drop(dropped) = action {
+                        slots.drop_state(self, dropped);
+                        scheduled.retain(|state| *state != dropped);
                     }
                 }
                 scheduled.extend(wanted.then_some(n + 1));
@@ -175,89 +176,32 @@ impl Solve<'_> {
             }
             carried = after;
         }
-        drop((carried, model));
-        self.session.clear();
-        // Handed out as copies, one after another.
-        for state in reached {
-            held.push(self.outside());
-            drop(state);
-        }
-        Walked { start, slots, scheduled, anchors, clock, _held: held, _casts: owned }
+        drop(carried);
+        self.close(model);
+        Walked { start, slots, scheduled, anchors, reached }
     }
 
-    /// The backward pass over what a schedule has kept, for one cotangent of each of the outputs.
-    pub(super) fn backward(
-        &mut self,
-        walked: &mut Walked,
-        outputs: &[usize],
-        (schedule, consume): (&dyn Schedule, Consume),
-    ) -> Result<()> {
-        let cotangents: Vec<Ghost> = outputs.iter().map(|_| self.outside()).collect();
-        let model = self.open_back();
-        let mut slots = if consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
-        let states = slots.states();
-        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| states.contains(n)).collect();
-        let last = self.steps - 1;
-        let is_at_last = last == 0 || states.contains(&last);
-        let mut at_hand = if is_at_last { self.restore(walked, &mut slots, last) } else { None };
-        if !kept.contains(&last) {
-            slots.drop_state(self, last);
-        }
-        let mut lambda: Option<Held> = None;
-        let actions = || schedule.reversal(&kept, self.steps, is_at_last);
-        // What is to be done, and the states that are held and scheduled, in both passes.
-        let (_, to_do) = held(|| Ok(actions().count()))?;
-        let numbers = walked.scheduled.len() + kept.len() + states.len();
-        let lists = self.heap.buffer(Part::Other, to_do.most + size_of::<usize>() * numbers);
-        let mut actions = actions().peekable();
-        while let Some(action) = actions.next() {
-            match action {
-                Action::Advance { from, to } => {
-                    let Some(mut y) = at_hand.take().map(|at_hand: AtHand| at_hand.state(self)) else { continue };
-                    for n in from..to {
-                        let after = self.step();
-                        self.counts.recomputed_steps += 1;
-                        let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
-                        y = slots.reach(self, n + 1, after, keep);
-                    }
-                    at_hand = Some(AtHand::State(y));
-                }
-                Action::Keep(_) => {}
-                Action::Restore(n) => at_hand = self.restore(walked, &mut slots, n),
-                Action::Drop(n) => slots.drop_state(self, n),
-                Action::Reverse(n) => {
-                    if let Some(at) = outputs.iter().position(|output| *output == n + 1) {
-                        let sum = if lambda.is_some() { self.state() } else { cotangents[at].clone() };
-                        lambda = Some(self.cotangent(sum));
-                    }
-                    let Some(y) = at_hand.take() else { continue };
-                    let start = y.state(self);
-                    let pulled = self.pullback(start);
-                    lambda = Some(self.cotangent(pulled));
-                }
-            }
-        }
-        drop(lists);
-        self.hand_over(model);
-        Ok(())
+    /// The model is opened.
+    pub(super) fn open(&mut self, linearises: bool) -> Ghost {
+        self.session = Session::new(linearises);
+        let costs = &self.costs;
+        let model = if linearises { costs.linearised_model } else { costs.evaluated_model };
+        self.heap.buffer(Part::Field, model)
     }
 
-    /// The model is opened for linearisations.
-    pub(super) fn open_back(&mut self) -> Ghost {
-        self.goes_back = true;
-        self.heap.buffer(Part::Field, self.costs.linearised_model)
-    }
-
-    /// The model is closed; dL/dy0 and the sums are handed over, and added up by Candle.
-    pub(super) fn hand_over(&mut self, model: Ghost) {
+    /// The model is closed.
+    pub(super) fn close(&mut self, model: Ghost) {
         drop(model);
-        self.session.clear();
-        (self.goes_back, self.packed_back) = (false, None);
-        drop(self.sums.take().map(|(sums, _)| sums));
+        self.session = Session::default();
     }
 
-    fn restore(&self, walked: &Walked, slots: &mut Slots, n: usize) -> Option<AtHand> {
-        if n == 0 { Some(AtHand::State(walked.start.clone())) } else { slots.restore(self, n) }
+    /// The first evaluation, and others that are compared with it.
+    fn evaluate_first(&mut self, checks: usize) {
+        for n in 0..checks {
+            self.evaluate_layers();
+            self.heap.pass(Part::Field, (n + 1) * self.sizes.compute + self.costs.evaluation);
+            self.counts.evaluations += 1;
+        }
     }
 
     /// λ, or a part of it: the new one is announced before the old one is let go.
@@ -275,10 +219,5 @@ impl Solve<'_> {
 
     fn anchored(&self, state: &Ghost) -> Held {
         (state.clone(), state.announce(Category::Trajectory, self.sizes.accumulate))
-    }
-
-    /// A state in Candle's hands.
-    pub(super) fn outside(&self) -> Ghost {
-        self.heap.buffer(Part::Outside, self.sizes.accumulate + self.costs.state_beside)
     }
 }

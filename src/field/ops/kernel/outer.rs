@@ -21,6 +21,13 @@ pub(crate) struct Scratch<T> {
     x: Vec<T>,
 }
 
+impl<T> Scratch<T> {
+    /// How much memory it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        (self.g.capacity() + self.x.capacity()) * size_of::<T>()
+    }
+}
+
 /// dW += gᵀ x for g `(rows, out)`, x `(rows, in)` and dW `(out, in)`.
 pub(crate) fn add_outer<T: Held>(g: View<'_, T>, x: View<'_, T>, dw: ViewMut<'_, f32>, scratch: &mut Scratch<T>) {
     add_outer_on(T::path(Path::best()), g, x, dw, scratch);

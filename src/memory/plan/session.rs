@@ -1,0 +1,97 @@
+//! What the layers of a field hold of their own during a session, in bytes: buffers that one call hands on to the next,
+//! for as long as the session is open or a linearisation made in it lives.
+
+use super::ghost::Ghost;
+use super::probe::Layers;
+use super::step::Held;
+use super::walk::Solve;
+use crate::account::Category;
+use crate::memory::composition::Part;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// A session of the field.
+#[derive(Debug, Default)]
+pub(super) struct Session(Rc<RefCell<Buffers>>);
+
+#[derive(Debug, Default)]
+struct Buffers {
+    held: Vec<Held>,
+    /// Linearisations that live.
+    live: usize,
+    /// Whether it is open for linearisations, and the weights it has packed for them.
+    linearises: bool,
+    packed: Option<Held>,
+}
+
+impl Session {
+    pub(super) fn new(linearises: bool) -> Self {
+        Self(Rc::new(RefCell::new(Buffers { linearises, ..Buffers::default() })))
+    }
+}
+
+/// A linearisation, with the session that it was made in.
+#[derive(Debug)]
+pub(super) struct Linearization {
+    _graph: Ghost,
+    session: Rc<RefCell<Buffers>>,
+}
+
+impl Drop for Linearization {
+    fn drop(&mut self) {
+        self.session.borrow_mut().live -= 1;
+    }
+}
+
+impl Buffers {
+    /// What the linearisations that live need.
+    fn need(&self, layers: &Layers) -> usize {
+        if self.live == 0 { 0 } else { layers.linearisation + (self.live - 1) * layers.further }
+    }
+}
+
+impl Solve<'_> {
+    /// The session that is open evaluates once more.
+    pub(super) fn evaluate_layers(&self) {
+        let layers = &self.costs.layers;
+        let need = self.session.0.borrow().need(layers);
+        self.grow(&self.session.0, if need == 0 { layers.evaluation } else { need + layers.beside });
+    }
+
+    /// One more linearisation in the session that is open.
+    pub(super) fn linearize_layers(&self) {
+        self.session.0.borrow_mut().live += 1;
+        let need = self.session.0.borrow().need(&self.costs.layers);
+        self.grow(&self.session.0, need);
+    }
+
+    /// The linearisation that was just made.
+    pub(super) fn linearization(&self, graph: Ghost) -> Linearization {
+        Linearization { _graph: graph, session: self.session.0.clone() }
+    }
+
+    /// A pullback through a linearisation.
+    pub(super) fn pull_layers(&self, through: &Linearization) {
+        let layers = &self.costs.layers;
+        let need = through.session.borrow().need(layers);
+        self.grow(&through.session, need + layers.beside + layers.pullback);
+    }
+
+    /// The layers of a session need buffers of so many bytes at once; they keep them. What is linearised has packed
+    /// weights of its own, unless another session holds them.
+    fn grow(&self, session: &Rc<RefCell<Buffers>>, bytes: usize) {
+        let mut buffers = session.borrow_mut();
+        if buffers.linearises && buffers.packed.is_none() && !self.packed_elsewhere {
+            buffers.packed = self.scratch(self.costs.layers.packed_back);
+        }
+        let grown = bytes.saturating_sub(buffers.held.iter().map(|(_, owned)| owned.bytes()).sum());
+        let more = self.scratch(grown);
+        buffers.held.extend(more);
+    }
+
+    fn scratch(&self, bytes: usize) -> Option<Held> {
+        let buffer = (bytes > 0).then(|| self.heap.buffer(Part::Field, bytes))?;
+        let owned = buffer.announce(Category::Scratch, bytes);
+        Some((buffer, owned))
+    }
+}
