@@ -1,43 +1,14 @@
-//! A report in each of its formats says the same, and the JSON is what its schema says.
+//! A report in each of its formats says the same.
 
 #[path = "common/counted.rs"]
 mod counted;
-#[path = "common/json_schema.rs"]
-mod json_schema;
 #[path = "common/two_passes.rs"]
 mod two_passes;
 
-use candle_ode::memory::{Curve, MemoryReport, SCHEMA};
+use candle_ode::memory::{Curve, MemoryReport};
 use counted::alone;
 use serde_json::{Value, json};
 use two_passes::report;
-
-fn json_of(report: &MemoryReport) -> Value {
-    serde_json::from_str(&report.json()).unwrap()
-}
-
-#[test]
-fn json_is_what_its_schema_says() {
-    let _turn = alone();
-    let schema: Value = serde_json::from_str(MemoryReport::JSON_SCHEMA).unwrap();
-    assert_eq!(schema["$id"], SCHEMA);
-    for limit in [0, 8, 100] {
-        assert_eq!(json_schema::complaints(&schema, &json_of(&report(limit))), [""; 0]);
-    }
-    // Whatever is in the file is in the schema, and needed.
-    let whole = json_of(&report(100));
-    for (name, value) in whole.as_object().unwrap() {
-        let mut without = whole.clone();
-        without.as_object_mut().unwrap().remove(name);
-        assert!(!json_schema::complaints(&schema, &without).is_empty(), "{name} is not needed");
-        let mut other = whole.clone();
-        other[name] = if value.is_string() { json!(1) } else { json!("text") };
-        assert!(!json_schema::complaints(&schema, &other).is_empty(), "{name} may be anything");
-    }
-    let mut more = whole.clone();
-    more["hats"] = json!(3);
-    assert_eq!(json_schema::complaints(&schema, &more), ["/hats is not in the schema"]);
-}
 
 #[test]
 fn csv_has_a_line_for_every_step() {

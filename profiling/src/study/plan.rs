@@ -1,8 +1,8 @@
 //! What `Ode::plan` says against what is measured, over the whole matrix of solvers, precisions, codecs, adjoints, fields
-//! and numbers of steps.
+//! and numbers of steps, for the whole batch and in tiles of half of it.
 //!
-//! Each field in each precision has a process of its own, and everything in it runs on one thread: threads that join a matrix product or not, as the scheduler likes, have buffers of
-//! their own. The first solves of a field are its warm-up and count for nothing. The loss is Σ y(T), which hands back one
+//! Each field in each precision has a process of its own, and everything in it runs on one thread: threads that join a
+//! matrix product or not, as the scheduler likes, have buffers of their own. The first solves of a field are its warm-up and count for nothing. The loss is Σ y(T), which hands back one
 //! cotangent and takes nothing itself.
 
 use super::{Output, publish};
@@ -39,13 +39,14 @@ const BATCHES: [(&str, usize); 2] = [("mlp", 64), ("conv", 4)];
 /// By how much a measured peak may differ.
 const BOUND: f64 = 0.03;
 
-const HEAD: [&str; 12] = [
+const HEAD: [&str; 13] = [
     "field",
     "solver",
     "precision",
     "codec",
     "adjoint",
     "steps",
+    "rows of a tile",
     "planned owned",
     "measured owned",
     "planned peak",
@@ -70,20 +71,27 @@ const WHOLE: Axes = Axes {
 };
 const QUICK: Axes =
     Axes { solvers: &["euler", "rk4"], precisions: &["f32", "f16"], codecs: &["f16", "increments8"], steps: &[16] };
-/// Those whose trajectory has a codec, and those that keep next to nothing.
+/// Those whose trajectory has a codec, and those that keep linearisations.
 const KEEPING: [&str; 5] = ["discrete", "discrete-one-stage", "consume", "checkpoints:8", "input-only"];
+const LINEARIZED: [&str; 2] = ["linearizations", "linearized-checkpoints:8"];
 /// Solvers whose steps can be undone.
 const REVERSIBLE: [&str; 2] = ["reversible-midpoint", "reversible-rk4"];
 
 impl Axes {
-    /// Solver, codec and adjoint of every row, for one field and precision.
-    fn ways(&self) -> Vec<[&'static str; 3]> {
-        let kept = |solver: &'static str| {
-            KEEPING.iter().flat_map(move |adjoint| self.codecs.iter().map(move |codec| [solver, codec, adjoint]))
-        };
-        let kept = self.solvers.iter().flat_map(|solver| kept(solver));
-        let backwards = self.solvers.iter().map(|solver| [*solver, "storage", "backsolve"]);
-        kept.chain(backwards).chain(REVERSIBLE.map(|solver| [solver, "storage", "reconstruct"])).collect()
+    /// Solver, codec and adjoint of every row, for one field and precision, and whether it is in tiles.
+    fn ways(&self) -> Vec<([&'static str; 3], bool)> {
+        let mut ways = vec![];
+        for solver in self.solvers {
+            let stored = |adjoint: &&'static str| [*solver, "storage", *adjoint];
+            ways.extend(KEEPING.iter().flat_map(|adjoint| self.codecs.iter().map(|codec| [*solver, *codec, *adjoint])));
+            ways.extend(LINEARIZED.iter().chain(&["backsolve"]).map(stored));
+        }
+        ways.extend(REVERSIBLE.map(|solver| [solver, "storage", "reconstruct"]));
+        // In tiles one codec says enough.
+        let last = self.codecs.last();
+        let in_tiles = |way: &[&'static str; 3]| !KEEPING.contains(&way[2]) || last == Some(&way[1]);
+        let tiled: Vec<_> = ways.iter().copied().filter(in_tiles).map(|way| (way, true)).collect();
+        ways.into_iter().map(|way| (way, false)).chain(tiled).collect()
     }
 }
 
@@ -170,12 +178,17 @@ impl Axes {
         let ode = Ode::new(&problem.field).span(from, to).precision(find(PRECISIONS, precision)?);
         let warm_up = ode.clone().solver(Rk4).steps(8);
         (0..3).try_for_each(|_| Row::of(&problem, &warm_up).map(|_| ()))?;
-        for [solver, codec, adjoint_word] in self.ways() {
+        let rows = batch / 2;
+        let tiled = Ode::new(&problem.field.clone().row_wise()).span(from, to).precision(find(PRECISIONS, precision)?);
+        let tiled = tiled.tile(rows).threads(1);
+        for ([solver, codec, adjoint_word], in_tiles) in self.ways() {
             for steps in self.steps {
+                let (ode, rows) = if in_tiles { (&tiled, rows.to_string()) } else { (&ode, String::new()) };
                 let ode = find(SOLVERS, solver)?(ode.clone().steps(*steps));
                 let ode = ode.adjoint(adjoint(adjoint_word, find(CODECS, codec)?)?);
                 let row = Row::of(&problem, &ode)?;
-                let cells = [field, solver, precision, codec, adjoint_word, &steps.to_string()].map(str::to_owned);
+                let cells =
+                    [field, solver, precision, codec, adjoint_word, &steps.to_string(), &rows].map(str::to_owned);
                 let line = [&cells[..], &row.cells()[..]].concat().join(",") + "\n";
                 crate::print(line.as_bytes())?;
                 if !row.holds() {
