@@ -4,8 +4,8 @@
 
 mod common;
 
-use candle_core::{DType, Var};
 use candle_core::backprop::GradStore;
+use candle_core::{DType, Var};
 use candle_nn::VarMap;
 use candle_ode::OdeError;
 use candle_ode::memory::{Choices, TrackingAllocator};

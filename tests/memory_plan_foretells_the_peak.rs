@@ -10,7 +10,7 @@ use candle_ode::account::Category;
 use candle_ode::memory::{MemoryPlan, MemoryProfiler, TrackingAllocator};
 use candle_ode::ops::{Activation, Mlp, conv2d};
 use candle_ode::prelude::*;
-use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, SecondLevel, States};
 use common::{fill, variable};
 
 #[global_allocator]
@@ -92,6 +92,13 @@ fn keepings() -> Vec<(&'static str, Adjoint)> {
         ("input only, increments in 8 bits", discrete().schedule(InputOnly).codec(Increments8)),
         ("consumed", discrete().consume()),
         ("every linearisation", discrete().keep_linearizations()),
+        ("all, 4 in memory", discrete().two_levels(4, SecondLevel::temporary_file())),
+        ("all in F16, 1 in memory", discrete().codec(States(DType::F16)).two_levels(1, SecondLevel::temporary_file())),
+        (
+            "increments in 8 bits, 2 in memory",
+            discrete().codec(Increments8).two_levels(2, SecondLevel::temporary_file()),
+        ),
+        ("8 checkpoints, 3 in memory", discrete().checkpoints(8).two_levels(3, SecondLevel::temporary_file())),
         ("3 slots of linearisations", discrete().schedule(Checkpoints::new(3).with_stages())),
         ("3 slots of linearisations, consumed", discrete().schedule(Checkpoints::new(3).with_stages()).consume()),
     ];

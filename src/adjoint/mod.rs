@@ -175,7 +175,7 @@ impl Discrete {
         states.extend(rungs().map(|slots| (format!("{slots} checkpoints"), self.clone().checkpoints(slots))));
         states.extend(in_tiles.then(|| ("replayed".to_owned(), self.clone().schedule(InputOnly))));
         let mut choices: Vec<_> = states.into_iter().flat_map(both).collect();
-        if linearizes {
+        if linearizes && self.levels.is_none() {
             let slots = |slots| self.clone().schedule(Checkpoints::new(slots).with_stages());
             choices.push(("every step kept linearised".to_owned(), self.clone().keep_linearizations()));
             choices.extend(rungs().map(|rung| (format!("{rung} steps kept linearised"), slots(rung))));

@@ -39,7 +39,6 @@ impl Ode {
         let read = self.with_times_read()?;
         let grid = read.time_grid()?;
         let (memory, adjoint) = match (&self.adjoint, self.adjoint.keeping(precision)?) {
-            (_, Some(keeping)) if keeping.levels.is_some() => return unplanned("two levels of storage"),
             (Adjoint::Discrete(discrete), Some(keeping)) => (discrete.stage_memory, PlannedAdjoint::Kept(keeping)),
             (Adjoint::Reconstruct(reconstruct), _) => {
                 (reconstruct.stage_memory, PlannedAdjoint::Undone(reconstruct.spacing(self.solver.as_ref())?))
@@ -53,8 +52,10 @@ impl Ode {
             }
             _ => return unplanned("Unrolled"),
         };
-        if matches!(&adjoint, PlannedAdjoint::Kept(keeping) if keeping.schedule.slot() == Slot::Stages) {
-            self.check_linearizes(self.time_tensors.is_tracked(), false)?;
+        if let PlannedAdjoint::Kept(keeping) = &adjoint
+            && keeping.schedule.slot() == Slot::Stages
+        {
+            self.check_linearizes(self.time_tensors.is_tracked(), keeping.levels.is_some())?;
         }
         let trainable = self.field.params().trainable(&self.inputs);
         let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;

@@ -131,7 +131,9 @@ mod tests {
             scope.spawn(|| [1, 3, 5].map(|tile| folding.turn().add(tile, of(1.0)).unwrap()));
             std::thread::sleep(std::time::Duration::from_millis(50));
             assert_eq!(folding.lock().waiting.keys().collect::<Vec<_>>(), [&1], "3 is more than a round ahead of 0");
-            [0, 2, 4].map(|tile| folding.turn().add(tile, of(1.0)).unwrap());
+            for tile in [0, 2, 4] {
+                folding.turn().add(tile, of(1.0)).unwrap();
+            }
         });
         let sum = folding.into_sums().remove(0).unwrap().to_scalar::<f32>().unwrap();
         assert_eq!(sum, 6.0);

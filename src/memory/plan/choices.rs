@@ -62,7 +62,11 @@ impl Choices {
 impl fmt::Display for Choices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.0.iter().map(|choice| choice.name.chars().count()).max().unwrap_or(0).max("choice".len());
-        write!(f, "{:width$} {:>14} {:>14} {:>10} {:>10}", "choice", "bytes", "trajectory", "calls of f", "recomputed")?;
+        write!(
+            f,
+            "{:width$} {:>14} {:>14} {:>10} {:>10}",
+            "choice", "bytes", "trajectory", "calls of f", "recomputed"
+        )?;
         for choice in &self.0 {
             let MemoryPlan { trajectory, recomputed_steps, .. } = choice.plan;
             let (bytes, calls) = (choice.bytes(), choice.calls());

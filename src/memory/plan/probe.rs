@@ -54,12 +54,13 @@ pub(crate) struct Layers {
     pub(super) packed: usize,
     pub(super) packed_back: usize,
     /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, for an evaluation while
-    /// linearisations are kept, and for a pullback.
+    /// linearisations are kept, and for a pullback: after such an evaluation, and without one.
     pub(super) evaluation: usize,
     pub(super) linearisation: usize,
     pub(super) further: usize,
     pub(super) beside: usize,
     pub(super) pullback: usize,
+    pub(super) pullback_alone: usize,
     /// What a pullback needs for a moment: sums in F32, on their way into those in F64.
     pub(super) moment: usize,
 }
@@ -204,7 +205,24 @@ impl Probed<'_> {
         let layers = &mut costs.layers;
         layers.evaluation = evaluation;
         (layers.linearisation, layers.further, layers.beside, layers.pullback) = differences;
+        layers.pullback_alone =
+            if self.linearizes { self.pull_alone(casts, point, counters)? } else { layers.pullback };
         Ok(())
+    }
+
+    /// Buffers for the pullback of a session that has evaluated nothing while its linearisations live.
+    fn pull_alone(&self, casts: &Casts, point: &State, counters: &Counters) -> Result<usize> {
+        let model = self.field.open(casts, Opening::Linearize, self.seed)?;
+        let at = self.clock.step(0, self.compute);
+        let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
+        let mut gradients = Gradients::new(casts.leaves().len(), self.accumulate);
+        gradients.bind(model.leaves());
+        drop(stages.slope(&at, 0, point)?);
+        let kept = [stages.linearize(&at, 0, point)?, stages.linearize(&at, 0, point)?];
+        let before = alive(Category::Scratch);
+        let kappa = self.start.try_map(|x| combine::combine(Some(x), &[(0.5, x)], self.accumulate))?;
+        drop(Pullbacks::new(&mut gradients, self.scale(), counters).pull(kept[1].as_ref(), &at, 0, &kappa)?);
+        Ok(alive(Category::Scratch).saturating_sub(before) as usize)
     }
 
     fn scale(&self) -> StageScale {

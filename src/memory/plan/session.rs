@@ -19,6 +19,8 @@ struct Buffers {
     held: Vec<Held>,
     /// Linearisations that live.
     live: usize,
+    /// Whether it has evaluated f since the last of them was made.
+    evaluated: bool,
     /// Whether it is open for linearisations, and the weights it has packed for them.
     linearises: bool,
     packed: Option<Held>,
@@ -55,13 +57,18 @@ impl Solve<'_> {
     pub(super) fn evaluate_layers(&self) {
         let layers = &self.costs.layers;
         let need = self.session.0.borrow().need(layers);
+        self.session.0.borrow_mut().evaluated |= need > 0;
         self.grow(&self.session.0, if need == 0 { layers.evaluation } else { need + layers.beside });
     }
 
     /// One more linearisation in the session that is open.
     pub(super) fn linearize_layers(&self) {
-        self.session.0.borrow_mut().live += 1;
-        let need = self.session.0.borrow().need(&self.costs.layers);
+        let need = {
+            let mut buffers = self.session.0.borrow_mut();
+            buffers.live += 1;
+            buffers.evaluated = false;
+            buffers.need(&self.costs.layers)
+        };
         self.grow(&self.session.0, need);
     }
 
@@ -73,8 +80,9 @@ impl Solve<'_> {
     /// A pullback through a linearisation.
     pub(super) fn pull_layers(&self, through: &Linearization) {
         let layers = &self.costs.layers;
-        let need = through.session.borrow().need(layers);
-        self.grow(&through.session, need + layers.beside + layers.pullback);
+        let (need, evaluated) = (through.session.borrow().need(layers), through.session.borrow().evaluated);
+        let more = if evaluated { layers.beside + layers.pullback } else { layers.pullback_alone };
+        self.grow(&through.session, need + more);
     }
 
     /// The layers of a session need buffers of so many bytes at once; they keep them. What is linearised has packed

@@ -14,10 +14,18 @@ use std::rc::Rc;
 pub(super) struct Kept {
     at: usize,
     is_increment: bool,
+    /// The entry, or what is told of one on the second level.
     buffer: Ghost,
-    owned: Announced,
+    /// Nothing on the second level.
+    owned: Option<Announced>,
     /// Of a state that is kept as it is.
     _handle: Option<Ghost>,
+}
+
+impl Kept {
+    fn is_away(&self) -> bool {
+        self.owned.is_none()
+    }
 }
 
 /// Kept states, earliest first.
@@ -40,7 +48,7 @@ impl AtHand {
     pub(super) fn state(&self, solve: &Solve<'_>) -> Ghost {
         match self {
             Self::State(state) => state.clone(),
-            Self::Kept(kept) => solve.decoded(&kept.buffer),
+            Self::Kept(kept) => solve.decoded(kept, solve.sizes.entry_is_state),
         }
     }
 }
@@ -64,7 +72,7 @@ impl Slots {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.kept.iter().map(|kept| kept.owned.bytes()).sum()
+        self.kept.iter().filter_map(|kept| kept.owned.as_ref()).map(Announced::bytes).sum()
     }
 
     /// What is handed out for a state that was reached.
@@ -103,7 +111,7 @@ impl Slots {
             self.keep_whole(solve, n, y);
         } else {
             let entry = Entry { is_increment: false, ..solve.entry(n) };
-            self.kept.push(Rc::new(entry.into()));
+            self.push(solve, entry.into());
         }
     }
 
@@ -115,9 +123,9 @@ impl Slots {
             if solve.sizes.encodes == Encodes::States {
                 return Some(AtHand::Kept(kept));
             }
-            let buffer = kept.buffer.clone();
-            self.above = Some((n, buffer.clone()));
-            return Some(AtHand::State(buffer));
+            let state = solve.decoded(&kept, true);
+            self.above = Some((n, state.clone()));
+            return Some(AtHand::State(state));
         }
         let known = |at: usize| self.above.as_ref().filter(|(above, _)| *above == at).map(|(_, state)| state.clone());
         let mut from = index;
@@ -128,14 +136,14 @@ impl Slots {
             from += 1;
             let kept = self.kept.get(from)?;
             if !kept.is_increment {
-                break kept.buffer.clone();
+                break solve.decoded(kept, true);
             }
         };
         if !self.kept[from].is_increment {
             from -= 1;
         }
-        for _ in index..=from {
-            let decoded = solve.decode();
+        for kept in self.kept[index..=from].iter().rev() {
+            let decoded = solve.decoded(kept, false);
             state = solve.state();
             drop(decoded);
         }
@@ -160,7 +168,19 @@ impl Slots {
     }
 
     fn keep_whole(&mut self, solve: &Solve<'_>, n: usize, y: &Ghost) {
-        self.kept.push(Rc::new(whole(solve, n, y)));
+        self.push(solve, whole(solve, n, y));
+    }
+
+    fn push(&mut self, solve: &Solve<'_>, kept: Kept) {
+        self.kept.push(Rc::new(kept));
+        let Some(levels) = solve.sizes.levels else { return };
+        let beyond = self.kept.len().saturating_sub(levels.resident);
+        for kept in self.kept[..beyond].iter_mut().rev().take_while(|kept| !kept.is_away()) {
+            solve.heap.pass(Part::Other, levels.putting);
+            let buffer = solve.heap.buffer(Part::Other, levels.beside);
+            let (at, is_increment) = (kept.at, kept.is_increment);
+            *kept = Rc::new(Kept { at, is_increment, buffer, owned: None, _handle: None });
+        }
     }
 }
 
@@ -168,7 +188,7 @@ impl Slots {
 fn whole(solve: &Solve<'_>, at: usize, y: &Ghost) -> Kept {
     let owned = y.announce(Category::Trajectory, solve.sizes.accumulate);
     let _handle = Some(solve.heap.buffer(Part::Other, solve.sizes.handle));
-    Kept { at, is_increment: false, buffer: y.clone(), owned, _handle }
+    Kept { at, is_increment: false, buffer: y.clone(), owned: Some(owned), _handle }
 }
 
 /// An encoded copy, about to be kept.
@@ -181,7 +201,7 @@ pub(super) struct Entry {
 
 impl From<Entry> for Kept {
     fn from(Entry { at, is_increment, buffer, owned }: Entry) -> Self {
-        Self { at, is_increment, buffer, owned, _handle: None }
+        Self { at, is_increment, buffer, owned: Some(owned), _handle: None }
     }
 }
 
@@ -194,9 +214,17 @@ impl Solve<'_> {
         Entry { at, is_increment: true, buffer, owned }
     }
 
-    /// An entry decoded: itself where it is the state.
-    fn decoded(&self, entry: &Ghost) -> Ghost {
-        if self.sizes.entry_is_state { entry.clone() } else { self.decode() }
+    /// An entry decoded; itself where it is the state.
+    fn decoded(&self, kept: &Kept, is_state: bool) -> Ghost {
+        let Some(levels) = self.sizes.levels.filter(|_| kept.is_away()) else {
+            return if is_state { kept.buffer.clone() } else { self.decode() };
+        };
+        self.heap.pass(Part::Other, levels.fetching);
+        if is_state {
+            return self.state();
+        }
+        let _entry = self.heap.buffer(Part::Other, self.sizes.entry);
+        self.decode()
     }
 
     fn decode(&self) -> Ghost {

@@ -33,6 +33,20 @@ pub(super) struct Sizes {
     pub(super) entry_is_state: bool,
     /// Whether a stage state without terms is the state itself.
     pub(super) same_dtype: bool,
+    /// The second level of storage, if entries go there.
+    pub(super) levels: Option<Levels>,
+}
+
+/// Two levels of storage, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Levels {
+    /// Entries that stay on the device.
+    pub(super) resident: usize,
+    /// What is told of an entry that does not.
+    pub(super) beside: usize,
+    /// At most while an entry goes there and comes back.
+    pub(super) putting: usize,
+    pub(super) fetching: usize,
 }
 
 /// Bytes of a table of times: on the host, and on the device.

@@ -9,7 +9,7 @@ use super::probe::Costs;
 use super::session::Session;
 use super::tally::{Stretch, Tally};
 use super::undone::Way;
-use super::walk::{ClockBytes, Counts, Keeps, Sizes, Solve};
+use super::walk::{ClockBytes, Counts, Keeps, Levels, Sizes, Solve};
 use super::{MemoryPlan, Planned, PlannedAdjoint};
 use crate::State;
 use crate::account::Category;
@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
 use crate::solver::Clock;
-use crate::trajectory::{Codec, Encodes, Kept, States};
+use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
 use candle_core::Shape;
 use std::sync::Arc;
 
@@ -179,9 +179,7 @@ impl Planned<'_> {
         let releases = std::mem::take(&mut walked.reached).into_iter().map(release).collect();
         let left = match (keeps, &self.adjoint) {
             (Keeps::Nothing, _) => (None, None),
-            (Keeps::States(schedule, consume), _) => {
-                solve.backward(&mut walked, &self.outputs, (schedule, consume))?
-            }
+            (Keeps::States(schedule, consume), _) => solve.backward(&mut walked, &self.outputs, (schedule, consume))?,
             (_, PlannedAdjoint::Backwards(back)) => {
                 let way: Way<'_> = self.way(back, start.device(), costs.time)?;
                 solve.solve_backwards(&self.outputs, &way)
@@ -220,6 +218,7 @@ impl Planned<'_> {
         let entry = codec.bytes(&shapes);
         let ((kept, _), encoded) = held(|| codec.encode(start))?;
         let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
+        let levels = self.levels(&kept)?;
         drop((kept, decoded));
         // A state that is kept as it is has a handle of its own.
         let (_, handle) = held(|| exact.encode(start))?;
@@ -238,7 +237,22 @@ impl Planned<'_> {
             encodes,
             entry_is_state,
             same_dtype: compute == accumulate,
+            levels,
         })
+    }
+
+    /// What it takes to put `entry` on the second level, if there is one.
+    fn levels(&self, entry: &Entry) -> Result<Option<Levels>> {
+        let PlannedAdjoint::Kept(Keeping { levels: Some(levels), .. }) = &self.adjoint else { return Ok(None) };
+        if !entry.tensors.first().is_some_and(|x| levels.moves(x.device())) {
+            return Ok(None);
+        }
+        // The first makes the file.
+        drop(levels.put(entry)?);
+        let (away, putting) = held(|| levels.put(entry))?;
+        let (_, fetching) = held(|| away.fetch())?;
+        let beside = putting.kept + Kept::BESIDE;
+        Ok(Some(Levels { resident: levels.resident, beside, putting: putting.most, fetching: fetching.most }))
     }
 }
 
