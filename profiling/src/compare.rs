@@ -45,6 +45,10 @@ pub(crate) struct Compare {
 impl Compare {
     pub(crate) fn run(&self) -> Result<()> {
         let sides = side::load(&self.reports)?;
+        if let (Some(condition), [only]) = (self.fail_if.first(), sides.as_slice()) {
+            let what = format!("'{condition:?}' is about ratios against the first report, and {} is the only one", only.name);
+            return Err(format!("{what}: name another").into());
+        }
         let table = table(&sides);
         crate::print(table.text().as_bytes())?;
         let write = |path: &Option<PathBuf>, text: &dyn Fn() -> Result<String>| match path {

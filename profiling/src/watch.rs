@@ -172,7 +172,8 @@ impl Followed {
     fn columns(&self, end: u64) -> [i64; COLUMNS] {
         let mut columns = [None; COLUMNS];
         for &(at, live) in &self.points {
-            let column = (u128::from(at) * COLUMNS as u128 / (u128::from(end) + 1)) as usize;
+            // Whoever writes the feed may be late with a line.
+            let column = (u128::from(at.min(end)) * COLUMNS as u128 / (u128::from(end) + 1)) as usize;
             columns[column] = columns[column].max(Some(live));
         }
         let mut before = 0;
@@ -217,5 +218,12 @@ mod tests {
         assert!(rows[0].starts_with("heap: peak 1.00 KiB above baseline, live 512 B at the end"), "{text}");
         assert!(rows[1].starts_with("    1.00 KiB │ ") && rows[1].contains('█'), "{text}");
         assert_eq!(rows[1].matches('█').count() + 1, rows[ROWS].matches('█').count(), "{text}");
+    }
+
+    #[test]
+    fn a_late_line_is_drawn_at_the_end() {
+        let mut followed = Followed::default();
+        followed.read(&mut "recording heap\n900 7 7\n500 3 7\n".as_bytes()).unwrap();
+        assert_eq!(followed.columns(500)[COLUMNS - 1], 7);
     }
 }

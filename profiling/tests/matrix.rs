@@ -92,6 +92,10 @@ fn half_precision_halves_the_trajectory_of_the_flow() {
 fn a_condition_that_is_met_fails_with_the_line_that_broke_it() {
     let (folder, output) = run("condition", &["--precision", "f32,f16", "--steps", "8", "--batch", "16"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
+    let only = folder.join(&cells(&folder)[0]);
+    let alone = memory_report(&["compare", only.to_str().unwrap(), "--fail-if", "peak > 1.02"]);
+    assert_eq!(alone.status.code(), Some(1), "nothing was compared");
+    assert!(text(&alone.stderr).contains("is the only one"), "{}", text(&alone.stderr));
     let folder = folder.to_str().unwrap();
     let compare = |condition: &str| memory_report(&["compare", folder, "--fail-if", condition]);
     assert_eq!(compare("trajectory > 0.5").status.code(), Some(0));
