@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 const INPUTS: usize = if cfg!(debug_assertions) { 5_000 } else { 1_000_000 };
 /// Of the reports that were read, one in so many is written in the formats that take long.
-const WRITTEN: usize = if cfg!(debug_assertions) { 1 } else { 64 };
+const WRITTEN: usize = if cfg!(debug_assertions) { 1 } else { 8 };
 
 /// What is done to a report that is whole. Places are parts of its length in 65536.
 #[derive(Clone, Debug)]
