@@ -252,9 +252,11 @@ fn what_is_wrong_is_said() {
         let error = error(refused);
         assert!(matches!(&error, OdeError::Unsupported { .. }) && error.to_string().contains("tile"), "{error}");
     }
-    assert!(matches!(span(&rows).plan(&y0).unwrap_err(), OdeError::Unsupported { .. }));
-    // The whole batch can be planned, and a budget goes by it.
-    assert!(span(&rows).tile(6).plan(&y0).is_ok());
+    for refused in [span(&plain), span(&rows).tile(0), span(&rows).adjoint(Unrolled)] {
+        assert!(refused.plan(&y0).is_err(), "a plan refuses what a solve does");
+    }
+    assert_eq!(span(&rows).plan(&y0).unwrap().tiles, 3);
+    assert_eq!(span(&rows).tile(6).plan(&y0).unwrap().tiles, 1);
     let y0 = Var::from_tensor(&y0).unwrap();
     let within = span(&rows).adjoint(Discrete::default().budget(1 << 20)).solve(y0.as_tensor()).unwrap();
     assert_eq!(within.tiles(), 3);

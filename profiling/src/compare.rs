@@ -46,7 +46,8 @@ impl Compare {
     pub(crate) fn run(&self) -> Result<()> {
         let sides = side::load(&self.reports)?;
         if let (Some(condition), [only]) = (self.fail_if.first(), sides.as_slice()) {
-            let what = format!("'{condition:?}' is about ratios against the first report, and {} is the only one", only.name);
+            let what =
+                format!("'{condition:?}' is about ratios against the first report, and {} is the only one", only.name);
             return Err(format!("{what}: name another").into());
         }
         let table = table(&sides);

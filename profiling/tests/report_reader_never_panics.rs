@@ -109,7 +109,7 @@ fn edited_reports() {
     check!().with_iterations(INPUTS).with_type::<[(u8, u16, i64); 4]>().for_each(|edits| {
         let mut bytes = WHOLE.clone();
         edits.iter().filter_map(edit).for_each(|edit| apply(&edit, &mut bytes));
-        if read(&bytes, false) && READ.fetch_add(1, Relaxed) % WRITTEN == 0 {
+        if read(&bytes, false) && READ.fetch_add(1, Relaxed).is_multiple_of(WRITTEN) {
             read(&bytes, true);
         }
     });

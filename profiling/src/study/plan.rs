@@ -176,11 +176,13 @@ impl Axes {
         let problem = find(FIELDS, field)?(batch, &Device::Cpu)?;
         let (from, to) = problem.span;
         let ode = Ode::new(&problem.field).span(from, to).precision(find(PRECISIONS, precision)?);
-        let warm_up = ode.clone().solver(Rk4).steps(8);
-        (0..3).try_for_each(|_| Row::of(&problem, &warm_up).map(|_| ()))?;
         let rows = batch / 2;
         let tiled = Ode::new(&problem.field.clone().row_wise()).span(from, to).precision(find(PRECISIONS, precision)?);
         let tiled = tiled.tile(rows).threads(1);
+        for warm_up in [&ode, &tiled] {
+            let warm_up = warm_up.clone().solver(Rk4).steps(8);
+            (0..3).try_for_each(|_| Row::of(&problem, &warm_up).map(|_| ()))?;
+        }
         for ([solver, codec, adjoint_word], in_tiles) in self.ways() {
             for steps in self.steps {
                 let (ode, rows) = if in_tiles { (&tiled, rows.to_string()) } else { (&ode, String::new()) };
