@@ -128,12 +128,11 @@ mod tests {
     fn who_is_too_far_ahead_waits() {
         let folding = Folding::new(2);
         std::thread::scope(|scope| {
-            scope.spawn(|| [1, 3, 5].map(|tile| folding.turn().add(tile, of(1.0)).unwrap()));
+            let add = |tiles: [usize; 3]| tiles.into_iter().for_each(|tile| folding.turn().add(tile, of(1.0)).unwrap());
+            scope.spawn(move || add([1, 3, 5]));
             std::thread::sleep(std::time::Duration::from_millis(50));
             assert_eq!(folding.lock().waiting.keys().collect::<Vec<_>>(), [&1], "3 is more than a round ahead of 0");
-            for tile in [0, 2, 4] {
-                folding.turn().add(tile, of(1.0)).unwrap();
-            }
+            add([0, 2, 4]);
         });
         let sum = folding.into_sums().remove(0).unwrap().to_scalar::<f32>().unwrap();
         assert_eq!(sum, 6.0);
