@@ -2,7 +2,7 @@
 
 use super::Keeping;
 use super::codec::{Codec, Encodes, States};
-use super::schedule::kept;
+use super::schedule::{Slot, kept};
 use candle_core::{DType, Shape};
 
 /// Bytes that a forward pass over `steps` steps has kept at its end, for a state of these shapes. `known` says whether
@@ -12,7 +12,9 @@ pub(crate) fn kept_bytes(keeping: &Keeping, shapes: &[Shape], steps: usize, know
     let (mut states, _) = kept(schedule.as_ref(), steps, known.then_some(steps));
     let last = steps.saturating_sub(1);
     let scheduled = states.len();
-    if schedule.keeps_last() && last > 0 && states.last() != Some(&last) {
+    // Where stages are kept, those of the last step are, and no state is needed.
+    let keeps_last = schedule.keeps_last() && schedule.slot() == Slot::State;
+    if keeps_last && last > 0 && states.last() != Some(&last) {
         states.push(last);
     }
     let whole = States(accumulate).bytes(shapes);
