@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 pub mod against_f64;
 pub mod gradcheck;
 pub mod memory;
+pub mod problem;
 
 /// A plain Candle model: y ↦ W₂ tanh(W₁ y + b₁ + t) + b₂.
 pub struct Mlp(Linear, Linear);
