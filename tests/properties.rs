@@ -6,12 +6,15 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
 use candle_ode::prelude::*;
-use candle_ode::{Increments4, Increments8, Increments16, InputOnly};
+use candle_ode::schedule::{Schedule, Slot};
+use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
 use common::*;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof};
 use proptest::{prop_assert, prop_assert_eq, proptest};
 
-const SOLVERS: usize = 10;
+const SOLVERS: usize = 13;
+/// Those from here on are reversible.
+const REVERSIBLE: usize = 10;
 
 fn with_solver(ode: Ode, which: usize) -> Ode {
     match which {
@@ -24,7 +27,10 @@ fn with_solver(ode: Ode, which: usize) -> Ode {
         6 => ode.solver(ThreeEighths),
         7 => ode.solver(Bosh3),
         8 => ode.solver(Dopri5),
-        _ => ode.solver(Tsit5),
+        9 => ode.solver(Tsit5),
+        10 => ode.solver(Reversible::new(Midpoint)),
+        11 => ode.solver(Reversible::new(Rk4)),
+        _ => ode.solver(ReversibleHeun),
     }
 }
 
@@ -44,32 +50,43 @@ fn precisions() -> impl Strategy<Value = (Precision, f64)> {
     ]
 }
 
-/// An adjoint, with the relative error that its codec may add.
-fn adjoints() -> impl Strategy<Value = (Discrete, f64)> {
-    let codec = (0..6_usize).prop_map(|which| match which {
-        0..3 => (Discrete::default(), 0.0),
+/// An adjoint, with the relative error that its codec may add, and whether it keeps linearisations.
+fn adjoints() -> impl Strategy<Value = (Discrete, f64, bool)> {
+    let codec = prop_oneof![
+        3 => Just((Discrete::default(), 0.0)),
+        1 => Just((Discrete::default().codec(States(DType::F32)), 1e-4)),
+        1 => Just((Discrete::default().codec(States(DType::F16)), 1e-2)),
+        1 => Just((Discrete::default().codec(States(DType::BF16)), 1e-1)),
         // Coarse steps make large increments.
-        3 => (Discrete::default().codec(Increments16), 1e-2),
-        4 => (Discrete::default().codec(Increments8), 1e-1),
-        _ => (Discrete::default().codec(Increments4), 1.0),
-    });
-    let schedule = prop_oneof![Just(None), (0..9_usize).prop_map(Some)];
-    (codec, schedule, any::<bool>(), any::<bool>()).prop_map(|((adjoint, error), slots, input_only, one)| {
-        let adjoint = match slots {
-            Some(slots) => adjoint.checkpoints(slots),
-            None if input_only => adjoint.schedule(InputOnly),
+        1 => Just((Discrete::default().codec(Increments16), 1e-2)),
+        1 => Just((Discrete::default().codec(Increments8), 1e-1)),
+        1 => Just((Discrete::default().codec(Increments4), 1.0)),
+    ];
+    let slots = || prop_oneof![4 => 0..9_usize, 1 => Just(usize::MAX)];
+    let schedule = prop_oneof![
+        Just(None),
+        Just(Some(None)),
+        slots().prop_map(|slots| Some(Some(Checkpoints::new(slots)))),
+        slots().prop_map(|slots| Some(Some(Checkpoints::new(slots).with_stages()))),
+    ];
+    (codec, schedule, any::<bool>(), any::<bool>()).prop_map(|((adjoint, error), schedule, one, consume)| {
+        let with_stages = schedule.flatten().is_some_and(|checkpoints| checkpoints.slot() == Slot::Stages);
+        let adjoint = match schedule {
+            Some(Some(checkpoints)) => adjoint.schedule(checkpoints),
+            Some(None) => adjoint.schedule(InputOnly),
             None => adjoint,
         };
-        (adjoint.stage_memory(if one { StageMemory::One } else { StageMemory::All }), error)
+        let adjoint = if consume { adjoint.consume() } else { adjoint };
+        (adjoint.stage_memory(if one { StageMemory::One } else { StageMemory::All }), error, with_stages)
     })
 }
 
 /// dL/dy0, dL/dθ and y(T) for L = the mean of (y(T) + 1)².
-fn gradients(ode: &Ode, y0: &Var, vars: &VarMap) -> Vec<Tensor> {
-    let solution = ode.solve(y0.as_tensor()).unwrap();
-    let grads = (solution.last() + 1.0).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap();
+fn gradients(ode: &Ode, y0: &Var, vars: &VarMap) -> Result<Vec<Tensor>, OdeError> {
+    let solution = ode.solve(y0.as_tensor())?;
+    let grads = (solution.last() + 1.0)?.sqr()?.mean_all()?.backward()?;
     let all = sorted(vars).into_values().chain([y0.clone()]);
-    all.map(|var| grads.get(&var).unwrap().clone()).chain([solution.last().clone()]).collect()
+    Ok(all.map(|var| grads.get(&var).unwrap().clone()).chain([solution.last().clone()]).collect())
 }
 
 /// ‖a − b‖ / ‖b‖ over all tensors as one: a single small one cannot be wrong only because it is small.
@@ -81,7 +98,7 @@ fn distance(a: &[Tensor], b: &[Tensor]) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn gradients_stay_near_those_of_f64(
@@ -92,7 +109,8 @@ proptest! {
         hidden in 1..7_usize,
         end in prop_oneof![-1.5..-0.1_f64, 0.1..1.5_f64],
         (precision, bound) in precisions(),
-        (adjoint, rounding) in adjoints(),
+        (adjoint, rounding, with_stages) in adjoints(),
+        reconstructs in any::<bool>(),
         scaled in 0..3_usize,
         seed in any::<u32>(),
     ) {
@@ -101,17 +119,24 @@ proptest! {
         fill(&vars, u64::from(seed), 1.0);
         let y0 = variable(u64::from(seed) + 99, &[batch, dim], DType::F64);
         let ode = with_solver(Ode::new(&field), solver).span(0.2, 0.2 + end).steps(steps);
-        let exact = gradients(&ode.clone().precision(Precision::F64), &y0, &vars);
-        let ode = ode.precision(precision).adjoint(adjoint);
+        let exact = gradients(&ode.clone().precision(Precision::F64), &y0, &vars).unwrap();
+        let is_reversible = solver >= REVERSIBLE;
+        let ode = ode.precision(precision);
+        let ode = if reconstructs && is_reversible { ode.adjoint(Reconstruct::default()) } else { ode.adjoint(adjoint) };
         let ode = match scaled {
             0 => ode,
             1 => ode.scaling(AdjointScaling::per_step()),
             _ => ode.scaling(AdjointScaling::dynamic()),
         };
-        let found = gradients(&ode, &y0, &vars);
+        if is_reversible && with_stages && !reconstructs {
+            let refused = gradients(&ode, &y0, &vars).unwrap_err();
+            prop_assert!(matches!(refused, OdeError::Unsupported { .. }), "{refused}");
+            return Ok(());
+        }
+        let found = gradients(&ode, &y0, &vars).unwrap();
         let error = distance(&found, &exact);
         prop_assert!(error < bound + rounding, "{error:e}");
-        let again = gradients(&ode, &y0, &vars);
+        let again = gradients(&ode, &y0, &vars).unwrap();
         prop_assert!(found.iter().zip(&again).all(|(a, b)| bits(a) == bits(b)));
     }
 
@@ -121,7 +146,7 @@ proptest! {
         times in proptest::collection::vec(prop_oneof![any::<f64>(), -1.0..1.0_f64], 0..5),
         solver in 0..SOLVERS,
         (precision, _) in precisions(),
-        (adjoint, _) in adjoints(),
+        (adjoint, ..) in adjoints(),
         retry in any::<bool>(),
         factor in any::<f32>(),
     ) {
