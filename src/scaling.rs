@@ -137,6 +137,8 @@ impl Scale {
     pub fn apply(&self, x: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
         match self {
             Self::Host(s) => combine::combine(None, &[(*s, x)], dtype),
+            #[cfg(feature = "cuda")]
+            Self::Device { scale, .. } if let Some(scaled) = combine::times(x, scale, dtype)? => Ok(scaled),
             Self::Device { scale, .. } => x.broadcast_mul(&scale.to_dtype(x.dtype())?)?.to_dtype(dtype),
         }
     }
@@ -156,6 +158,8 @@ impl Scale {
     pub fn undo(&self, x: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
         match self {
             Self::Host(s) => combine::combine(None, &[(1.0 / s, x)], dtype),
+            #[cfg(feature = "cuda")]
+            Self::Device { inverse, .. } if let Some(scaled) = combine::times(x, inverse, dtype)? => Ok(scaled),
             Self::Device { inverse, .. } => x.to_dtype(dtype)?.broadcast_mul(&inverse.to_dtype(dtype)?),
         }
     }
@@ -192,6 +196,10 @@ impl PowerOfTwo {
             }
             return Ok(Scale::Host(power_below(largest, self.headroom)));
         }
+        #[cfg(feature = "cuda")]
+        if let Some((scale, inverse)) = combine::power_of_two(tensors, self.headroom, (LOWEST, HIGHEST))? {
+            return Ok(Scale::Device { scale, inverse });
+        }
         let maxima = tensors.iter().map(combine::max_abs_on_device).collect::<candle_core::Result<Vec<_>>>()?;
         self.look_up(&Tensor::stack(&maxima, 0)?.max(0)?)
     }
@@ -222,11 +230,11 @@ impl PowerOfTwo {
 }
 
 /// Exponents of the F32 numbers between which a cotangent is scaled; smaller ones are as good as zero.
-const LOWEST: i32 = -100;
-const HIGHEST: i32 = 127;
+pub(crate) const LOWEST: i32 = -100;
+pub(crate) const HIGHEST: i32 = 127;
 
 /// The power of two S with ½ < S·m ≤ 1, shifted down by `headroom`; 1 if m is zero or not finite.
-fn power_below(m: f64, headroom: i32) -> f64 {
+pub(crate) fn power_below(m: f64, headroom: i32) -> f64 {
     if m == 0.0 || !m.is_finite() {
         return 1.0;
     }

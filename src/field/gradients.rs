@@ -75,10 +75,7 @@ impl Gradients {
         let sum = Sum::of(&mut self.sums[slot], gradient, self.wide)?;
         let finite = match &self.scale {
             Scale::Host(s) => combine::accumulate(&mut sum.tensor, 1.0 / s, gradient)?,
-            scale => {
-                let unscaled = scale.undo(gradient, sum.tensor.dtype())?;
-                combine::accumulate(&mut sum.tensor, 1.0, &unscaled)?
-            }
+            Scale::Device { inverse, .. } => combine::accumulate_by(&mut sum.tensor, inverse, gradient)?,
         };
         self.finite = std::mem::take(&mut self.finite).and(finite);
         Ok(())
@@ -108,6 +105,31 @@ impl Gradients {
         }
         let sum = Sum::of(&mut self.sums[slot], leaf, false)?;
         combine::in_place(&sum.tensor, contribute)
+    }
+
+    /// The sum, in F32, of the parameter that `leaf` stands for, and whether it is a part that has to be added yet: sums
+    /// in F64 are given what was added to zeros in F32. `None` if what is added is not wanted.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn sum_of(&mut self, leaf: &Tensor) -> candle_core::Result<Option<(Tensor, bool)>> {
+        let Some(&slot) = self.slots.get(&leaf.id()) else {
+            candle_core::bail!("a layer's parameter is not the field's")
+        };
+        if self.ignored {
+            return Ok(None);
+        }
+        if self.wide {
+            return Tensor::zeros(leaf.shape(), DType::F32, leaf.device()).map(|part| Some((part, true)));
+        }
+        Sum::of(&mut self.sums[slot], leaf, false).map(|sum| Some((sum.tensor.clone(), false)))
+    }
+
+    /// Adds to the sum of the parameter that `leaf` stands for, without the scale.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn add_unscaled(&mut self, leaf: &Tensor, part: &Tensor) -> candle_core::Result<()> {
+        let scale = std::mem::take(&mut self.scale);
+        let added = self.add_leaf(leaf, part);
+        self.scale = scale;
+        added.map(drop)
     }
 
     /// Notes whether something that was added is finite.

@@ -34,12 +34,62 @@ pub fn add(weight: &Tensor, contribution: &Tensor) -> Result<bool> {
 pub(crate) fn add_in_place(weight: &Tensor, contribute: impl FnOnce(&mut [f32])) -> Result<()> {
     OPEN.with_borrow_mut(|open| match open {
         Some(gradients) => gradients.add_in_place(weight, contribute),
-        None => Err(OdeError::Unsupported {
-            what: "a backward pass inside a vector field, through layers of candle_ode::ops".into(),
-            instead: "use layers of candle_nn for what the field differentiates itself, or the layers' Tangent",
-        }
-        .into()),
+        None => Err(none_open()),
     })
+}
+
+fn none_open() -> candle_core::Error {
+    OdeError::Unsupported {
+        what: "a backward pass inside a vector field, through layers of candle_ode::ops".into(),
+        instead: "use layers of candle_nn for what the field differentiates itself, or the layers' Tangent",
+    }
+    .into()
+}
+
+/// A sum of dL/dθ in F32 on a device, to be added to in place, without the scale.
+#[cfg(feature = "cuda")]
+pub(crate) struct Sum {
+    pub(crate) tensor: Tensor,
+    apart: bool,
+}
+
+#[cfg(feature = "cuda")]
+impl Sum {
+    /// Everything has been added.
+    pub(crate) fn finish(self, leaf: &Tensor) -> Result<()> {
+        OPEN.with_borrow_mut(|open| match open {
+            Some(gradients) if self.apart => gradients.add_unscaled(leaf, &self.tensor),
+            _ => Ok(()),
+        })
+    }
+}
+
+/// The sum of the parameter that `leaf` stands for; `None` if it is not wanted.
+///
+/// # Errors
+/// As [`add_in_place`].
+#[cfg(feature = "cuda")]
+pub(crate) fn sum_of(leaf: &Tensor) -> Result<Option<Sum>> {
+    OPEN.with_borrow_mut(|open| match open {
+        Some(gradients) => Ok(gradients.sum_of(leaf)?.map(|(tensor, apart)| Sum { tensor, apart })),
+        None => Err(none_open()),
+    })
+}
+
+/// Notes a 0-d F32 tensor on the device that is 0, or NaN if something that went into the open sums is not finite.
+#[cfg(feature = "cuda")]
+pub(crate) fn note_on_device(flag: Tensor) {
+    OPEN.with_borrow_mut(|open| {
+        if let Some(gradients) = open {
+            gradients.note(Finite::Device(vec![flag]));
+        }
+    });
+}
+
+/// What the cotangents of this pullback have been multiplied by, wherever that is known.
+#[cfg(feature = "cuda")]
+pub(crate) fn scale_of_cotangents() -> crate::scaling::Scale {
+    OPEN.with_borrow(|open| open.as_ref().map_or_else(Default::default, |gradients| gradients.scale().clone()))
 }
 
 /// Notes whether something that went into the open sums is finite.

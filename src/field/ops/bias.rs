@@ -33,8 +33,19 @@ pub fn add_bias<D: Dim>(x: &Tensor, bias: &Tensor, dim: D) -> Result<Tensor> {
         bail!("add-bias: the bias is {:?} and x {:?}; it must be the same, or F32", bias.dtype(), x.dtype())
     }
     let inner = x.dims()[dim + 1..].iter().product();
-    let ready = Precomputed::off_cpu(x, || composed(&x.detach(), &bias.detach(), dim))?;
+    let ready = off_cpu(x, bias, dim, inner)?;
     x.apply_op2(bias, AddBias { inner, ready })
+}
+
+/// The value where x is not on the CPU: by a kernel of ours or of Candle's ops.
+fn off_cpu(x: &Tensor, bias: &Tensor, dim: usize, inner: usize) -> Result<Precomputed> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = super::cuda::add_bias(x, bias, inner)? {
+        return Ok(Precomputed::on_device(value));
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = inner;
+    Precomputed::off_cpu(x, || composed(&x.detach(), &bias.detach(), dim))
 }
 
 struct AddBias {
@@ -91,6 +102,10 @@ pub(super) fn add_channels<T: Element>(y: &mut [T], bias: &[T::Wide], inner: usi
 pub(super) fn sum_channels(x: &Tensor, inner: usize) -> Result<Tensor> {
     if x.device().is_cpu() {
         return x.apply_op1_no_bwd(&SumChannels { channels: x.dim(1)?, inner });
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(sums) = super::cuda::sum_channels(x, inner)? {
+        return Ok(sums);
     }
     let wide = x.to_dtype(wide_dtype(x.dtype()))?;
     if x.rank() == 2 { wide.sum(0) } else { wide.sum((0, 2)) }

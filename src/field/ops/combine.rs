@@ -1,6 +1,6 @@
 //! Sums of tensors in mixed dtypes: the arithmetic of stages, cotangents and gradient sums.
 //!
-//! On the CPU each is one pass over the operands; elsewhere, and where Candle tracks an operand, it is a composition of
+//! On the CPU and on CUDA each is one pass over the operands; elsewhere, and where Candle tracks an operand, it is a composition of
 //! Candle's own ops with the same meaning.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -49,9 +49,13 @@ impl Finite {
     /// Adds what is on the device into one 0-d tensor, so that many flags cost one read.
     fn folded(&self) -> Result<Option<Tensor>> {
         let Self::Device(flags) = self else { return Ok(None) };
-        let mut flags = flags.iter();
-        let Some(first) = flags.next() else { return Ok(None) };
-        flags.try_fold(first.clone(), |sum, flag| sum + flag).map(Some)
+        let mut flags = flags.clone();
+        while flags.len() > 1 {
+            let sum =
+                |some: &[Tensor]| combine(None, &some.iter().map(|flag| (1.0, flag)).collect::<Vec<_>>(), DType::F32);
+            flags = flags.chunks(16).map(sum).collect::<Result<_>>()?;
+        }
+        Ok(flags.pop())
     }
 
     /// Reads many at once: one transfer from the device.
@@ -96,11 +100,37 @@ pub fn combine(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) ->
     }
     let wide = operands().any(|x| x.dtype() == DType::F64) || dtype == DType::F64;
     let tracked = operands().any(Tensor::track_op);
+    #[cfg(feature = "cuda")]
+    if !tracked && let Some((sum, _)) = super::cuda::combine(base, terms, None, dtype, false)? {
+        return Ok(sum);
+    }
     if tracked || !operands().all(|x| x.device().is_cpu() && is_float(x.dtype())) {
         return compose(base, terms, if wide { DType::F64 } else { DType::F32 }, dtype);
     }
     let storage = if wide { on_cpu::<f64>(base, terms, dtype) } else { on_cpu::<f32>(base, terms, dtype) }?;
     Ok(Tensor::from_storage(Storage::Cpu(storage), first.shape(), BackpropOp::none(), false))
+}
+
+/// A copy of `x` in `dtype`, outside any graph, and whether all of it is finite.
+///
+/// # Errors
+/// When the device fails.
+pub fn rounded(x: &Tensor, dtype: DType) -> Result<(Tensor, Finite)> {
+    let x = x.detach();
+    #[cfg(feature = "cuda")]
+    if let Some((copy, Some(flag))) = super::cuda::combine(Some(&x), &[], None, dtype, true)? {
+        return Ok((copy, Finite::Device(vec![flag])));
+    }
+    let copy = combine(Some(&x), &[], dtype)?;
+    let finite = finite(&copy)?;
+    Ok((copy, finite))
+}
+
+/// `number`·x in `dtype`, outside any graph, by a kernel of ours; `number` is a 0-d F32 tensor on the device.
+#[cfg(feature = "cuda")]
+pub(crate) fn times(x: &Tensor, number: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    let product = super::cuda::combine(None, &[(1.0, x)], Some(number), dtype, false)?;
+    Ok(product.map(|(product, _)| product))
 }
 
 fn is_float(dtype: DType) -> bool {
@@ -241,7 +271,7 @@ pub(crate) fn copy_on_metal(storage: &MetalStorage, layout: &Layout, dtype: DTyp
     if storage.dtype() == dtype { storage.affine(layout, 1.0, 0.0) } else { storage.to_dtype(layout, dtype) }
 }
 
-/// `sum += c·x`, in place on the CPU. Says whether every c·x is finite.
+/// `sum += c·x`, in place on the CPU and by kernels of ours. Says whether every c·x is finite.
 ///
 /// # Errors
 /// Operands of different shapes or devices.
@@ -254,9 +284,23 @@ pub fn accumulate(sum: &mut Tensor, c: f64, x: &Tensor) -> Result<Finite> {
         sum.inplace_op1(&add)?;
         return Ok(Finite::Host(add.finite.get()));
     }
+    #[cfg(feature = "cuda")]
+    if let Some(flag) = super::cuda::accumulate(sum, c, None, x)? {
+        return Ok(Finite::Device(vec![flag]));
+    }
     let term = (x.to_dtype(sum.dtype())? * c)?;
     *sum = (&*sum + &term)?;
     finite(&term)
+}
+
+/// `sum += number·x` for a 0-d F32 tensor `number` on the device. Says whether every number·x is finite.
+pub(crate) fn accumulate_by(sum: &mut Tensor, number: &Tensor, x: &Tensor) -> Result<Finite> {
+    #[cfg(feature = "cuda")]
+    if let Some(flag) = super::cuda::accumulate(sum, 1.0, Some(number), x)? {
+        return Ok(Finite::Device(vec![flag]));
+    }
+    let scaled = x.to_dtype(sum.dtype())?.broadcast_mul(&number.to_dtype(sum.dtype())?)?;
+    accumulate(sum, 1.0, &scaled)
 }
 
 struct AddScaled {
@@ -327,6 +371,10 @@ impl<F: FnOnce(&mut [f32])> InplaceOp1 for Write<F> {
 /// # Errors
 /// When the device fails.
 pub fn finite(x: &Tensor) -> Result<Finite> {
+    #[cfg(feature = "cuda")]
+    if let Some(flag) = super::cuda::finite(x)? {
+        return Ok(Finite::Device(vec![flag]));
+    }
     if !x.device().is_cpu() {
         return Ok(Finite::Device(vec![(x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?]));
     }
@@ -371,7 +419,24 @@ pub fn max_abs(x: &Tensor) -> Result<f64> {
 /// # Errors
 /// When the device fails.
 pub fn max_abs_on_device(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(largest) = super::cuda::max_abs(&[x])? {
+        return Ok(largest);
+    }
     x.detach().to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)
+}
+
+/// The power of two S with ½ < S·max|x| ≤ 1 over all tensors, shifted down by the headroom, and 1/S, by kernels of ours.
+#[cfg(feature = "cuda")]
+pub(crate) fn power_of_two(
+    tensors: &[Tensor],
+    headroom: i32,
+    exponents: (i32, i32),
+) -> Result<Option<(Tensor, Tensor)>> {
+    match super::cuda::max_abs(&tensors.iter().collect::<Vec<_>>())? {
+        Some(largest) => super::cuda::power_of_two(&largest, headroom, exponents),
+        None => Ok(None),
+    }
 }
 
 /// Shows a CPU tensor to `see`, chunk by chunk, widened.

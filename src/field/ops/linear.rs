@@ -130,12 +130,21 @@ impl Columns {
 /// y = x W[:, ..inputs]ᵀ + b; W's gradient has all columns: that of the one beyond is `beyond` · dL/db, the others' 0.
 pub(super) fn leading_columns(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, columns: Columns) -> Result<Tensor> {
     validate(x, weight, bias, columns.inputs)?;
-    let ready = Precomputed::off_cpu(x, || composed(&x.detach(), &weight.detach(), bias, columns.inputs))?;
+    let ready = off_cpu(x, weight, bias, columns.inputs)?;
     let op = LinearOp { columns, ready };
     match bias {
         Some(bias) => x.apply_op3(weight, bias, op),
         None => x.apply_op2(weight, op),
     }
+}
+
+/// The value where x is not on the CPU: by kernels of ours or of Candle's ops.
+fn off_cpu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, inputs: usize) -> Result<Precomputed> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = super::cuda::affine(x, weight, bias, inputs)? {
+        return Ok(Precomputed::on_device(value));
+    }
+    Precomputed::off_cpu(x, || composed(&x.detach(), &weight.detach(), bias, inputs))
 }
 
 fn validate(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, inputs: usize) -> Result<()> {
@@ -211,8 +220,7 @@ impl LinearOp {
             (None, None) => None,
         };
         let for_weight = if weight.track_op() {
-            let x = x.detach().reshape(((), *inputs))?.to_dtype(wide)?;
-            let mut contribution = product::matmul(&grad.to_dtype(wide)?.t()?, &x)?;
+            let mut contribution = outer(&grad, &x.detach().reshape(((), *inputs))?)?;
             let more = weight.dim(1)? - inputs;
             if more > 0 {
                 let last = match (beyond, &sums) {
@@ -311,8 +319,22 @@ fn dense_product<T: Element>(x: &[T], weight: &[T], (m, n, k): (usize, usize, us
     T::cpu_storage_data(multiply(&x, &Layout::contiguous((m, k)), &weight, &weight_layout)?)
 }
 
+/// gᵀ x in F32 (F64 for F64) for matrices `(rows, outputs)` and `(rows, inputs)`.
+fn outer(g: &Tensor, x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(product) = super::cuda::outer(g, x)? {
+        return Ok(product);
+    }
+    let wide = wide_dtype(x.dtype());
+    product::matmul(&g.to_dtype(wide)?.t()?, &x.to_dtype(wide)?)
+}
+
 /// a b for matrices, every dot product accumulated in F32 at least.
 fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(product) = super::cuda::matmul(a, b)? {
+        return Ok(product);
+    }
     let half = matches!(a.dtype(), DType::F16 | DType::BF16);
     let (rows, columns) = (a.dim(0)?, b.dim(1)?);
     if half && (rows == 1 || columns == 1) {

@@ -31,6 +31,7 @@ pub mod combine;
 mod concat_time;
 mod conv;
 mod cpu;
+mod cuda;
 mod dropout;
 #[cfg(test)]
 mod gradcheck;
@@ -51,6 +52,7 @@ pub use activation::{Activation, cos, elu, gelu, log_cosh, relu, sigmoid, silu, 
 pub use bias::add_bias;
 pub use concat_time::{ConcatLinear, concat_linear};
 pub use conv::{Conv2d, conv2d, conv2d_no_bias};
+pub use cuda::cuda_kernels;
 pub use dropout::Dropout;
 pub use linear::{Linear, affine, linear, linear_b, linear_no_bias};
 pub use mlp::{Mlp, MlpBuilder};

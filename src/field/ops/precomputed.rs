@@ -7,12 +7,27 @@ use std::sync::{Mutex, PoisonError};
 
 /// The value of an op, made before its node is; taken by the node's forward pass.
 #[derive(Debug, Default)]
-pub(super) struct Precomputed(Mutex<Option<Tensor>>);
+pub(super) struct Precomputed(Mutex<Option<Value>>);
+
+#[derive(Debug)]
+enum Value {
+    /// Composed of Candle's ops; the node copies it.
+    Composed(Tensor),
+    /// Made by a kernel of ours for the node alone.
+    #[cfg(feature = "cuda")]
+    OnDevice(super::cuda::Value),
+}
 
 impl Precomputed {
     /// A value for any device.
     pub(super) fn of(value: Tensor) -> Self {
-        Self(Mutex::new(Some(value)))
+        Self(Mutex::new(Some(Value::Composed(value))))
+    }
+
+    /// A value that kernels of ours have made on CUDA.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(value: super::cuda::Value) -> Self {
+        Self(Mutex::new(Some(Value::OnDevice(value))))
     }
 
     /// A value where `x` is on a device without our kernels; nothing on the CPU.
@@ -28,6 +43,14 @@ impl Precomputed {
     }
 
     pub(super) fn cuda(&self, op: &'static str) -> Result<(CudaStorage, Shape)> {
+        #[cfg(feature = "cuda")]
+        {
+            let mut value = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match value.take() {
+                Some(Value::OnDevice(value)) => return Ok((value.storage, value.shape)),
+                other => *value = other,
+            }
+        }
         self.hand_over(op, |storage| match storage {
             Storage::Cuda(storage) => Some(storage),
             _ => None,
@@ -46,8 +69,9 @@ impl Precomputed {
         op: &'static str,
         pick: impl FnOnce(&Storage) -> Option<&S>,
     ) -> Result<(S, Shape)> {
-        let Some(value) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            bail!("`{op}` has no value for this device: its arguments are on different devices")
+        let value = match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(Value::Composed(value)) => value,
+            _ => bail!("`{op}` has no value for this device: its arguments are on different devices"),
         };
         let value = value.contiguous()?;
         let (storage, layout) = value.storage_and_layout();

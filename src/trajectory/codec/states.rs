@@ -26,8 +26,8 @@ impl Codec for States {
                 tensors.push(y.detach());
                 continue;
             }
-            let kept = combine::combine(Some(&y.detach()), &[], self.0)?;
-            finite = finite.and(combine::finite(&kept)?);
+            let (kept, all) = combine::rounded(y, self.0)?;
+            finite = finite.and(all);
             tensors.push(kept);
         }
         Ok((Entry::new(tensors, state), finite))

@@ -162,16 +162,24 @@ struct Scale {
 }
 
 fn apply(activation: Activation, order: u32, x: &Tensor) -> Result<Tensor> {
-    let ready = Precomputed::off_cpu(x, || composed::scaled(activation, order, x, &[]))?;
+    let ready = scaled_off_cpu(activation, order, x, &[])?;
     x.apply_op1(Apply { activation, order, ready })
 }
 
 fn scaled_off_cpu(activation: Activation, order: u32, x: &Tensor, by: &[&Tensor]) -> Result<Precomputed> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = super::cuda::scaled(activation, order, x, by)? {
+        return Ok(Precomputed::on_device(value));
+    }
     Precomputed::off_cpu(x, || composed::scaled(activation, order, x, by))
 }
 
 /// f⁽ⁿ⁾(x) times up to two tensors, outside any graph.
 fn scaled(activation: Activation, order: u32, x: &Tensor, by: &[&Tensor]) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = super::cuda::scaled(activation, order, x, by)? {
+        return Ok(value.tensor());
+    }
     if !x.device().is_cpu() {
         return composed::scaled(activation, order, x, by);
     }

@@ -1,6 +1,6 @@
 //! Linear layers with activations between them as one op of Candle's graph, on a tile of rows and one thread.
 //!
-//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve on the CPU, in F32, F16 and BF16, the layers of this crate
+//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16, the layers of this crate
 //! run in it: weights are packed once per solve, the activation is applied to the product while that is in registers, the
 //! pullback multiplies by fₙ′ there too, and dL/dW is added in place to the F32 sums. Between its first and its last
 //! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer, unless the
@@ -28,15 +28,15 @@ pub(super) use parameter::{Parameter, with_elements};
 /// A linear layer and what is done with its result.
 #[derive(Clone, Debug)]
 pub(super) struct Link {
-    weight: Parameter,
-    bias: Option<Parameter>,
+    pub(super) weight: Parameter,
+    pub(super) bias: Option<Parameter>,
     /// Leading columns of W that the rows of x are multiplied with.
-    inputs: usize,
+    pub(super) inputs: usize,
     /// Rows of W.
-    outputs: usize,
+    pub(super) outputs: usize,
     /// The time, which multiplies the one column beyond.
-    beyond: Option<f64>,
-    then: Activation,
+    pub(super) beyond: Option<f64>,
+    pub(super) then: Activation,
 }
 
 /// A layer that may become part of a chain.
@@ -82,10 +82,14 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// An empty chain for `x`, if layers can be chained here: inside a solve, on the CPU, in a dtype with kernels.
+    /// An empty chain for `x`, if layers can be chained here: inside a solve, in a dtype and on a device with kernels.
     pub(super) fn start(x: &Tensor) -> Option<Self> {
         let has_kernels = matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
-        let fits = x.device().is_cpu() && has_kernels && x.rank() > 0 && x.elem_count() > 0;
+        #[cfg(feature = "cuda")]
+        let runs = x.device().is_cpu() || super::cuda::runs(x);
+        #[cfg(not(feature = "cuda"))]
+        let runs = x.device().is_cpu();
+        let fits = runs && has_kernels && x.rank() > 0 && x.elem_count() > 0;
         Some(Self { current: Session::current().filter(|_| fits)?, links: vec![] })
     }
 
@@ -95,7 +99,10 @@ impl Chain {
         let inputs = columns - usize::from(t.is_some()).min(columns);
         let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
         let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0 && outputs > 0;
-        if !fits || t.is_some_and(Time::is_tracked) {
+        // On a GPU elements are counted in 32 bits.
+        let rows = x.elem_count() / x.dims().last().copied().unwrap_or(1).max(1);
+        let is_small = x.device().is_cpu() || rows.max(inputs) * outputs <= 1 << 31;
+        if !(fits && is_small) || t.is_some_and(Time::is_tracked) {
             return false;
         }
         let Some((weight, bias)) = Parameter::of_layer(&self.current, x, weight, bias) else { return false };
@@ -120,6 +127,10 @@ impl Chain {
             return Ok(x.clone());
         }
         let x = x.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if !x.device().is_cpu() {
+            return super::cuda::run_chain(self.links, &x);
+        }
         let (Current { session, call }, links) = (self.current, self.links);
         let saves = match call {
             _ if x.track_op() => Saves::Results,

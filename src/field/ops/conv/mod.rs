@@ -3,7 +3,8 @@
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in / groups, k, k)`, b `(out)`. Dtypes: x and weight share one of F16,
 //! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over batch
 //! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included. Inside a solve
-//! on the CPU, kernels of ours do it ([`direct`]), except with dilation, groups or strides above 2.
+//! on the CPU, kernels of ours do it ([`direct`]), except with dilation, groups or strides above 2. On CUDA value and
+//! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
 mod direct;
 
@@ -89,7 +90,7 @@ impl Conv2d {
     }
 
     fn convolve(&self, x: &Tensor) -> Result<Tensor> {
-        let ready = Precomputed::of(forward(&x.detach(), &self.weight.detach(), &self.config)?);
+        let ready = value(&x.detach(), &self.weight.detach(), &self.config)?;
         x.apply_op2(&self.weight, ConvOp { config: self.config, ready })
     }
 }
@@ -148,6 +149,14 @@ fn working_dtype(x: &Tensor) -> DType {
     if x.device().is_cpu() { wide_dtype(x.dtype()) } else { x.dtype() }
 }
 
+fn value(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Precomputed> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = super::cuda::convolve(x, weight, config)? {
+        return Ok(Precomputed::on_device(value));
+    }
+    forward(x, weight, config).map(Precomputed::of)
+}
+
 fn forward(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Tensor> {
     if x.dtype() != weight.dtype() {
         candle_core::bail!("conv2d: x is {:?} and the weight {:?}; they must be the same", x.dtype(), weight.dtype())
@@ -161,6 +170,10 @@ fn forward(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Tensor>
 
 /// The gradient of x: a transposed convolution, group by group.
 fn pull_input(x: &Tensor, weight: &Tensor, grad: &Tensor, config: &Conv2dConfig) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gradient) = super::cuda::pull_input(x, weight, grad, config)? {
+        return Ok(gradient);
+    }
     let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
     let (_, _, height, width) = x.dims4()?;
     let (_, _, kernel_height, kernel_width) = weight.dims4()?;
@@ -181,6 +194,10 @@ fn pull_input(x: &Tensor, weight: &Tensor, grad: &Tensor, config: &Conv2dConfig)
 
 /// The gradient of the weight in F32 (F64 for F64): x convolved with the cotangent, group by group.
 fn pull_weight(x: &Tensor, weight: &Tensor, grad: &Tensor, config: &Conv2dConfig) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gradient) = super::cuda::pull_weight(x, weight, grad, config)? {
+        return Ok(gradient);
+    }
     let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
     let (_, _, kernel_height, kernel_width) = weight.dims4()?;
     let wide = wide_dtype(x.dtype());
