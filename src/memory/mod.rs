@@ -33,6 +33,7 @@
 mod books;
 mod composition;
 mod curve;
+mod device;
 mod feed;
 mod file;
 mod layer;
@@ -48,12 +49,13 @@ mod span_table;
 
 pub use composition::{Composition, Moment, Part, Timeline};
 pub use curve::Curve;
+pub use device::{CudaSettings, cuda_device, cuda_device_with};
 pub use feed::FEED;
 pub use layer::MemoryLayer;
 pub use ledger::Ledger;
 #[cfg(feature = "cuda")]
 pub use meter::{CudaDeviceMeter, CudaPoolMeter};
-pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, cuda_device, meter_for, probe_cuda};
+pub use meter::{HeapMeter, Meter, ProcessMeter, Reading, TrackingAllocator, meter_for, probe_cuda};
 pub use plan::{Choice, Choices, MemoryPlan};
 pub use profiler::MemoryProfiler;
 pub use recording::{Recording, Snapshot};

@@ -1,7 +1,6 @@
 //! Is CUDA there at all? Asked before anything else, since a missing library panics further down.
 
 use crate::error::{OdeError, Result};
-use candle_core::Device;
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 
 /// What a CUDA device of Candle opens: the driver, matrix products, random numbers.
@@ -33,33 +32,4 @@ fn probe(library: &str) -> Result<()> {
     }
     let hint = "install the NVIDIA driver and the CUDA libraries and put them on the loader's path, or run on the CPU";
     Err(OdeError::Meter { counter: "cuda", reason, hint })
-}
-
-/// Opens CUDA device `ordinal` on a stream of its own, and says what is missing where Candle would panic.
-///
-/// ```
-/// use candle_core::Device;
-/// let device = candle_ode::memory::cuda_device(0).unwrap_or(Device::Cpu);
-/// # let _ = device;
-/// ```
-///
-/// # Errors
-///
-/// [`OdeError::Unsupported`] in a build without the `cuda` feature, [`OdeError::Meter`] if a CUDA library is missing,
-/// [`OdeError::Candle`] if the driver refuses (no such device, out of memory).
-pub fn cuda_device(ordinal: usize) -> Result<Device> {
-    if !cfg!(feature = "cuda") {
-        let what = format!("CUDA device {ordinal} in a build without CUDA");
-        return Err(OdeError::Unsupported { what, instead: "build with --features cuda, or use the CPU" });
-    }
-    probe_cuda()?;
-    // A library of a version that this build does not look for is found above and still panics below.
-    match std::panic::catch_unwind(|| Device::new_cuda_with_stream(ordinal)) {
-        Ok(device) => Ok(device?),
-        Err(_) => Err(OdeError::Meter {
-            counter: "cuda",
-            reason: "a CUDA library of the version this program was built for is missing".to_owned(),
-            hint: "install the CUDA version named above, or build against the installed one",
-        }),
-    }
 }

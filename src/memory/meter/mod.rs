@@ -10,7 +10,7 @@ mod process;
 pub use cuda::{CudaDeviceMeter, CudaPoolMeter};
 pub use heap::{HeapMeter, TrackingAllocator};
 pub(crate) use heap::{Held, held};
-pub use library::{cuda_device, probe_cuda};
+pub use library::probe_cuda;
 pub use process::ProcessMeter;
 
 use crate::error::{OdeError, Result};

@@ -254,7 +254,7 @@ impl Windows {
         Launch::new(Module::Convolution, "to_columns", Some(element), self).over(count)
     }
 
-    pub(super) fn from_columns(self, element: Element) -> Launch<Self> {
+    pub(super) fn to_images(self, element: Element) -> Launch<Self> {
         let count = self.images * self.channels * self.height * self.width;
         Launch::new(Module::Convolution, "from_columns", Some(element), self).over(count)
     }

@@ -142,7 +142,7 @@ fn pull(links: &[Link], saved: &Saved, x: &Tensor, value: &Tensor, mut g: Tensor
         };
         let shape = if n == 0 { x.shape().clone() } else { Shape::from((rows, link.inputs)) };
         let for_x = gpu.output(element, shape)?;
-        let pull = Pull {
+        let pulled = Pull {
             x: address(input)?,
             grad: address(&g)?,
             kept: address(kept)?,
@@ -151,7 +151,7 @@ fn pull(links: &[Link], saved: &Saved, x: &Tensor, value: &Tensor, mut g: Tensor
             for_bias: sum(&of_bias)?,
         };
         // SAFETY: tensors of the layer's sizes on this device, and sums of those of its parameters.
-        unsafe { super::layer::Layer::pull(&ready.layer, &gpu, &pull)? };
+        unsafe { ready.layer.pull(&gpu, &pulled)? };
         for (parameter, sum) in [(Some(&link.weight), of_weight), (link.bias.as_ref(), of_bias)] {
             if let (Some(parameter), Some(sum)) = (parameter, sum) {
                 sum.finish(&parameter.leaf)?;

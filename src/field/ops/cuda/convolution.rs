@@ -119,7 +119,7 @@ impl Convolution {
             }
             let windows = self.columns(columns, self.image(for_x, from), images);
             // SAFETY: as above.
-            unsafe { machine.launch(&windows.from_columns(self.element))? };
+            unsafe { machine.launch(&windows.to_images(self.element))? };
         }
         Ok(())
     }

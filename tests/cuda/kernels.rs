@@ -1,0 +1,169 @@
+//! Each kernel through the op that uses it, against the CPU.
+
+use super::gpu;
+use crate::common::*;
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_nn::Conv2dConfig;
+use candle_ode::ops::combine::{self, Finite};
+use candle_ode::ops::{self, Activation, Conv2d, Linear};
+
+/// Dtypes with kernels, and how far half precision may be off.
+const DTYPES: [(DType, f64); 3] = [(DType::F32, 3e-6), (DType::F16, 2e-3), (DType::BF16, 1.5e-2)];
+
+const ACTIVATIONS: [Activation; 10] = [
+    Activation::Tanh,
+    Activation::Sigmoid,
+    Activation::Softplus,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::Elu(0.7),
+    Activation::Sin,
+    Activation::Cos,
+    Activation::LogCosh,
+];
+
+/// f and the gradients of Σ f · w at arguments in `dtype`, on the GPU and in F64 on the CPU.
+fn against_cpu(
+    gpu: &Device,
+    dtype: DType,
+    bound: f64,
+    f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+    args: &[Tensor],
+    what: &str,
+) {
+    let run = |dtype: DType, device: &Device, args: &[Tensor]| -> Result<Vec<Tensor>> {
+        let place = |x: &Tensor| Var::from_tensor(&x.to_dtype(dtype)?.to_device(device)?);
+        let vars = args.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let leaves: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let y = f(&leaves)?;
+        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let w = normal(99, y.dims(), DType::F32).to_device(device)?.to_dtype(wide)?;
+        let grads = (y.to_dtype(wide)? * w)?.sum_all()?.backward()?;
+        let mut all = vec![y];
+        all.extend(leaves.iter().map(|leaf| grads.get(leaf).unwrap().clone()));
+        all.iter().map(|x| x.to_device(&Device::Cpu)).collect()
+    };
+    let rounded: Vec<Tensor> = args.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
+    let (got, exact) = (run(dtype, gpu, &rounded).unwrap(), run(DType::F64, &Device::Cpu, &rounded).unwrap());
+    for (n, (got, exact)) in got.iter().zip(&exact).enumerate() {
+        let off = relative(got, exact);
+        assert!(off < bound, "{what} in {dtype:?}: tensor {n} is off by {off}");
+    }
+}
+
+#[test]
+fn activations_and_their_derivatives() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for activation in ACTIVATIONS {
+            for shape in [&[1][..], &[257], &[33, 65], &[3, 5, 7, 11]] {
+                let args = [normal(1, shape, DType::F32), normal(2, shape, DType::F32)];
+                let what = format!("{activation:?} of {shape:?}");
+                against_cpu(&gpu, dtype, bound, &|args| activation.forward(&args[0]), &args[..1], &what);
+                against_cpu(&gpu, dtype, 4.0 * bound, &|args| activation.push(&args[0], &args[1]), &args, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_layers() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for (rows, inputs, outputs) in
+            [(1, 1, 1), (1, 300, 5), (7, 3, 1), (1000, 1, 33), (5000, 65, 130), (4096, 2, 64)]
+        {
+            let weight = (normal(2, &[outputs, inputs], DType::F32) / (inputs as f64).sqrt()).unwrap();
+            let args = [normal(1, &[rows, inputs], DType::F32), weight, normal(3, &[outputs], DType::F32)];
+            let what = format!("linear {rows}×{inputs}→{outputs}");
+            let layer = |args: &[Tensor]| Linear::new(args[1].clone(), Some(args[2].clone())).forward(&args[0]);
+            against_cpu(&gpu, dtype, bound, &layer, &args, &what);
+            against_cpu(&gpu, dtype, bound, &|args| ops::affine(&args[0], &args[1], None), &args[..2], &what);
+        }
+    }
+}
+
+#[test]
+fn biases_and_their_sums() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for (shape, dim) in
+            [(&[70_000, 3][..], 1), (&[5, 300], 1), (&[4, 3, 33, 35], 1), (&[2, 7, 5], 1), (&[9, 4, 6], 2)]
+        {
+            let args = [normal(1, shape, DType::F32), normal(2, &[shape[dim]], DType::F32)];
+            let add = |args: &[Tensor]| ops::add_bias(&args[0], &args[1], dim);
+            against_cpu(&gpu, dtype, bound, &add, &args, &format!("bias along {dim} of {shape:?}"));
+        }
+    }
+}
+
+#[test]
+fn convolutions() {
+    let Some(gpu) = gpu() else { return };
+    let configs = [(1, 1, 1, 1), (0, 1, 1, 1), (1, 2, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2), (0, 3, 1, 4)];
+    for ((padding, stride, dilation, groups), (dtype, bound)) in configs.iter().flat_map(|c| DTYPES.map(|d| (*c, d))) {
+        let config = Conv2dConfig { padding, stride, dilation, groups, cudnn_fwd_algo: None };
+        for (images, height, width) in [(1, 5, 5), (3, 6, 7), (2, 5, 8), (40, 33, 31)] {
+            let weight = (normal(2, &[8, 4 / groups, 3, 3], DType::F32) / 6.0).unwrap();
+            let args = [normal(1, &[images, 4, height, width], DType::F32), weight, normal(3, &[8], DType::F32)];
+            let layer = |args: &[Tensor]| Conv2d::new(args[1].clone(), Some(args[2].clone()), config).forward(&args[0]);
+            against_cpu(&gpu, dtype, 2.0 * bound, &layer, &args, &format!("{config:?} of {images}×{height}×{width}"));
+        }
+    }
+}
+
+#[test]
+fn sums_in_mixed_dtypes() {
+    let Some(gpu) = gpu() else { return };
+    for count in [1, 255, 100_003] {
+        for (of_base, of_terms, to) in [
+            (DType::F32, DType::F16, DType::F32),
+            (DType::F32, DType::BF16, DType::F16),
+            (DType::BF16, DType::F32, DType::BF16),
+            (DType::F64, DType::F32, DType::F32),
+        ] {
+            for length in [0, 1, 7, 16, 20] {
+                let base = normal(1, &[count], of_base);
+                let terms: Vec<Tensor> = (0..length).map(|n| normal(n + 2, &[count], of_terms)).collect();
+                let sum = |device: &Device| {
+                    let base = base.to_device(device).unwrap();
+                    let terms: Vec<Tensor> = terms.iter().map(|x| x.to_device(device).unwrap()).collect();
+                    let terms: Vec<(f64, &Tensor)> =
+                        terms.iter().enumerate().map(|(n, x)| (0.3 - 0.1 * n as f64, x)).collect();
+                    combine::combine(Some(&base), &terms, to).unwrap().to_device(&Device::Cpu).unwrap()
+                };
+                let bound = if to == DType::F32 { 1e-6 } else { 4e-3 };
+                assert!(relative(&sum(&gpu), &sum(&Device::Cpu)) < bound, "{of_base:?} {of_terms:?} {to:?} {length}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_in_place_and_what_is_not_finite() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, _) in DTYPES {
+        for bad in [None, Some(f32::NAN), Some(f32::INFINITY)] {
+            let mut numbers = values(&normal(1, &[70_001], DType::F32));
+            if let Some(bad) = bad {
+                numbers[69_999] = f64::from(bad);
+            }
+            let x = Tensor::new(numbers, &Device::Cpu).unwrap().to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
+            let mut sum = Tensor::ones(70_001, DType::F32, &gpu).unwrap();
+            let flags = [combine::accumulate(&mut sum, 0.5, &x).unwrap(), combine::finite(&x).unwrap()];
+            assert_eq!(Finite::read(&flags).unwrap(), [bad.is_none(); 2], "{dtype:?} {bad:?}");
+            let largest = combine::max_abs(&x).unwrap();
+            if bad.is_none() {
+                let x = x.to_device(&Device::Cpu).unwrap();
+                let exact = ((x.to_dtype(DType::F32).unwrap() * 0.5).unwrap() + 1.0).unwrap();
+                assert!(relative(&sum.to_device(&Device::Cpu).unwrap(), &exact) < 1e-6);
+                assert_eq!(largest, combine::max_abs(&x).unwrap());
+            } else {
+                assert!(!largest.is_finite());
+            }
+        }
+    }
+    let (copy, finite) = combine::rounded(&Tensor::new(&[1.0_f32, 7e4], &gpu).unwrap(), DType::F16).unwrap();
+    assert_eq!((copy.dtype(), Finite::read(&[finite]).unwrap()), (DType::F16, vec![false]));
+}
