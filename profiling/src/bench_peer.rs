@@ -8,7 +8,8 @@ use crate::measure::device;
 use crate::names::{CODECS, PRECISIONS, adjoint, adjoint_word, find, parser};
 use candle_core::DType;
 use candle_ode::Precision;
-use candle_ode::memory::TrackingAllocator;
+use candle_ode::memory::{TrackingAllocator, meter_for};
+use candle_ode::ops::cuda_kernels;
 use candle_ode::prelude::*;
 use clap::Args;
 use cpu_time::ProcessTime;
@@ -19,20 +20,24 @@ use std::time::Instant;
 use work::{Layers, Outcome, Problem, Work};
 
 pub(crate) const EXAMPLES: &str = "\
-Prints one JSON line: seconds of wall clock and of all threads (medians), the peak of the heap above what was live
-before a step, and the relative errors of dL/dθ and dL/dy0 against a solve in F64.
+Prints one JSON line: seconds of wall clock and of all threads (medians), the peaks of the heap and, on CUDA, of the memory
+pool above what was live before a step, and the relative errors of dL/dθ and dL/dy0 against a solve in F64 on the CPU.
 
 Examples:
   memory-report bench-peer W1
   memory-report bench-peer W1 --precision bf16 --codec increments8
   memory-report bench-peer W4:1024 --adjoint checkpoints:32
+  memory-report bench-peer W1 --batch 65536 --precision f16 --device cuda:0 --no-error
   memory-report bench-peer W1 --serve      (one step for each line of the input)";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct BenchPeer {
-    /// W1, W2, W3 or W4:N.
+    /// W1, W2, W3, W4:N or W5.
     work: Work,
+    /// Rows of the state, in place of the work's own.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
     /// Dtypes of field, trajectory and sums.
     #[arg(long, default_value = "f32", value_parser = parser(PRECISIONS))]
     precision: String,
@@ -63,19 +68,26 @@ pub(crate) struct BenchPeer {
     /// Says when it is ready, then takes a step for each line of its input and prints its times.
     #[arg(long)]
     serve: bool,
+    /// Leaves out the solve in F64 and the errors against it.
+    #[arg(long)]
+    no_error: bool,
 }
 
 impl BenchPeer {
     pub(crate) fn run(&self) -> Result<()> {
         let begun = Instant::now();
+        let work = match self.batch {
+            Some(rows) => self.work.clone().batch(rows as usize),
+            None => self.work.clone(),
+        };
         let inputs = match &self.inputs {
-            Some(path) => self.work.read(path)?,
-            None => self.work.draw()?,
+            Some(path) => work.read(path)?,
+            None => work.draw()?,
         };
         let device = device(&self.device)?;
         let precision: Precision = find(PRECISIONS, &self.precision)?;
         let masters = precision.accumulate_dtype();
-        let problem = self.work.problem(&inputs, self.layers, masters, &device)?;
+        let problem = work.problem(&inputs, self.layers, masters, &device)?;
         let ode = self.ode(&problem, precision)?;
         problem.step(&ode)?;
         let setup = begun.elapsed().as_secs_f64();
@@ -94,27 +106,39 @@ impl BenchPeer {
             walls.push(wall);
             cpus.push(cpu);
         }
+        let pool = if device.is_cpu() { None } else { Some(meter_for(&device)?) };
+        let before = pool.as_ref().map(|pool| pool.mark()).transpose()?;
         let live = TrackingAllocator::live();
         TrackingAllocator::reset_peak();
         problem.step(&ode)?;
         let heap = TrackingAllocator::peak().saturating_sub(live);
-        let found = problem.outcome(&ode)?;
-        let exact = self.work.problem(&inputs, Layers::Candle, DType::F64, &candle_core::Device::Cpu)?;
-        let exact = exact.outcome(&exact.ode.clone().precision(Precision::F64))?;
+        let after = pool.as_ref().map(|pool| pool.mark()).transpose()?;
+        let pool = after.zip(before).map(|(after, before)| after.peak.saturating_sub(before.live));
         let mut row = self.settings();
-        let measured = json!({
+        let mut add = |measured: Value| {
+            if let (Value::Object(row), Value::Object(measured)) = (&mut row, measured) {
+                row.extend(measured);
+            }
+        };
+        add(json!({
             "wall_s": median(&walls),
             "cpu_s": median(&cpus),
             "runs_s": walls,
             "setup_s": setup,
-            "heap_peak_mib": heap as f64 / f64::from(1 << 20),
-            "loss": found.loss,
-            "loss_rel_err": (found.loss - exact.loss).abs() / exact.loss,
-            "grad_params_rel_l2": error(&found, &exact, |outcome| &outcome.parameters),
-            "grad_y0_rel_l2": error(&found, &exact, |outcome| &outcome.y0),
-        });
-        if let (Value::Object(row), Value::Object(measured)) = (&mut row, measured) {
-            row.extend(measured);
+            "heap_peak_mib": mebibytes(heap),
+            "pool_peak_mib": pool.map(mebibytes),
+            "cuda_kernels": !device.is_cpu() && cuda_kernels(),
+        }));
+        if !self.no_error {
+            let found = problem.outcome(&ode)?;
+            let exact = work.problem(&inputs, Layers::Candle, DType::F64, &candle_core::Device::Cpu)?;
+            let exact = exact.outcome(&exact.ode.clone().precision(Precision::F64))?;
+            add(json!({
+                "loss": found.loss,
+                "loss_rel_err": (found.loss - exact.loss).abs() / exact.loss,
+                "grad_params_rel_l2": error(&found, &exact, |outcome| &outcome.parameters),
+                "grad_y0_rel_l2": error(&found, &exact, |outcome| &outcome.y0),
+            }));
         }
         crate::print(format!("{row}\n").as_bytes())
     }
@@ -129,6 +153,7 @@ impl BenchPeer {
     fn settings(&self) -> Value {
         json!({
             "work": self.work.name,
+            "batch": self.batch,
             "steps": self.work.steps,
             "peer": "candle-ode",
             "version": env!("CARGO_PKG_VERSION"),
@@ -149,6 +174,10 @@ fn timed(problem: &Problem, ode: &Ode) -> Result<(f64, f64)> {
     let (loss, _gradients) = problem.step(ode)?;
     loss.device().synchronize()?;
     Ok((wall.elapsed().as_secs_f64(), cpu.elapsed().as_secs_f64()))
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn median(values: &[f64]) -> f64 {

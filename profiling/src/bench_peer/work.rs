@@ -6,6 +6,7 @@
 //! | W2 | 256 × 2 | 2 → 64 → 2, tanh | 100 |
 //! | W3 | 16 × 32 × 16 × 16 | conv 3 × 3 → ReLU → conv 3 × 3 | 16 |
 //! | W4:N | as W1 | as W1 | N |
+//! | W5 | 64 × 64 × 48 × 48 | as W3, of 64 channels | 4 |
 //!
 //! Weights are normal over the root of the fan-in, biases a tenth of a normal number.
 
@@ -55,7 +56,8 @@ impl std::str::FromStr for Work {
             "W1" | "W4" => (vec![1024, 64], wide(), 64),
             "W2" => (vec![256, 2], Kind::Mlp(vec![2, 64, 2]), 100),
             "W3" => (vec![16, 32, 16, 16], Kind::Conv(32), 16),
-            _ => return Err(format!("`{name}` is not known; take W1, W2, W3 or W4:N")),
+            "W5" => (vec![64, 64, 48, 48], Kind::Conv(64), 4),
+            _ => return Err(format!("`{name}` is not known; take W1, W2, W3, W4:N or W5")),
         };
         let steps = match steps.map(str::parse) {
             None => own,
@@ -76,6 +78,12 @@ impl Work {
             Kind::Conv(channels) => vec![[vec![*channels, *channels, 3, 3], vec![*channels]]; 2],
         };
         std::iter::once(self.shape.clone()).chain(layers.into_iter().flatten()).collect()
+    }
+
+    /// The same work on another number of rows.
+    pub(super) fn batch(mut self, rows: usize) -> Self {
+        self.shape[0] = rows;
+        self
     }
 
     /// Drawn from a fixed seed, in F64.
