@@ -3,7 +3,7 @@
 #
 #   profiling/gpu.sh BINARIES [OUT]
 #
-# BINARIES holds `cuda` (the test binary tests/cuda.rs) and `memory-report`, both built with --features cuda; OUT, by
+# BINARIES holds `cuda` or `cuda-…` (the test binary tests/cuda.rs) and `memory-report`, both built with --features cuda; OUT, by
 # default profiling/results/gpu, takes what is found, with device, driver and date. In the environment:
 #   PYTHON     the Python that has the CUDA libraries and the peers (python3)
 #   PEERS      more folders with packages of peers, colons between them
@@ -15,6 +15,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 binaries=$(cd "$1" && pwd) || exit 2
 out=${2:-$here/results/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+test_binary=$binaries/cuda
+[ -x "$test_binary" ] || test_binary=$(find "$binaries" -maxdepth 1 -name 'cuda-*' -perm -u+x | head -n 1)
 python=${PYTHON:-python3} batch=${BATCH:-65536} runs=${RUNS:-5} failed=0
 step() { printf '\n== %s\n' "$*"; }
 
@@ -34,7 +36,7 @@ step machine
 } | tee "$out/machine.txt"
 
 step tests
-tests() { "$binaries/cuda" --test-threads=1 --show-output > "$out/$1" 2>&1 || { echo "$1: failed"; failed=1; }; }
+tests() { "$test_binary" --test-threads=1 --show-output > "$out/$1" 2>&1 || { echo "$1: failed"; failed=1; }; }
 tests tests.txt
 CANDLE_ODE_CUDA_KERNELS=0 tests tests-without-kernels.txt
 grep -h '^test result' "$out"/tests*.txt

@@ -5,7 +5,7 @@ use super::params::{Casts, Params};
 use super::session::{Call, Ran, Session};
 use super::{Field, Linearization, Opening, VectorField, connected, draw};
 use crate::error::{OdeError, Result};
-use crate::field::ops::combine;
+use crate::field::ops::{combine, cuda_kernels};
 use crate::{State, Time};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -209,7 +209,8 @@ impl Field for ModelField {
         let model = draw::seeded(seed, || self.model.build(vb))
             .map_err(|source| OdeError::Build { dtype: casts.dtype(), source })?;
         let source = Source { constructor: self.model.clone(), seed, learned: self.learned.clone() };
-        let has_kernels = opening != Opening::Track && casts.device().is_cpu();
+        let on_cuda = casts.device().is_cuda() && cuda_kernels();
+        let has_kernels = opening != Opening::Track && (casts.device().is_cpu() || on_cuda);
         let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
         Ok(Box::new(OpenModel { model, casts, source, session }))
     }
