@@ -63,11 +63,24 @@ fn run(cli: &Cli) -> Result<()> {
         Choice::Oscillators | Choice::DoublePendulum => train::compare(candle_ode::solver::Rk4, &problem, &settings)?,
     };
     print(&outcomes);
+    compare(&outcomes);
     Ok(())
 }
 
+/// Undone steps beside the checkpoints that are fastest.
+fn compare(outcomes: &[Outcome]) {
+    let checkpoints = outcomes.iter().filter(|outcome| outcome.name.contains("checkpoints"));
+    let (Some(undone), Some(best)) = (outcomes.first(), checkpoints.min_by(|a, b| a.seconds.total_cmp(&b.seconds)))
+    else {
+        return;
+    };
+    let (time, memory) = (undone.seconds / best.seconds, undone.peak as f64 / best.peak as f64);
+    println!("\nundone steps take {time:.2} times the CPU time of the fastest checkpoints ({}),", best.name);
+    println!("{memory:.2} times their peak heap, and {} bytes of trajectory to {}", undone.trajectory, best.trajectory);
+}
+
 fn print(outcomes: &[Outcome]) {
-    println!("\n{:<44} {:>10} {:>10} {:>12} {:>12} {:>10}", "", "loss", "seconds", "peak heap", "trajectory", "drift");
+    println!("\n{:<44} {:>10} {:>10} {:>12} {:>12} {:>10}", "", "loss", "CPU s", "peak heap", "trajectory", "drift");
     for outcome in outcomes {
         let Outcome { name, loss, seconds, peak, trajectory, drift } = outcome;
         let drift = drift.map_or_else(String::new, |drift| format!("{drift:.1e}"));

@@ -8,10 +8,10 @@ use candle_ode::ops::{Activation, Mlp, Timed};
 use candle_ode::optim::{Adam, AdamConfig};
 use candle_ode::prelude::*;
 use candle_ode::{ExplicitRungeKutta, Result};
+use cpu_time::ProcessTime;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use std::time::Instant;
 
 /// What all runs share.
 pub struct Settings {
@@ -27,7 +27,7 @@ pub struct Outcome {
     pub name: String,
     /// Mean squared error after the last iteration.
     pub loss: f32,
-    /// Wall-clock time.
+    /// CPU time of all threads.
     pub seconds: f64,
     /// Bytes of heap that one iteration took at most.
     pub peak: u64,
@@ -37,19 +37,23 @@ pub struct Outcome {
     pub drift: Option<f64>,
 }
 
-/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself, every state kept or √N.
+/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself, every state kept or some.
 ///
 /// # Errors
 /// Whatever a solve reports.
 pub fn compare(base: impl ExplicitRungeKutta + Clone, problem: &Problem, settings: &Settings) -> Result<Vec<Outcome>> {
     let reversible = Reversible::new(base.clone());
-    let slots = (problem.steps as f64).sqrt().ceil() as usize;
-    Ok(vec![
+    let root = (problem.steps as f64).sqrt().ceil() as usize;
+    let mut outcomes = vec![
         run("Reconstruct", reversible.clone(), Reconstruct::default(), problem, settings)?,
         run("Discrete", reversible, Discrete::default(), problem, settings)?,
         run("Discrete", base.clone(), Discrete::default(), problem, settings)?,
-        run(&format!("{slots} checkpoints"), base, Discrete::default().checkpoints(slots), problem, settings)?,
-    ])
+    ];
+    for slots in [2, root / 2, root, 4 * root] {
+        let name = format!("{slots} checkpoints");
+        outcomes.push(run(&name, base.clone(), Discrete::default().checkpoints(slots), problem, settings)?);
+    }
+    Ok(outcomes)
 }
 
 fn run(
@@ -67,7 +71,7 @@ fn run(
     let ode = ode.save_at(&problem.times).adjoint(adjoint);
     let mut optimizer = Adam::from_varmap(&vars, AdamConfig { lr: RATE, ..Default::default() })?;
     let mut outcome = Outcome { name, loss: f32::NAN, seconds: 0.0, peak: u64::MAX, trajectory: 0, drift: None };
-    let start = Instant::now();
+    let start = ProcessTime::now();
     for iteration in 0..settings.iterations {
         let done = f64::from(iteration) / f64::from(settings.iterations);
         optimizer.set_learning_rate(RATE * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()));
