@@ -26,8 +26,8 @@ enum Which {
     Reversal(Output),
     /// How long the steps of reversible solvers may be, found by solving and from the roots of the step matrix.
     Stability(Output),
-    /// Time against memory of a gradient, for every adjoint.
-    Pareto(Output),
+    /// Time against memory of a gradient, for every adjoint: what √N slots cost, and what steps that are undone.
+    Pareto(pareto::Pareto),
     /// What plans say against what is measured: fails unless owned bytes are equal and peaks within three per cent.
     Plan(plan::Plan),
 }
@@ -46,7 +46,7 @@ impl Study {
             Which::Codecs(codecs) => codecs.run(),
             Which::Reversal(output) => reversal::run(output.folder()?),
             Which::Stability(output) => stability::run(output.folder()?),
-            Which::Pareto(output) => pareto::run(output.folder()?),
+            Which::Pareto(pareto) => pareto::run(pareto),
             Which::Plan(plan) => plan.run(),
         }
     }

@@ -1,71 +1,111 @@
-//! Time against memory of a gradient, for every adjoint: an MLP 64-64-64 with tanh, batch 128, 256 steps of RK4.
+//! Time against memory of a gradient, for every adjoint: M2, an MLP 64-64-64 with tanh, batch 512, by 256 steps of RK4.
 //!
-//! Seconds are the least of a few runs on an otherwise idle machine, and comparable inside one table alone; bytes are the
+//! Seconds are CPU time of all threads, so that what else runs on the machine counts little. Every way is run once a round,
+//! one after the other; a way's seconds are its least, and its ratio to another the median over the rounds. Bytes are the
 //! least peak of the heap above its start.
 
 use super::plot::{Series, log_log};
-use super::publish;
+use super::{Output, publish};
 use crate::failure::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Module, VarBuilder, VarMap};
 use candle_ode::memory::TrackingAllocator;
 use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;
+use clap::Args;
+use cpu_time::ProcessTime;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use std::path::Path;
-use std::time::Instant;
 
-const BATCH: usize = 128;
+const BATCH: usize = 512;
 const DIM: usize = 64;
 const STEPS: usize = 256;
-const RUNS: usize = 3;
+/// √N.
+const ROOT: usize = 16;
+/// What √N slots may cost, every state kept being 1; the count of steps alone says 1.32.
+const BAR: f64 = 1.4;
 
-/// One way of finding the gradient.
+/// Time against memory of a gradient, for every adjoint.
+#[derive(Args)]
+pub(super) struct Pareto {
+    /// How often each is run.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// One way of finding the gradient, and what it has cost.
 struct Way {
     family: &'static str,
     name: String,
     ode: Ode,
+    /// By round.
+    seconds: Vec<f64>,
+    peak: u64,
+    kept: usize,
 }
+
+/// Runs over RK4 that keep some states, with this at the start of their family, and runs over its reversible solver.
+const CHECKPOINTS: &str = "checkpoints";
+const OF_REVERSIBLE: &str = "reversible with checkpoints";
+const RECONSTRUCT: &str = "Reconstruct";
 
 fn ways(field: &ModelField) -> Vec<Way> {
     let ode = Ode::new(field).solver(Rk4).span(0.0, 1.0).steps(STEPS);
-    let way = |family, name: &str, ode: Ode| Way { family, name: name.to_owned(), ode };
-    let one = Discrete::default().stage_memory(StageMemory::One);
-    let halved = Precision::new().storage(DType::F16);
     let reversible = ode.clone().solver(Reversible::new(Rk4));
-    let thrifty = Reconstruct::default().stage_memory(StageMemory::One);
-    let mut ways = vec![
-        way("keep all", "F32 states", ode.clone()),
-        way("keep all", "F32 states, one stage", ode.clone().adjoint(one.clone())),
-        way("keep all", "F16 states", ode.clone().precision(halved)),
-        way("keep all", "F16 states, one stage", ode.clone().precision(halved).adjoint(one)),
-        way("reversible", "Reconstruct", reversible.clone().adjoint(Reconstruct::default())),
-        way("reversible", "Reconstruct, one stage", reversible.clone().adjoint(thrifty)),
-        way("reversible", "Discrete", reversible),
-        way("continuous", "Backsolve", ode.clone().adjoint(Backsolve::default())),
-    ];
-    ways.extend([1, 2, 4, 8, 16, 32, 64].map(|slots| {
-        let adjoint = Discrete::default().checkpoints(slots);
-        way("checkpoints", &format!("{slots} F32 states"), ode.clone().adjoint(adjoint))
-    }));
+    let halved = ode.clone().precision(Precision::new().storage(DType::F16));
+    let (mut ways, all) = (vec![], Discrete::default);
+    let mut way = |family, name: &str, ode: &Ode, adjoint: Adjoint| {
+        let (name, ode) = (name.to_owned(), ode.clone().adjoint(adjoint));
+        ways.push(Way { family, name, ode, seconds: vec![], peak: u64::MAX, kept: 0 });
+    };
+    way("keep all", "F32 states", &ode, all().into());
+    way("keep all", "F16 states", &halved, all().into());
+    way("keep all", "linearisations", &ode, all().keep_linearizations().into());
+    way("reversible", "every state", &reversible, all().into());
+    way("continuous", "Backsolve", &ode, Backsolve::default().into());
+    for (memory, family, name) in
+        [(StageMemory::All, CHECKPOINTS, "every stage"), (StageMemory::One, "checkpoints with one stage", "one stage")]
+    {
+        way(RECONSTRUCT, name, &reversible, Reconstruct::default().stage_memory(memory).into());
+        for slots in [1, 2, 3, 4, 8, ROOT, 32, 64] {
+            way(family, &format!("{slots} states"), &ode, all().checkpoints(slots).stage_memory(memory).into());
+        }
+    }
+    for slots in [1, 4, ROOT, 64] {
+        way(OF_REVERSIBLE, &format!("{slots} states"), &reversible, all().checkpoints(slots).into());
+    }
     ways
 }
 
-/// Seconds, bytes at the peak, bytes kept.
-fn measure(ode: &Ode, y0: &Var) -> Result<(f64, u64, usize)> {
-    let (mut seconds, mut peak, mut kept) = (f64::INFINITY, u64::MAX, 0);
-    for _ in 0..RUNS {
-        let (baseline, start) = (TrackingAllocator::live(), Instant::now());
+impl Way {
+    fn run(&mut self, y0: &Var) -> Result<()> {
+        let (baseline, start) = (TrackingAllocator::live(), ProcessTime::now());
         TrackingAllocator::reset_peak();
-        let solution = ode.solve(y0.as_tensor())?;
+        let solution = self.ode.solve(y0.as_tensor())?;
         solution.last().sqr()?.mean_all()?.backward()?;
-        seconds = seconds.min(start.elapsed().as_secs_f64());
-        peak = peak.min(TrackingAllocator::peak().saturating_sub(baseline));
-        kept = solution.trajectory_bytes();
+        self.seconds.push(start.elapsed().as_secs_f64());
+        self.peak = self.peak.min(TrackingAllocator::peak().saturating_sub(baseline));
+        self.kept = solution.trajectory_bytes();
+        Ok(())
     }
-    Ok((seconds, peak, kept))
+
+    fn least(&self) -> f64 {
+        self.seconds.iter().copied().fold(f64::INFINITY, f64::min)
+    }
+
+    /// How many times as long as `other`, as a median over the rounds.
+    fn over(&self, other: &Self) -> f64 {
+        let mut ratios: Vec<f64> = self.seconds.iter().zip(&other.seconds).map(|(a, b)| a / b).collect();
+        ratios.sort_by(f64::total_cmp);
+        (ratios[(ratios.len() - 1) / 2] + ratios[ratios.len() / 2]) / 2.0
+    }
+
+    fn title(&self) -> String {
+        format!("{}: {}", self.family, self.name)
+    }
 }
 
 fn normal(rng: &mut ChaCha8Rng, shape: &[usize], scale: f64) -> Result<Tensor> {
@@ -76,8 +116,42 @@ fn normal(rng: &mut ChaCha8Rng, shape: &[usize], scale: f64) -> Result<Tensor> {
     Ok(Tensor::from_vec(draws.collect::<Vec<_>>(), shape, &Device::Cpu)?.to_dtype(DType::F32)?)
 }
 
+/// √N slots beside every state kept, and `Reconstruct` beside checkpoints.
+fn verdicts(ways: &[Way]) -> String {
+    let mut text = String::new();
+    let root = format!("{ROOT} states");
+    if let Some(way) = ways.iter().find(|way| way.family == CHECKPOINTS && way.name == root) {
+        let ratio = way.over(&ways[0]);
+        let holds = if ratio <= BAR { "holds" } else { "does not hold" };
+        text += &format!("\nc = √N = {ROOT} slots: {ratio:.3} times keeping all; at most {BAR}: {holds}\n");
+    }
+    for way in ways.iter().filter(|way| way.family == RECONSTRUCT) {
+        text += &format!("\n{}, {} bytes:\n", way.title(), way.peak);
+        let among = |family, fits: &dyn Fn(u64) -> bool| {
+            let rivals = ways.iter().filter(|rival| rival.family.starts_with(family) && fits(rival.peak));
+            rivals.min_by(|a, b| a.over(way).total_cmp(&b.over(way)))
+        };
+        let rivals = [
+            ("of equal or lower peak", among(CHECKPOINTS, &|peak| peak <= way.peak)),
+            ("of higher peak", among(CHECKPOINTS, &|peak| peak > way.peak)),
+            ("of the same solver, of any peak", among(OF_REVERSIBLE, &|_| true)),
+        ];
+        for (words, rival) in rivals {
+            text += &match rival {
+                Some(rival) => {
+                    let (ratio, title, peak) = (way.over(rival), rival.title(), rival.peak);
+                    format!("  {ratio:.3} times the best run with checkpoints {words}: {title}, {peak} bytes\n")
+                }
+                None => format!("  there is no run with checkpoints {words}\n"),
+            };
+        }
+    }
+    text
+}
+
 /// Prints, `pareto.csv` and `pareto.svg`.
-pub(super) fn run(out: &Path) -> Result<()> {
+pub(super) fn run(arguments: &Pareto) -> Result<()> {
+    let out = arguments.output.folder()?;
     let (vars, mut rng) = (VarMap::new(), ChaCha8Rng::seed_from_u64(0));
     let build = |vb: VarBuilder| Mlp::new(&[DIM, 64, DIM], Activation::Tanh, vb);
     let field = ModelField::new(&vars, &Device::Cpu, build, |mlp: &Mlp, _: &Time, y| mlp.forward(y))?;
@@ -86,18 +160,28 @@ pub(super) fn run(out: &Path) -> Result<()> {
         var.set(&normal(&mut rng, var.dims(), scale)?)?;
     }
     let y0 = Var::from_tensor(&normal(&mut rng, &[BATCH, DIM], 1.0)?)?;
-    let head = ["adjoint", "seconds", "over the first", "peak bytes", "kept bytes"];
+    let mut ways = ways(&field);
+    for _ in 0..arguments.rounds {
+        ways.iter_mut().try_for_each(|way| way.run(&y0))?;
+    }
+    let head = ["adjoint", "CPU seconds", "over the first", "peak bytes", "kept bytes"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
-    let (mut series, mut first): (Vec<Series>, Option<f64>) = (vec![], None);
-    for Way { family, name, ode } in ways(&field) {
-        let (seconds, peak, kept) = measure(&ode, &y0)?;
-        let ratio = seconds / *first.get_or_insert(seconds);
-        let name = format!("{family}: {name}");
-        let cells = [format!("{seconds:.3}"), format!("{ratio:.2}"), peak.to_string(), kept.to_string()];
-        rows.push(std::iter::once(name.replace(',', " with")).chain(cells).collect());
-        series.push(Series { name, points: vec![(peak as f64, seconds)], dashed: false });
+    for way in &ways {
+        let (seconds, ratio) = (format!("{:.3}", way.least()), format!("{:.2}", way.over(&ways[0])));
+        rows.push(vec![way.title(), seconds, ratio, way.peak.to_string(), way.kept.to_string()]);
     }
     publish(&rows, &out.join("pareto.csv"))?;
-    let axes = ["peak heap / bytes", "seconds per gradient"];
+    crate::print(verdicts(&ways).as_bytes())?;
+    let mut series: Vec<Series> = vec![];
+    for way in &ways {
+        let is_curve = way.family.contains(CHECKPOINTS);
+        let (name, point) =
+            (if is_curve { way.family.to_owned() } else { way.title() }, (way.peak as f64, way.least()));
+        match series.iter_mut().find(|series| series.name == name) {
+            Some(series) => series.points.push(point),
+            None => series.push(Series { name, points: vec![point], dashed: false }),
+        }
+    }
+    let axes = ["peak heap / bytes", "CPU seconds per gradient"];
     log_log(&out.join("pareto.svg"), "Time against memory of a gradient, 256 steps of RK4", axes, &series)
 }
