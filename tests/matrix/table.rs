@@ -1,7 +1,7 @@
 //! The rows and columns of the matrix of gradients, and the list of its cells that fail.
 
 use super::*;
-use candle_ode::schedule::Schedule;
+use candle_ode::schedule::{Schedule, Slot};
 use candle_ode::{Checkpoints, Codec, Increments4, Increments8, Increments16, InputOnly, KeepAll, States};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -50,11 +50,24 @@ impl Method {
     }
 }
 
-/// Every codec, put into an adjoint, with the rounding of its entries and whether that is of increments.
-pub fn codecs() -> Vec<(String, Arc<dyn Codec>, fn(Discrete) -> Discrete, f64)> {
+/// A codec, and how an adjoint is given it.
+pub struct Coding {
+    pub name: String,
+    pub codec: Arc<dyn Codec>,
+    pub with: fn(Discrete) -> Discrete,
+    /// The rounding of its entries.
+    pub rounding: f64,
+}
+
+pub fn codings() -> Vec<Coding> {
     macro_rules! all {
         ($($codec:expr, $rounding:expr;)*) => {
-            vec![$((format!("{:?}", $codec), Arc::new($codec) as Arc<dyn Codec>, |d| d.codec($codec), $rounding)),*]
+            vec![$(Coding {
+                name: format!("{:?}", $codec),
+                codec: Arc::new($codec),
+                with: |discrete| discrete.codec($codec),
+                rounding: $rounding,
+            }),*]
         };
     }
     all! {
@@ -68,19 +81,30 @@ pub fn codecs() -> Vec<(String, Arc<dyn Codec>, fn(Discrete) -> Discrete, f64)> 
     }
 }
 
-pub fn schedules() -> Vec<(String, Arc<dyn Schedule>, Discrete)> {
-    let mut all: Vec<(String, Arc<dyn Schedule>, Discrete)> = vec![
-        ("every state".into(), Arc::new(KeepAll), Discrete::default()),
-        ("the input only".into(), Arc::new(InputOnly), Discrete::default().schedule(InputOnly)),
-    ];
-    for slots in [0, 1, 3, 9] {
-        let states = Checkpoints::new(slots);
-        all.push((format!("{slots} states"), Arc::new(states), Discrete::default().schedule(states)));
+/// A schedule, and the adjoint that follows it.
+pub struct Scheduled {
+    pub name: String,
+    pub schedule: Arc<dyn Schedule>,
+    pub discrete: Discrete,
+}
+
+impl Scheduled {
+    fn new(name: impl Into<String>, schedule: impl Schedule + Copy) -> Self {
+        let discrete = Discrete::default().schedule(schedule);
+        Self { name: name.into(), schedule: Arc::new(schedule), discrete }
     }
+
+    pub fn with_stages(&self) -> bool {
+        self.schedule.slot() == Slot::Stages
+    }
+}
+
+pub fn schedules() -> Vec<Scheduled> {
+    let mut all = vec![Scheduled::new("every state", KeepAll), Scheduled::new("the input only", InputOnly)];
+    all.extend([0, 1, 3, 9].map(|slots| Scheduled::new(format!("{slots} states"), Checkpoints::new(slots))));
     for slots in [0, 1, 3, usize::MAX] {
-        let stages = Checkpoints::new(slots).with_stages();
         let name = if slots == usize::MAX { "every linearisation".into() } else { format!("{slots} linearisations") };
-        all.push((name, Arc::new(stages), Discrete::default().schedule(stages)));
+        all.push(Scheduled::new(name, Checkpoints::new(slots).with_stages()));
     }
     all
 }
