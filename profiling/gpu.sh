@@ -43,7 +43,7 @@ grep -h '^test result' "$out"/tests*.txt
 grep -q '^skipped' "$out/tests.txt" && { echo 'no GPU was found by the tests'; failed=1; }
 
 step 'peaks of the pool, step by step'
-rm -rf "$out/steps"
+rm -rf "$out/steps" "$out/flow"
 report=$binaries/memory-report
 "$report" run --field mlp,conv,cnf --precision f32,bf16,f16 --steps 16,64 --device cuda:0 --out "$out/steps" || failed=1
 "$report" run --field cnf --precision f32,bf16,f16 --steps 16 --batch "$batch" --device cuda:0 --out "$out/flow" || failed=1
