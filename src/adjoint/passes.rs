@@ -183,6 +183,11 @@ impl Pass<'_, '_> {
         !self.widened.is_empty()
     }
 
+    /// Whether step `index` may be pulled back again with another scale.
+    pub(crate) fn tries_again(&self, index: usize) -> bool {
+        self.passes.scaling.rule == Rule::Dynamic && self.passes.dtype(index, self.widened).size_in_bytes() < 4
+    }
+
     /// Notes whether something that step `index` left behind is finite, unless it is known to be.
     pub(crate) fn note(&mut self, index: usize, finite: Finite) {
         if !finite.known_good() {
@@ -204,7 +209,7 @@ impl Pass<'_, '_> {
         let _span =
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         let scale = match passes.scaling.rule {
-            Rule::Dynamic if dtype.size_in_bytes() < 4 => return self.dynamically(&at, lambda, &mut pull),
+            _ if self.tries_again(index) => return self.dynamically(&at, lambda, &mut pull),
             Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
                 StageScale::FromCotangent(self.powers.clone())
             }

@@ -21,7 +21,8 @@ use crate::field::{Finite, sum};
 /// A solver whose steps can be undone: what [`Reconstruct`](crate::Reconstruct) goes backwards with.
 pub trait Reversal: Solver {
     /// What was carried at the start of a step and its cotangent, from what was carried at its end, `y`, and its
-    /// cotangent `lambda`. Linearises f once where value and pullback can share it.
+    /// cotangent `lambda`. Linearises f once where value and pullback can share it. `y` is given away so that it can be
+    /// dropped on the way.
     ///
     /// # Errors
     /// Whatever the vector field reports, with its place.
@@ -29,7 +30,7 @@ pub trait Reversal: Solver {
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
@@ -264,15 +265,17 @@ impl<M: ExplicitRungeKutta> Reversal for Reversible<M> {
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<(State, State)> {
         let tableau = self.base.tableau();
-        let ([ahead, z], bars, back) = (split(y), split(lambda), self.back(at));
+        let ([ahead, across], bars, back) = (split(&y), split(lambda), self.back(at));
+        drop(y);
         let points = Points::with_slopes(tableau, stages, &back, &ahead, memory)?;
-        let z = self.across(stages, &back, &z, 1.0, points.slopes())?;
+        let z = self.across(stages, &back, &across, 1.0, points.slopes())?;
+        drop(across);
         let star = self.pull_across(stages, &back, points, &bars, pullbacks)?;
         let points = Points::with_slopes(tableau, stages, at, &z, memory)?;
         let (inverse, apart) = (1.0 / self.coupling, 1.0 / self.coupling - 1.0);
@@ -280,6 +283,7 @@ impl<M: ExplicitRungeKutta> Reversal for Reversible<M> {
         let terms: Vec<_> = terms.chain(increment(tableau, at, -inverse, points.slopes())).collect();
         let y = sum(Some(&ahead), &terms, stages.accumulate())?;
         drop(terms);
+        drop(ahead);
         let lambda = self.pull_ahead(stages, at, points, &star, &bars[1], pullbacks)?;
         Ok((joined([y, z]), lambda))
     }

@@ -147,19 +147,22 @@ impl Reversal for ReversibleHeun {
         &self,
         stages: &Stages<'_>,
         at: &StepAt<'_>,
-        y: &State,
+        y: State,
         lambda: &State,
         _: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<(State, State)> {
-        let ([ahead, z], bars) = (split(y), split(lambda));
-        let end = Self::linearize(stages, at, 1, &z)?;
-        let z = Self::across(stages, -at.h, &ahead, &z, end.value())?;
+        let ([ahead, across], bars) = (split(&y), split(lambda));
+        drop(y);
+        let end = Self::linearize(stages, at, 1, &across)?;
+        let z = Self::across(stages, -at.h, &ahead, &across, end.value())?;
+        drop(across);
         let star = Self::pull_end(stages, at, end.as_ref(), &bars, pullbacks)?;
         let of_end = Slope::new(end.value().clone(), Category::Stages);
         drop(end);
         let start = Self::linearize(stages, at, 0, &z)?;
         let y = Self::trapezoid(stages, -at.h, &ahead, [start.value(), of_end.state()])?;
+        drop((ahead, of_end));
         let lambda = Self::pull_start(stages, at, start.as_ref(), &bars[0], &star, pullbacks)?;
         Ok((joined([y, z]), lambda))
     }

@@ -73,16 +73,19 @@ impl Solve<'_> {
         lambda
     }
 
-    /// A step of a coupled pair undone: the pair it started from, and its λ.
-    pub(super) fn undo(&mut self) -> [[Ghost; 2]; 2] {
+    /// A step undone that has led to a coupled pair: the pair it started from, and its λ.
+    pub(super) fn undo(&mut self, pair: Vec<Ghost>) -> [[Ghost; 2]; 2] {
         let stages = self.tableau.stages();
         let points = self.points(stages);
         let z = self.state();
+        // What y is found from is needed on.
+        let ahead = pair.into_iter().next();
         let mus = self.pull_points(points);
         let star = self.state();
         drop(mus);
         let points = self.points(stages);
         let y = self.state();
+        drop(ahead);
         let mus = self.pull_points(points);
         let z_bar = self.state();
         let y_bar = self.state();

@@ -30,13 +30,11 @@ pub(super) struct Saved<T> {
     inputs: Vec<Option<Matrix<T>>>,
 }
 
+/// A value with what was saved on the way.
+type Valued<C> = (Vec<<C as Compute>::Stored>, Option<Saved<<C as Compute>::Held>>);
+
 /// The value of the chain at x, and what the pullback needs.
-pub(super) fn value<C: Compute>(
-    session: &Session,
-    links: &[Link],
-    x: &[C::Stored],
-    saves: Saves,
-) -> Result<(Vec<C::Stored>, Option<Saved<C::Held>>)> {
+pub(super) fn value<C: Compute>(session: &Session, links: &[Link], x: &[C::Stored], saves: Saves) -> Result<Valued<C>> {
     let rows = x.len() / links[0].inputs;
     let order = Order::of(links, rows);
     let x = C::held(session, order, x, rows);
