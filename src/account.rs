@@ -5,6 +5,7 @@
 //! the memory layer adds up. What is alive is summed up here too, listened to or not, so that a ledger that begins late
 //! knows where it begins.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -108,8 +109,12 @@ impl Owned {
             return;
         }
         let category = self.category.name();
-        let alive = ALIVE[self.category as usize].fetch_add(delta, Relaxed) + delta;
-        HIGHEST[self.category as usize].fetch_max(alive, Relaxed);
+        ALIVE[self.category as usize].fetch_add(delta, Relaxed);
+        // A thread that is ending asks no more.
+        let _ = HERE.try_with(|here| {
+            let (alive, highest) = here[self.category as usize].get();
+            here[self.category as usize].set((alive + delta, highest.max(alive + delta)));
+        });
         match self.codec {
             None => tracing::event!(name: "bytes", target: TARGET, tracing::Level::TRACE, category, delta),
             Some(codec) => {
@@ -126,10 +131,14 @@ impl Drop for Owned {
     }
 }
 
-/// Bytes that are announced and not given back, by category, the most since [`at_most`] was asked, and those of the
-/// trajectory by codec.
+thread_local! {
+    /// By category, bytes that this thread has announced less those that it has given back, and the most of that since
+    /// [`at_most`] was asked.
+    static HERE: [Cell<(i64, i64)>; Category::ALL.len()] = const { [const { Cell::new((0, 0)) }; Category::ALL.len()] };
+}
+
+/// Bytes that are announced and not given back, by category, and those of the trajectory by codec.
 static ALIVE: [AtomicI64; Category::ALL.len()] = [const { AtomicI64::new(0) }; Category::ALL.len()];
-static HIGHEST: [AtomicI64; Category::ALL.len()] = [const { AtomicI64::new(0) }; Category::ALL.len()];
 static ENTRIES: Mutex<Vec<(&'static str, i64)>> = Mutex::new(Vec::new());
 
 fn count_entry(codec: &'static str, delta: i64) {
@@ -145,13 +154,18 @@ pub(crate) fn alive(category: Category) -> u64 {
     ALIVE[category as usize].load(Relaxed).max(0) as u64
 }
 
-/// Runs something, and says how much more of `category` was announced at most meanwhile, by the whole process.
+/// Bytes of `category` that this thread has announced, less those that it has given back.
+pub(crate) fn alive_here(category: Category) -> i64 {
+    HERE.with(|here| here[category as usize].get().0)
+}
+
+/// Runs something, and says how much more of `category` was announced at most meanwhile, by this thread.
 pub(crate) fn at_most<T>(category: Category, run: impl FnOnce() -> T) -> (T, usize) {
-    let (alive, highest) = (&ALIVE[category as usize], &HIGHEST[category as usize]);
-    let before = alive.load(Relaxed);
-    highest.store(before, Relaxed);
+    let before = alive_here(category);
+    HERE.with(|here| here[category as usize].set((before, before)));
     let done = run();
-    (done, usize::try_from(highest.load(Relaxed) - before).unwrap_or(0))
+    let highest = HERE.with(|here| here[category as usize].get().1);
+    (done, usize::try_from(highest - before).unwrap_or(0))
 }
 
 /// Of the trajectory, the bytes of each codec that was ever used.

@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Module, VarMap, linear, linear_no_bias};
 use candle_ode::prelude::*;
 use common::gradcheck::Case;
@@ -275,4 +275,28 @@ fn of_several_outputs_in_one_loss() {
             .check();
         }
     });
+}
+
+/// Layers are pulled back without a graph, but not where only a graph shows what is cut: at some times alone, say.
+#[test]
+fn gradients_that_are_stopped_at_some_times_stay_stopped() {
+    let vars = VarMap::new();
+    let build = |vb| candle_ode::ops::Mlp::new(&[3, 8, 3], candle_ode::ops::Activation::Tanh, vb);
+    let eval = |m: &candle_ode::ops::Mlp, t: &Time, y: &Tensor| {
+        if t.value() < 0.5 { m.forward(y) } else { m.forward(&y.detach()) }
+    };
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap().stops_gradients();
+    fill(&vars, 1, 1.0);
+    let y0 = variable(2, &[4, 3], DType::F32);
+    let gradient = |adjoint: Adjoint| {
+        let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(8).adjoint(adjoint);
+        let loss = ode.solve(y0.as_tensor()).unwrap().last().sqr().unwrap().sum_all().unwrap();
+        loss.backward().unwrap().get(&y0).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let expected = gradient(Unrolled.into());
+    for _ in 0..2 {
+        let got = gradient(Discrete::default().into());
+        let error = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(error < 1e-5, "{got:?}, not {expected:?}");
+    }
 }

@@ -86,6 +86,22 @@ fn gradients_are_the_same_to_the_bit_wherever_entries_wait() {
     }
 }
 
+/// Online checkpoints thin what they keep: increments that lose their support become states, on the level they are on.
+#[test]
+fn thinned_slots_stay_on_their_level() {
+    let problem = Problem::new();
+    for way in [Discrete::default(), Discrete::default().codec(Increments8)].map(|way| way.checkpoints(4)) {
+        let ode = || Ode::new(&problem.field).solver(Dopri5).span(0.0, 8.0).tolerances(1e-6, 1e-6);
+        let (expected, _) = problem.bits(ode(), way.clone());
+        for resident in [0, 1, 2] {
+            let two = way.clone().two_levels(resident, SecondLevel::temporary_file());
+            let (bits, [here, away]) = problem.bits(ode(), two);
+            assert_eq!(bits, expected, "{resident} resident");
+            assert!(here <= resident * ROWS * 3 * 4 && away > 0, "{resident} resident: {here} bytes here, {away} away");
+        }
+    }
+}
+
 #[test]
 fn tiles_share_a_file() {
     let problem = Problem::new();

@@ -147,7 +147,9 @@ impl Discrete {
     /// of dL/dθ. The codec, and a schedule or a tile that was asked for, stay what they are.
     ///
     /// The peak is that of [`Ode::plan`](crate::Ode::plan) (in tiles on several threads a bound of it); where the heap is not
-    /// counted the owned bytes have to fit. The choice is made once per shape.
+    /// counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On more
+    /// threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number unless
+    /// [`Ode::threads`](crate::Ode::threads) or a tile is given.
     pub fn budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
         self
@@ -199,7 +201,7 @@ impl Discrete {
         kept_bytes(&self.keeping(precision), shapes, steps, true, precision.accumulate_dtype())
     }
 
-    /// The same where the steps are as many as a controller needs, and turn out to be `steps`.
+    /// The same where the steps are as many as a controller needs, and turn out to be `steps`; of two levels at most.
     pub fn trajectory_bytes_online(&self, shapes: &[Shape], steps: usize, precision: Precision) -> usize {
         kept_bytes(&self.keeping(precision), shapes, steps, false, precision.accumulate_dtype())
     }

@@ -158,7 +158,8 @@ impl ModelField {
     /// taken as it is. Otherwise the first linearisation of a field is compared with a difference quotient of f, since
     /// some ops cut Candle's graph without a word.
     pub fn stops_gradients(mut self) -> Self {
-        self.learned = Arc::new(Learned { connected: AtomicBool::new(true), ..Learned::default() });
+        let connected = AtomicBool::new(true);
+        self.learned = Arc::new(Learned { connected, needs_graph: true, ..Learned::default() });
         self
     }
 
@@ -295,6 +296,8 @@ struct Learned {
     connected: AtomicBool,
     /// f is layers of ours from y to dy/dt, with nothing beside them.
     is_layers: AtomicBool,
+    /// Only a graph shows where it stops gradients: tensors that nothing tracks are detached by name alone.
+    needs_graph: bool,
 }
 
 impl OpenModel {
@@ -322,7 +325,8 @@ impl OpenModel {
     fn linearize_layers(&self, t: &Time, y: &State) -> candle_core::Result<Option<Layered>> {
         let can_run =
             self.session.is_some() && self.casts.dtype() != DType::F64 && !y.tensors().iter().any(Tensor::track_op);
-        if !can_run || !self.source.learned.is_layers.load(Ordering::Relaxed) {
+        let Learned { is_layers, needs_graph, .. } = &*self.source.learned;
+        if !can_run || *needs_graph || !is_layers.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let (value, ran) = self.call(t, y, Call::Layers)?;

@@ -35,7 +35,8 @@ pub(crate) enum Call {
     Layers,
 }
 
-/// Layers that have run, from one tensor to another, and nothing beside them.
+/// Layers that have run, from one tensor to another, and nothing beside them: that the field's result is the one and its
+/// argument the other, by identity, is all that is asked.
 pub(crate) struct Ran {
     pub(crate) from: TensorId,
     pub(crate) to: TensorId,

@@ -8,8 +8,8 @@ use candle_core::Device;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaSettings {
     /// Whether every allocation gets two events that order streams: two calls of the driver for each tensor. Only needed
-    /// where tensors pass between several of Candle's devices on the same GPU; default `false`. It holds for the whole GPU
-    /// and process, from here on.
+    /// where tensors pass between several of Candle's devices on the same GPU; default `false`. It holds for the
+    /// device that is opened and its clones.
     pub track_events: bool,
     /// How many bytes that tensors no longer use the memory pool may keep rather than give back to the driver whenever the
     /// device is waited for; default: all. It holds for the pool of the GPU in this process.

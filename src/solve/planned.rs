@@ -145,7 +145,8 @@ impl Ode {
             y0.tensors().iter().chain(&self.inputs).map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
         let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
         let precision = (self.precision, self.scaling.as_ref().map(AdjointScaling::name));
-        let (outputs, cut) = (&self.save_at, self.cut);
+        // On more threads more is live at once.
+        let (outputs, cut) = (&self.save_at, (self.cut, self.tiles(y0)?.map_or(1, |tiles| tiles.on_threads())));
         let settings = format!("{shapes:?} {grid:?} {solver} {precision:?} {outputs:?} {cut:?} {plain:?} {budget}");
         let fitting = || self.choices(y0)?.within(budget).map(|choice| (choice.adjoint.clone(), choice.tile));
         let (adjoint, tile) = self.known.choose(settings, fitting)?;

@@ -19,7 +19,7 @@ pub enum SecondLevel {
 }
 
 impl SecondLevel {
-    /// A file in the system's directory for temporary ones.
+    /// A file in the system's directory for temporary ones. Where that is a disk in memory, name another.
     pub fn temporary_file() -> Self {
         Self::File(std::env::temp_dir())
     }
@@ -63,9 +63,15 @@ impl TwoLevels {
         let pages = self.pages(directory)?;
         let mut place = vec![];
         for x in &entry.tensors {
-            let bytes = safetensors::View::data(&x);
-            let at = pages.put(&bytes)?;
-            place.push(Page { at, dtype: x.dtype(), shape: x.shape().clone() });
+            let on_host = x.to_device(&Device::Cpu)?;
+            let put = pages.put(&safetensors::View::data(&&on_host));
+            match put {
+                Ok(at) => place.push(Page { at, dtype: x.dtype(), shape: x.shape().clone() }),
+                Err(error) => {
+                    place.iter().for_each(|page| pages.free(page.at, page.len()));
+                    return Err(error);
+                }
+            }
         }
         Ok(Place::File(pages, place))
     }

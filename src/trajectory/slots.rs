@@ -188,7 +188,10 @@ impl Slots {
             let AtHand::State(state) = restored else { return Ok(()) };
             let codec = self.exact();
             let (entry, _) = codec.encode(&state)?;
-            self.kept[index - 1] = Arc::new(Kept::new(n - 1, false, codec, entry));
+            let kept = Kept::new(n - 1, false, codec, entry);
+            let beyond = |levels: &&TwoLevels| index + levels.resident < self.kept.len();
+            let away = self.levels.as_ref().filter(beyond).map(|levels| kept.put_away(levels)).transpose()?.flatten();
+            self.kept[index - 1] = Arc::new(away.unwrap_or(kept));
             self.above = None;
         }
         self.kept.remove(index);

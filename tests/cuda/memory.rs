@@ -51,8 +51,7 @@ fn the_pool_meter_sees_the_trajectory() {
     assert!(meter.live().unwrap() <= before, "a dropped solution gives its bytes back");
 }
 
-/// Peaks of a training step of an MLP above what was live before: those of the steps of the backward pass are the same,
-/// and in F16 little more than half of what they are in F32.
+/// Peaks of a training step of an MLP above what was live before: in F16 little more than half of what they are in F32.
 #[test]
 fn peaks_of_steps_in_f16_are_about_half_of_those_in_f32() {
     let Some(gpu) = gpu() else { return };

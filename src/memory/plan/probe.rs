@@ -4,7 +4,7 @@
 //! least counts, since a thread that joins late takes its buffers then. No step is made.
 
 use crate::State;
-use crate::account::{Category, alive, at_most};
+use crate::account::{Category, alive_here, at_most};
 use crate::error::Result;
 use crate::field::ops::combine;
 use crate::field::{Casts, Field, Gradients, Linearization, Opening};
@@ -133,16 +133,16 @@ impl Probed<'_> {
     }
 
     fn evaluate(&self, casts: &Casts, point: &State, counters: &Counters, costs: &mut Costs) -> Result<()> {
-        let before = alive(Category::Scratch);
+        let before = alive_here(Category::Scratch);
         let times = self.clock.bytes();
         let (model, held) = held_by(|| self.field.open(casts, Opening::Evaluate, self.seed))?;
         let at = self.clock.step(0, self.compute);
         let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
         // The first evaluation uploads the column of times, packs weights and makes buffers.
         let ((), warm) = held_by(|| stages.slope(&at, 0, point).map(drop))?;
-        let grown = |before: u64, times: usize| {
+        let grown = |before: i64, times: usize| {
             let columns = self.clock.bytes() - times;
-            (alive(Category::Scratch).saturating_sub(before) as usize).saturating_sub(columns)
+            grown_since(before).saturating_sub(columns)
         };
         let all = grown(before, times);
         let (slope, evaluation) = held_by(|| stages.slope(&at, 0, point))?;
@@ -151,13 +151,13 @@ impl Probed<'_> {
         costs.evaluated_model = held.kept + warm.kept.saturating_sub(all);
         drop(model);
         costs.layers.packed = grown(before, times);
-        costs.layers.evaluation = all - costs.layers.packed;
+        costs.layers.evaluation = all.saturating_sub(costs.layers.packed);
         Ok(())
     }
 
     fn linearise(&self, casts: &Casts, point: &State, counters: &Counters, costs: &mut Costs) -> Result<()> {
-        let before = alive(Category::Scratch);
-        let grown = || alive(Category::Scratch).saturating_sub(before) as usize;
+        let before = alive_here(Category::Scratch);
+        let grown = || grown_since(before);
         let (model, held) = held_by(|| self.field.open(casts, Opening::Linearize, self.seed))?;
         let at = self.clock.step(0, self.compute);
         let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
@@ -174,18 +174,18 @@ impl Probed<'_> {
             // In the order in which a session that keeps linearisations needs them.
             let evaluate = || if self.linearizes { stages.slope(&at, 0, point).map(drop) } else { Ok(()) };
             evaluate()?;
-            let zero = grown() - casts.packed_back();
+            let zero = grown().saturating_sub(casts.packed_back());
             let first = stages.linearize(&at, 0, point)?;
             let packed = casts.packed_back();
-            let one = grown() - packed;
+            let one = grown().saturating_sub(packed);
             let second = stages.linearize(&at, 0, point)?;
-            let two = grown() - packed;
+            let two = grown().saturating_sub(packed);
             evaluate()?;
-            let beside = grown() - packed;
+            let beside = grown().saturating_sub(packed);
             drop(pull(&mut gradients, second.as_ref())?);
             drop((first, second));
             costs.layers.packed_back = packed;
-            Ok::<_, crate::OdeError>([zero, one, two, beside, grown() - packed])
+            Ok::<_, crate::OdeError>([zero, one, two, beside, grown().saturating_sub(packed)])
         })?;
         costs.sums = gradients.bytes();
         let (linearization, steady) = held_by(|| stages.linearize(&at, 0, point))?;
@@ -201,7 +201,7 @@ impl Probed<'_> {
         drop(model);
         let [zero, one, two, beside, all] = needed;
         let evaluation = if self.linearizes { zero } else { costs.layers.evaluation };
-        let differences = (one, two - one, beside - two, all - beside);
+        let differences = (one, two.saturating_sub(one), beside.saturating_sub(two), all.saturating_sub(beside));
         let layers = &mut costs.layers;
         layers.evaluation = evaluation;
         (layers.linearisation, layers.further, layers.beside, layers.pullback) = differences;
@@ -219,10 +219,10 @@ impl Probed<'_> {
         gradients.bind(model.leaves());
         drop(stages.slope(&at, 0, point)?);
         let kept = [stages.linearize(&at, 0, point)?, stages.linearize(&at, 0, point)?];
-        let before = alive(Category::Scratch);
+        let before = alive_here(Category::Scratch);
         let kappa = self.start.try_map(|x| combine::combine(Some(x), &[(0.5, x)], self.accumulate))?;
         drop(Pullbacks::new(&mut gradients, self.scale(), counters).pull(kept[1].as_ref(), &at, 0, &kappa)?);
-        Ok(alive(Category::Scratch).saturating_sub(before) as usize)
+        Ok(grown_since(before))
     }
 
     fn scale(&self) -> StageScale {
@@ -266,4 +266,9 @@ impl Costs {
             ..self.exact()
         }
     }
+}
+
+/// Scratch that this thread has more of than `before`.
+fn grown_since(before: i64) -> usize {
+    usize::try_from(alive_here(Category::Scratch) - before).unwrap_or(0)
 }

@@ -2,7 +2,7 @@
 
 use super::ghost::{Announced, Ghost};
 use super::session::Linearization;
-use super::walk::Solve;
+use super::walk::{Levels, Solve};
 use crate::account::Category;
 use crate::memory::composition::Part;
 use crate::trajectory::Encodes;
@@ -160,7 +160,12 @@ impl Slots {
             let restored = self.restore(solve, n - 1);
             self.residual = residual;
             if let Some(AtHand::State(state)) = restored {
-                self.kept[index - 1] = Rc::new(whole(solve, n - 1, &state));
+                let kept = whole(solve, n - 1, &state);
+                let levels = solve.sizes.levels.filter(|levels| index + levels.resident < self.kept.len());
+                self.kept[index - 1] = Rc::new(match levels {
+                    Some(levels) => put_away(solve, levels, &kept),
+                    None => kept,
+                });
                 self.above = None;
             }
         }
@@ -176,12 +181,16 @@ impl Slots {
         let Some(levels) = solve.sizes.levels else { return };
         let beyond = self.kept.len().saturating_sub(levels.resident);
         for kept in self.kept[..beyond].iter_mut().rev().take_while(|kept| !kept.is_away()) {
-            solve.heap.pass(Part::Other, levels.putting);
-            let buffer = solve.heap.buffer(Part::Other, levels.beside);
-            let (at, is_increment) = (kept.at, kept.is_increment);
-            *kept = Rc::new(Kept { at, is_increment, buffer, owned: None, _handle: None });
+            *kept = Rc::new(put_away(solve, levels, kept));
         }
     }
+}
+
+/// The same on the second level.
+fn put_away(solve: &Solve<'_>, levels: Levels, kept: &Kept) -> Kept {
+    solve.heap.pass(Part::Other, levels.putting);
+    let buffer = solve.heap.buffer(Part::Other, levels.beside);
+    Kept { at: kept.at, is_increment: kept.is_increment, buffer, owned: None, _handle: None }
 }
 
 /// The state itself, kept.

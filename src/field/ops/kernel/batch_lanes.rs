@@ -2,7 +2,8 @@
 //!
 //! Tiles are stored feature by feature: element (row r of the batch, feature j) is in row j, column r of the matrix. A
 //! weight is then broadcast and multiplied with many rows of the batch at a time, where row-major kernels would fill
-//! panels with zeros. Tiles are F32. Results have the bits of the row-major kernels.
+//! panels with zeros. Tiles are F32. Products have the
+//! bits of the row-major kernels; sums over the batch are made in another order.
 
 use super::epilogue::{Epilogue, Then};
 use super::held::Held;

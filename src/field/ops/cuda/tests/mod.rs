@@ -1,4 +1,4 @@
-//! Every kernel, and what is launched for every op, on the host against the loops of the CPU.
+//! Every kernel, and what is launched for layers, convolutions and sums, on the host against the loops of the CPU.
 
 mod activations;
 mod combined;
