@@ -53,6 +53,35 @@ fn the_cheapest_that_fits_is_taken() {
     let whole = tiled.tile(usize::MAX).choices(y0.as_tensor()).unwrap();
     assert!(least.name.starts_with("replayed") && least.tile == Some(8), "{}", least.name);
     assert!(2 * least.bytes() < whole.0.iter().map(|choice| choice.bytes()).min().unwrap());
+    a_codec_may_be_chosen();
+}
+
+/// Codecs come in where they are let in: after the states they stand for, before steps that are computed again.
+fn a_codec_may_be_chosen() {
+    let vars = VarMap::new();
+    let field = mlp_field(&vars, DType::F32, 64, 64);
+    fill(&vars, 1, 1.0);
+    let y0 = variable(2, &[128, 64], DType::F32);
+    let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(64);
+    let all = ode.clone().adjoint(Discrete::default().any_codec()).choices(y0.as_tensor()).unwrap();
+    let find = |name: &str| all.0.iter().find(|choice| choice.name.starts_with(name)).unwrap();
+    let (states, wide, narrow) =
+        (find("every state"), find("every increment kept in 16"), find("every increment kept in 8"));
+    assert!(states.bytes() > wide.bytes() && wide.bytes() > narrow.bytes());
+    assert_eq!((states.calls(), states.calls()), (wide.calls(), narrow.calls()));
+    let taken = |budget: u64| {
+        let solution =
+            ode.clone().adjoint(Discrete::default().any_codec().budget(budget)).solve(y0.as_tensor()).unwrap();
+        solution.last().sum_all().unwrap().backward().unwrap();
+        (solution.trajectory_bytes(), solution.stats().recomputed_steps)
+    };
+    const STATE: usize = 128 * 64;
+    assert_eq!(taken(states.bytes()), (63 * 4 * STATE, 0));
+    assert_eq!(taken(wide.bytes()), (62 * (2 * STATE + 4 * 128) + 4 * STATE, 0));
+    assert_eq!(taken(narrow.bytes()), (62 * (STATE + 4 * 128) + 4 * STATE, 0));
+    // Not unless they are let in.
+    let plain = ode.choices(y0.as_tensor()).unwrap();
+    assert!(plain.0.iter().all(|choice| !choice.name.contains("increment")));
 }
 
 /// Every budget is kept by the choice with the fewest calls.

@@ -23,7 +23,7 @@ use crate::State;
 use crate::error::Result;
 use crate::solver::{Solver, StageMemory};
 use crate::trajectory::schedule::{Checkpoints, InputOnly, KeepAll, Schedule};
-use crate::trajectory::{Codec, Keeping, SecondLevel, States, TwoLevels, kept_bytes};
+use crate::trajectory::{Codec, Increments8, Increments16, Keeping, SecondLevel, States, TwoLevels, kept_bytes};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
 
@@ -81,6 +81,7 @@ pub struct Discrete {
     schedule: Option<Arc<dyn Schedule>>,
     consume: bool,
     budget: Option<u64>,
+    any_codec: bool,
     levels: Option<(usize, SecondLevel)>,
 }
 
@@ -144,7 +145,8 @@ impl Discrete {
     /// linearisations of every step kept or of some, every state kept or as many checkpoints as there is room for, all
     /// stage linearisations of a step at once or one at a time. Where the solve runs in [tiles](crate::Ode::tile) and none
     /// was asked for, also smaller tiles, and tile replay ([`InputOnly`](crate::InputOnly)); the tile moves the last bits
-    /// of dL/dθ. The codec, and a schedule or a tile that was asked for, stay what they are.
+    /// of dL/dθ. The codec stays what it is, unless [`any_codec`](Self::any_codec) lets it
+    /// go; a schedule or a tile that was asked for stay too.
     ///
     /// The peak is that of [`Ode::plan`](crate::Ode::plan) (in tiles on several threads a bound of it); where the heap is not
     /// counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On more
@@ -152,6 +154,14 @@ impl Discrete {
     /// [`Ode::threads`](crate::Ode::threads) or a tile is given.
     pub fn budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
+        self
+    }
+
+    /// Lets a [`budget`](Self::budget) choose the codec too, if none was asked for: where every state does not fit, every
+    /// increment in [16](Increments16) or [8 bits](Increments8) comes before steps that are computed again. They round what
+    /// the gradient is pulled back at: 16 bits cost F32 nothing that is seen, 8 bits cost F16 nothing.
+    pub fn any_codec(mut self) -> Self {
+        self.any_codec = true;
         self
     }
 
@@ -175,6 +185,10 @@ impl Discrete {
         let rungs = || ladder().take_while(|slots| slots + 2 < steps);
         let mut states = vec![("every state kept".to_owned(), self.clone())];
         states.extend(rungs().map(|slots| (format!("{slots} checkpoints"), self.clone().checkpoints(slots))));
+        if self.any_codec && self.codec.is_none() {
+            states.push(("every increment kept in 16 bits".to_owned(), self.clone().codec(Increments16)));
+            states.push(("every increment kept in 8 bits".to_owned(), self.clone().codec(Increments8)));
+        }
         states.extend(in_tiles.then(|| ("replayed".to_owned(), self.clone().schedule(InputOnly))));
         let mut choices: Vec<_> = states.into_iter().flat_map(both).collect();
         if linearizes && self.levels.is_none() {

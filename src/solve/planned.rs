@@ -110,13 +110,15 @@ impl Ode {
             _ => Discrete::default(),
         };
         let linearizes = self.solver.tableau().is_some() && !self.time_tensors.is_tracked();
+        let precision = self.precision.unwrap_or_else(|| default_precision(&y0));
         let mut choices = vec![];
         for tile in self.rows_to_choose_from(&y0)? {
             for (name, adjoint) in discrete.choices(steps, linearizes, tile.is_some()) {
                 let name = tile.map_or_else(|| name.clone(), |rows| format!("{name}, tiles of {rows}"));
                 let ode = tile.into_iter().fold(self.clone(), Self::tile);
                 let plan = ode.adjoint(adjoint.clone()).plan(&y0)?;
-                choices.push(Choice { name, adjoint, tile, plan });
+                let width = adjoint.keeping(precision).codec.dtype().size_in_bytes();
+                choices.push(Choice { name, adjoint, tile, plan, width });
             }
         }
         Ok(Choices::new(choices))

@@ -18,6 +18,8 @@ pub struct Choice {
     pub tile: Option<usize>,
     /// What it takes.
     pub plan: MemoryPlan,
+    /// Bytes of an element of what is kept: the fewer, the more is rounded.
+    pub(crate) width: usize,
 }
 
 impl Choice {
@@ -33,15 +35,15 @@ impl Choice {
     }
 }
 
-/// Choices side by side, the one with the fewest calls of the field first, and of as many the one with the largest tile;
-/// printed, a table.
+/// Choices side by side, the one with the fewest calls of the field first, and of as many the one that rounds least, then the
+/// one with the largest tile; printed, a table.
 #[derive(Clone, Debug)]
 pub struct Choices(pub Vec<Choice>);
 
 impl Choices {
     pub(crate) fn new(mut choices: Vec<Choice>) -> Self {
         let rows = |choice: &Choice| choice.tile.unwrap_or(usize::MAX);
-        choices.sort_by_key(|choice| (choice.calls(), Reverse(rows(choice)), choice.bytes()));
+        choices.sort_by_key(|choice| (choice.calls(), Reverse(choice.width), Reverse(rows(choice)), choice.bytes()));
         Self(choices)
     }
 
