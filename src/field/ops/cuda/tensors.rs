@@ -176,6 +176,13 @@ pub(in crate::field::ops) fn convolve(x: &Tensor, weight: &Tensor, config: &Conv
     Ok(Some(y))
 }
 
+/// A convolution whose gradients kernels of ours make.
+fn pulled_back(x: &Tensor, weight: &Tensor, grad: &Tensor, config: &Conv2dConfig) -> Result<Option<Convolution>> {
+    let Some((convolution, dims)) = convolution(x, weight, config)? else { return Ok(None) };
+    let fits = grad.dims() == dims && element(x, &[grad]).is_some();
+    Ok(fits.then_some(convolution))
+}
+
 /// dL/dx of a convolution.
 pub(in crate::field::ops) fn pull_input(
     x: &Tensor,
@@ -183,10 +190,7 @@ pub(in crate::field::ops) fn pull_input(
     grad: &Tensor,
     config: &Conv2dConfig,
 ) -> Result<Option<Tensor>> {
-    let Some((convolution, dims)) = convolution(x, weight, config)? else { return Ok(None) };
-    if grad.dims() != dims || element(x, &[grad]).is_none() {
-        return Ok(None);
-    }
+    let Some(convolution) = pulled_back(x, weight, grad, config)? else { return Ok(None) };
     let (gpu, grad, weight) = (Gpu::of(x)?, dense(grad)?, dense(weight)?);
     let for_x = gpu.output(convolution.element, x.shape())?;
     // SAFETY: dense tensors of these sizes on this device.
@@ -201,10 +205,7 @@ pub(in crate::field::ops) fn pull_weight(
     grad: &Tensor,
     config: &Conv2dConfig,
 ) -> Result<Option<Tensor>> {
-    let Some((convolution, dims)) = convolution(x, weight, config)? else { return Ok(None) };
-    if grad.dims() != dims || element(x, &[grad]).is_none() {
-        return Ok(None);
-    }
+    let Some(convolution) = pulled_back(x, weight, grad, config)? else { return Ok(None) };
     let (gpu, x, grad) = (Gpu::of(x)?, dense(x)?, dense(grad)?);
     let sum = gpu.zeros(weight.shape())?;
     // SAFETY: dense tensors of these sizes on this device.
