@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | [`linear()`], [`linear_no_bias`], [`affine`] | x Wᵀ + b | F16 sums over the batch stop at 2048; F16 products with one row or column lose digits |
 //! | [`concat_linear`] | [x, t] Wᵀ + b | makes no copy of x |
+//! | [`hyper_linear`], [`concat_squash_linear`] | x W(t)ᵀ + b(t) | weights made of the time; sums as in `linear` |
 //! | [`add_bias`] | x + b along a dimension | as `linear` |
 //! | [`conv2d`], [`conv2d_no_bias`] | x ∗ w + b | no BF16 on the CPU; sums as in `linear`; an error in the backward pass of some strided convolutions of oblong images |
 //! | [`layer_norm`], [`layer_norm_no_bias`], [`rms_norm`] | (x − mean) / std · w + b | no backward pass for contiguous input; no F32 weights on F16 input |
@@ -36,6 +37,7 @@ mod cuda;
 mod dropout;
 #[cfg(test)]
 mod gradcheck;
+mod hyper_linear;
 pub(super) mod kernel;
 mod linear;
 mod minimax;
@@ -55,6 +57,7 @@ pub use concat_time::{ConcatLinear, concat_linear};
 pub use conv::{Conv2d, conv2d, conv2d_no_bias};
 pub use cuda::cuda_kernels;
 pub use dropout::Dropout;
+pub use hyper_linear::{ConcatSquashLinear, HyperLinear, concat_squash_linear, hyper_linear};
 pub use linear::{Linear, affine, linear, linear_b, linear_no_bias};
 pub use mlp::{Mlp, MlpBuilder};
 pub use norm::{
