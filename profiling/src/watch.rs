@@ -8,6 +8,8 @@ use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, ExitStatus};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 pub(crate) const EXAMPLES: &str = "\
@@ -59,6 +61,10 @@ impl Watch {
     }
 
     fn follow(&self) -> Result<ExitStatus> {
+        // The terminal interrupts the program, too: it may save what it has, and is drawn to its end. Twice is enough.
+        let interrupted = Arc::new(AtomicUsize::new(0));
+        let count = interrupted.clone();
+        ctrlc::set_handler(move || _ = count.fetch_add(1, Relaxed))?;
         let feed = Place::new()?;
         let mut file = File::open(&feed.0)?;
         let (program, arguments) = self.command.split_first().ok_or("watch needs a command")?;
@@ -74,6 +80,7 @@ impl Watch {
             }
             match status {
                 Some(status) => break status,
+                None if interrupted.load(Relaxed) > 1 => child.kill()?,
                 None => std::thread::sleep(PERIOD),
             }
         };

@@ -38,3 +38,27 @@ fn the_programs_exit_code_is_handed_on() {
     let output = watch(&["/no/such/program"]);
     assert!(String::from_utf8(output.stderr).unwrap().contains("`/no/such/program`"));
 }
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_no_file_behind() {
+    use std::time::Duration;
+    let folder = tempfile::tempdir().unwrap();
+    let files = || std::fs::read_dir(folder.path()).unwrap().count();
+    let command = ["watch", "--", "sleep", "60"];
+    let mut watching = Command::new(TOOL).args(command).env("TMPDIR", folder.path()).spawn().unwrap();
+    let wait = || std::thread::sleep(Duration::from_millis(50));
+    while files() == 0 {
+        wait();
+    }
+    let pid = watching.id().to_string();
+    let status = loop {
+        if let Some(status) = watching.try_wait().unwrap() {
+            break status;
+        }
+        Command::new("kill").args(["-INT", &pid]).status().unwrap();
+        wait();
+    };
+    // By its own end, not by the signal.
+    assert_eq!((status.code(), files()), (Some(1), 0));
+}
