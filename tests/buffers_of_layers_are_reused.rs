@@ -1,0 +1,65 @@
+//! What layers of this crate work in is reused across stages, steps and passes: in a step nothing as large as a page is
+//! allocated but the tensors that the model and the solver hand each other. Alone in its process: the counter is
+//! process-wide.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{DType, Device};
+use candle_nn::{Module, VarBuilder, VarMap};
+use candle_ode::ops::{Activation, Mlp};
+use candle_ode::prelude::*;
+use common::{fill, variable};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+const PAGE: usize = 4096;
+
+/// Counts allocations of a page and more.
+struct Counting;
+
+static LARGE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: the system's allocator, and a counter.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGE.fetch_add(usize::from(layout.size() >= PAGE), Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static HEAP: Counting = Counting;
+
+#[test]
+fn a_step_allocates_nothing_large_but_its_states() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder| Mlp::new(&[64, 128, 128, 64], Activation::Tanh, vb);
+    let field = ModelField::new(&vars, &Device::Cpu, build, |mlp: &Mlp, _: &Time, y| mlp.forward(y)).unwrap();
+    fill(&vars, 1, 1.0);
+    let y0 = variable(9, &[128, 64], DType::F32);
+    // RK4: three stage states (the first is y), four slopes and y⁺.
+    let forward = |ode: &Ode| drop(ode.clone().no_grad().solve(y0.as_tensor()).unwrap());
+    let trained = |ode: &Ode| drop(ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().unwrap());
+    let in_a_step = |pass: &dyn Fn(&Ode)| {
+        let large = |steps: usize| {
+            let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(steps);
+            pass(&ode);
+            let before = LARGE.load(Relaxed);
+            pass(&ode);
+            LARGE.load(Relaxed) - before
+        };
+        let (few, many) = (large(8), large(40));
+        assert_eq!((many - few) % 32, 0, "{few} and {many}");
+        (many - few) / 32
+    };
+    assert_eq!(in_a_step(&forward), 3 + 4 + 1);
+    // Backwards those but y⁺ again, and for each stage its cotangent and what the pullback makes of it; at last λ.
+    assert_eq!(in_a_step(&trained), (3 + 4 + 1) + (3 + 4) + (4 + 4) + 1);
+}
