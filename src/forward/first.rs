@@ -119,10 +119,21 @@ fn check_same_bits(time: f64, first: &State, second: &State) -> Result<()> {
     Ok(())
 }
 
+/// Elements that are compared at a time on the CPU: what is copied for it is small beside any state worth a plan. From
+/// another device all come in one read.
+const CHUNK: usize = 512;
+
 /// The first element that differs in its bits, as (flat index, value, value).
 fn first_difference(a: &Tensor, b: &Tensor) -> Result<Option<(usize, f64, f64)>> {
-    let values = |x: &Tensor| on_host(x)?.to_vec1::<f64>();
-    let (a, b) = (values(a)?, values(b)?);
-    let found = a.iter().zip(&b).position(|(a, b)| a.to_bits() != b.to_bits());
-    Ok(found.map(|index| (index, a[index], b[index])))
+    let (a, b) = (a.detach().flatten_all()?, b.detach().flatten_all()?);
+    let count = a.elem_count();
+    let chunk = if a.device().is_cpu() { CHUNK } else { count.max(1) };
+    for from in (0..count).step_by(chunk) {
+        let values = |x: &Tensor| on_host(&x.narrow(0, from, chunk.min(count - from))?)?.to_vec1::<f64>();
+        let (a, b) = (values(&a)?, values(&b)?);
+        if let Some(index) = a.iter().zip(&b).position(|(a, b)| a.to_bits() != b.to_bits()) {
+            return Ok(Some((from + index, a[index], b[index])));
+        }
+    }
+    Ok(None)
 }
