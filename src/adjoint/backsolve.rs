@@ -231,11 +231,17 @@ impl Found {
             let of_y: Vec<_> = found.iter().map(|(j, k, _)| (h * tableau.a(i, j), k)).collect();
             let of_lambda: Vec<_> = found.iter().map(|(j, _, mu)| (tableau.a(i, j) / weight(tableau, j), mu)).collect();
             let linearization = stages.linearize(at, i, &sum(Some(y), &of_y, at.dtype)?)?;
-            let here = sum(Some(lambda), &of_lambda, accumulate)?;
-            let kappa = sum(None, &[(-h * weight(tableau, i), &here)], accumulate)?;
+            let kappa = {
+                let here = match of_lambda.is_empty() {
+                    true => None,
+                    false => Some(Slope::new(sum(Some(lambda), &of_lambda, accumulate)?, Category::Cotangents)),
+                };
+                let here = here.as_ref().map_or(lambda, Slope::state);
+                Slope::new(sum(None, &[(-h * weight(tableau, i), here)], accumulate)?, Category::Cotangents)
+            };
             let mu = match tableau.weights()[i] == 0.0 {
-                true => pullbacks.pull_state(linearization.as_ref(), at, i, &kappa)?,
-                false => pullbacks.pull(linearization.as_ref(), at, i, &kappa)?,
+                true => pullbacks.pull_state(linearization.as_ref(), at, i, kappa.state())?,
+                false => pullbacks.pull(linearization.as_ref(), at, i, kappa.state())?,
             };
             let k = Slope::new(linearization.value().clone(), Category::Stages);
             found.0.push(Some((k, Slope::new(mu, Category::Cotangents))));

@@ -1,13 +1,14 @@
 //! The discrete adjoint: reverses the steps that were taken, from states that were kept or are computed again.
 
 use super::lambda::Lambda;
-use super::passes::{Pass, Passes};
+use super::passes::{Given, Pass, Passes};
 use super::{Reverse, Reversed};
 use crate::State;
 use crate::error::{OdeError, Result};
 use crate::solver::{Linearized, Solver, StageMemory, fold, lift, zeros_like};
 use crate::trajectory::schedule::{Action, Slot};
-use crate::trajectory::{AtHand, Keeping, Slots, Trajectory};
+use crate::trajectory::{AtHand, Keeping, Kept, Slots, Trajectory};
+use candle_core::DType;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Everything the backward pass needs of a finished forward pass.
@@ -141,15 +142,22 @@ impl Recorded {
                     while let Some((_, cotangent)) = waiting.next_if(|(at, _)| *at == n + 1) {
                         lambda.add(&lift(solver, cotangent, accumulate)?, accumulate)?;
                     }
-                    let from = match (linearized.take(), at_hand.take()) {
+                    let mut from = match (linearized.take(), at_hand.take()) {
                         (Some(kept), _) => PulledFrom::Linearized(kept),
-                        (None, Some(y)) => PulledFrom::State(y),
+                        (None, Some(AtHand::State(y))) => PulledFrom::State(pass.given(n, y)),
+                        (None, Some(AtHand::Kept(kept, dtype))) => PulledFrom::Kept(kept, dtype),
                         (None, None) => return illegal(index - 1, action, NOTHING_AT_HAND),
                     };
                     let Some(state) = lambda.take() else { continue };
-                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| match &from {
-                        PulledFrom::Linearized(kept) => solver.pullback_linearized(stages, at, kept, &state, pullbacks),
-                        PulledFrom::State(y) => solver.pullback(stages, at, y.state()?, &state, self.memory, pullbacks),
+                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
+                        let y = match &mut from {
+                            PulledFrom::Linearized(kept) => {
+                                return solver.pullback_linearized(stages, at, kept, &state, pullbacks);
+                            }
+                            PulledFrom::State(y) => y.take()?,
+                            PulledFrom::Kept(kept, dtype) => kept.decode(*dtype)?,
+                        };
+                        solver.pullback(stages, at, y, &state, self.memory, pullbacks)
                     })?);
                     if pass.is_lost() {
                         return Ok(None);
@@ -177,7 +185,8 @@ impl Recorded {
 
 /// From what a step is pulled back.
 enum PulledFrom {
-    State(AtHand),
+    State(Given<State>),
+    Kept(Arc<Kept>, DType),
     Linearized(Arc<Linearized>),
 }
 

@@ -117,6 +117,22 @@ impl Passes {
     }
 }
 
+/// What a step is given away, unless it may be tried again.
+pub(super) struct Given<T> {
+    again: bool,
+    value: Option<T>,
+}
+
+impl<T: Clone> Given<T> {
+    pub(super) fn take(&mut self) -> Result<T> {
+        let given = if self.again { self.value.clone() } else { self.value.take() };
+        given.ok_or_else(|| OdeError::Unsupported {
+            what: "pulling a step back twice".into(),
+            instead: "this is a bug of candle-ode, please report it",
+        })
+    }
+}
+
 /// What an attempt at a step gives: what was asked for, per pullback the stage and whether it is finite, and the cotangents
 /// of the step's times, if any are wanted.
 type Attempt<T> = (T, Vec<(usize, Finite)>, Option<StepTimes>);
@@ -184,8 +200,13 @@ impl Pass<'_, '_> {
     }
 
     /// Whether step `index` may be pulled back again with another scale.
-    pub(crate) fn tries_again(&self, index: usize) -> bool {
+    fn tries_again(&self, index: usize) -> bool {
         self.passes.scaling.rule == Rule::Dynamic && self.passes.dtype(index, self.widened).size_in_bytes() < 4
+    }
+
+    /// `value` for step `index`, which is given it once or as often as it is tried.
+    pub(super) fn given<T: Clone>(&self, index: usize, value: T) -> Given<T> {
+        Given { again: self.tries_again(index), value: Some(value) }
     }
 
     /// Notes whether something that step `index` left behind is finite, unless it is known to be.

@@ -161,17 +161,9 @@ impl Reconstructed {
                 None => zeros_like(&carried, accumulate)?,
             };
             // What is carried is given away, unless the step may be undone once more.
-            let (again, mut given) = (pass.tries_again(n - 1), Some(carried));
+            let mut given = pass.given(n - 1, carried);
             let (before, pulled) = pass.step(n - 1, &state, |stages, at, pullbacks| {
-                let y = if again { given.clone() } else { given.take() };
-                let Some(y) = y else {
-                    let what = "undoing a step twice".into();
-                    return Err(OdeError::Unsupported {
-                        what,
-                        instead: "this is a bug of candle-ode, please report it",
-                    });
-                };
-                reversal.undo(stages, at, y, &state, self.memory, pullbacks)
+                reversal.undo(stages, at, given.take()?, &state, self.memory, pullbacks)
             })?;
             carried = before;
             lambda.set(pulled);

@@ -60,7 +60,7 @@ impl Kept {
         }
     }
 
-    pub(super) fn decode(&self, dtype: DType) -> Result<State> {
+    pub(crate) fn decode(&self, dtype: DType) -> Result<State> {
         let entry = match &self.lies {
             Lies::OnDevice(entry, _) => Cow::Borrowed(entry),
             Lies::Away(away) => Cow::Owned(away.fetch()?),

@@ -79,12 +79,18 @@ impl Solve<'_> {
                             drop(y);
                             self.pullback_linearized(&all)
                         }
-                        (None, Some(y)) => {
-                            let start = y.state(self);
+                        // A state at hand is given away, unless the step may be tried again.
+                        (None, Some(AtHand::State(start))) => {
+                            let _again = self.tries_again.then(|| start.clone());
+                            self.pullback(start)
+                        }
+                        (None, Some(kept)) => {
+                            let start = kept.state(self);
                             self.pullback(start)
                         }
                         (None, None) => continue,
                     };
+                    self.settle();
                     lambda = Some(self.cotangent(pulled));
                 }
             }

@@ -61,6 +61,8 @@ pub(crate) struct Layers {
     pub(super) beside: usize,
     pub(super) pullback: usize,
     pub(super) pullback_alone: usize,
+    /// Of the buffers of a pullback, those of a size that linearisations take afterwards.
+    pub(super) reused: usize,
     /// What a pullback needs for a moment: sums in F32, on their way into those in F64.
     pub(super) moment: usize,
 }
@@ -85,7 +87,8 @@ pub(super) struct Probed<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Key {
     shapes: Vec<Shape>,
-    inputs: Vec<(Shape, DType)>,
+    /// With whether they have gradients.
+    inputs: Vec<(Shape, DType, bool)>,
     dtypes: (DType, DType),
     scaling: &'static str,
     tracked: bool,
@@ -96,7 +99,7 @@ impl Probed<'_> {
     pub(super) fn key(&self) -> Key {
         Key {
             shapes: self.start.tensors().iter().map(|x| x.shape().clone()).collect(),
-            inputs: self.inputs.iter().map(|x| (x.shape().clone(), x.dtype())).collect(),
+            inputs: self.inputs.iter().map(|x| (x.shape().clone(), x.dtype(), x.track_op())).collect(),
             dtypes: (self.compute, self.accumulate),
             scaling: self.scaling.name(),
             tracked: self.tracked,
@@ -183,9 +186,15 @@ impl Probed<'_> {
             evaluate()?;
             let beside = grown().saturating_sub(packed);
             drop(pull(&mut gradients, second.as_ref())?);
-            drop((first, second));
+            let all = grown().saturating_sub(packed);
+            // Where linearisations are kept, others are made after a pullback.
+            let more: Vec<_> = (0..if self.linearizes { 2 } else { 0 })
+                .map(|_| stages.linearize(&at, 0, point))
+                .collect::<Result<_>>()?;
+            let four = grown().saturating_sub(packed);
+            drop((first, second, more));
             costs.layers.packed_back = packed;
-            Ok::<_, crate::OdeError>([zero, one, two, beside, grown().saturating_sub(packed)])
+            Ok::<_, crate::OdeError>([zero, one, two, beside, all, four])
         })?;
         costs.sums = gradients.bytes();
         let (linearization, steady) = held_by(|| stages.linearize(&at, 0, point))?;
@@ -197,14 +206,15 @@ impl Probed<'_> {
         drop((mu, linearization));
         costs.pullback = steady.most;
         costs.linearised_model =
-            held.kept + warm.kept.saturating_sub(needed[4] + costs.layers.packed_back + costs.sums);
+            held.kept + warm.kept.saturating_sub(needed[5] + costs.layers.packed_back + costs.sums);
         drop(model);
-        let [zero, one, two, beside, all] = needed;
+        let [zero, one, two, beside, all, four] = needed;
         let evaluation = if self.linearizes { zero } else { costs.layers.evaluation };
         let differences = (one, two.saturating_sub(one), beside.saturating_sub(two), all.saturating_sub(beside));
         let layers = &mut costs.layers;
         layers.evaluation = evaluation;
         (layers.linearisation, layers.further, layers.beside, layers.pullback) = differences;
+        layers.reused = (2 * layers.further).saturating_sub(four.saturating_sub(all));
         layers.pullback_alone =
             if self.linearizes { self.pull_alone(casts, point, counters)? } else { layers.pullback };
         Ok(())

@@ -21,6 +21,8 @@ struct Buffers {
     live: usize,
     /// Whether it has evaluated f since the last of them was made.
     evaluated: bool,
+    /// What the last pullback needed beside them.
+    pulled: usize,
     /// Whether it is open for linearisations, and the weights it has packed for them.
     linearises: bool,
     packed: Option<Held>,
@@ -46,6 +48,10 @@ impl Drop for Linearization {
 }
 
 impl Buffers {
+    fn bytes(&self) -> usize {
+        self.held.iter().map(|(_, owned)| owned.bytes()).sum()
+    }
+
     /// What the linearisations that live need.
     fn need(&self, layers: &Layers) -> usize {
         if self.live == 0 { 0 } else { layers.linearisation + (self.live - 1) * layers.further }
@@ -63,11 +69,13 @@ impl Solve<'_> {
 
     /// One more linearisation in the session that is open.
     pub(super) fn linearize_layers(&self) {
+        let layers = &self.costs.layers;
         let need = {
             let mut buffers = self.session.0.borrow_mut();
             buffers.live += 1;
             buffers.evaluated = false;
-            buffers.need(&self.costs.layers)
+            // Buffers of other sizes wait for the next pullback.
+            buffers.need(layers) + buffers.pulled.saturating_sub(layers.reused)
         };
         self.grow(&self.session.0, need);
     }
@@ -82,6 +90,7 @@ impl Solve<'_> {
         let layers = &self.costs.layers;
         let (need, evaluated) = (through.session.borrow().need(layers), through.session.borrow().evaluated);
         let more = if evaluated { layers.beside + layers.pullback } else { layers.pullback_alone };
+        through.session.borrow_mut().pulled = more;
         self.grow(&through.session, need + more);
     }
 
@@ -92,7 +101,7 @@ impl Solve<'_> {
         if buffers.linearises && buffers.packed.is_none() && !self.packed_elsewhere {
             buffers.packed = self.scratch(self.costs.layers.packed_back);
         }
-        let grown = bytes.saturating_sub(buffers.held.iter().map(|(_, owned)| owned.bytes()).sum());
+        let grown = bytes.saturating_sub(buffers.bytes());
         let more = self.scratch(grown);
         buffers.held.extend(more);
     }

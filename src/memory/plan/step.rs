@@ -75,6 +75,7 @@ impl Solve<'_> {
 
     /// A step undone that has led to a coupled pair: the pair it started from, and its λ.
     pub(super) fn undo(&mut self, pair: Vec<Ghost>) -> [[Ghost; 2]; 2] {
+        let _again = self.tries_again.then(|| pair.clone());
         let stages = self.tableau.stages();
         let points = self.points(stages);
         let z = self.state();
@@ -146,17 +147,21 @@ impl Solve<'_> {
 
     /// One pullback: μ.
     fn pull(&mut self, through: &Linearization) -> Held {
-        let kappa = self.state();
-        let _owned = kappa.announce(Category::Cotangents, self.sizes.accumulate);
+        let _kappa = self.own_cotangent();
         self.pull_back(through)
+    }
+
+    pub(super) fn own_cotangent(&self) -> Held {
+        let state = self.state();
+        self.cotangent(state)
     }
 
     /// μ of a κ that is at hand.
     pub(super) fn pull_back(&mut self, through: &Linearization) -> Held {
-        if self.sums.is_none() {
-            let sums = self.heap.buffer(Part::Other, self.costs.sums);
-            let owned = sums.announce(Category::Gradients, self.costs.sums);
-            self.sums = Some((sums, owned));
+        match self.tries_again {
+            true if self.of_step.is_none() => self.of_step = Some(self.new_sums()),
+            false if self.sums.is_none() => self.sums = Some(self.new_sums()),
+            _ => {}
         }
         self.pull_layers(through);
         self.heap.pass(Part::Owned(Category::Scratch), self.costs.layers.moment);
@@ -164,6 +169,22 @@ impl Solve<'_> {
         self.counts.pullbacks += 1;
         let mu = self.state();
         self.cotangent(mu)
+    }
+
+    fn new_sums(&self) -> Held {
+        let sums = self.heap.buffer(Part::Other, self.costs.sums);
+        let owned = sums.announce(Category::Gradients, self.costs.sums);
+        (sums, owned)
+    }
+
+    /// A step is pulled back: sums that were its own are added to those of the pass.
+    pub(super) fn settle(&mut self) {
+        if let Some(of_step) = self.of_step.take() {
+            if self.sums.is_none() {
+                self.sums = Some(self.new_sums());
+            }
+            drop(of_step);
+        }
     }
 
     /// A stage state; without terms and in the same dtype it is y itself.

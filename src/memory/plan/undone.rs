@@ -45,6 +45,7 @@ impl<'a> Solve<'a> {
                 break;
             }
             let [states, bars] = self.undo(carried.take().unwrap_or_default());
+            self.settle();
             carried = Some(states.into());
             lambda = bars.map(|bar| self.cotangent(bar)).into();
         }
@@ -69,6 +70,7 @@ impl<'a> Solve<'a> {
             }
             for _ in 0..if n == 0 { 0 } else { way.substeps } {
                 let [before, pulled] = self.step_back();
+                self.settle();
                 y = Some(before);
                 lambda = Some(self.cotangent(pulled));
             }
@@ -84,14 +86,15 @@ impl<'a> Solve<'a> {
         for stage in self.used() {
             let linearization = self.linearise(stage);
             // λ at the stage, which without terms is λ itself.
-            let here = (0..stage).any(|j| self.tableau.a(stage, j) != 0.0).then(|| self.state());
-            let kappa = self.state();
+            let here = (0..stage).any(|j| self.tableau.a(stage, j) != 0.0).then(|| self.own_cotangent());
+            let kappa = self.own_cotangent();
+            drop(here);
             let mu = self.pull_back(&linearization);
             // The slope outlives the linearisation that it is part of.
             drop(linearization);
             let k = self.heap.buffer(Part::Field, self.sizes.compute + self.costs.state_beside);
             let owned = k.announce(Category::Stages, self.sizes.compute);
-            drop((here, kappa));
+            drop(kappa);
             found.push(((k, owned), mu));
         }
         let states = [self.state(), self.state()];

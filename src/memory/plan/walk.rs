@@ -77,8 +77,11 @@ pub(super) struct Solve<'a> {
     pub(super) steps: usize,
     pub(super) heap: Heap,
     pub(super) counts: Counts,
-    /// The sums of dL/dθ, once a pullback has made them.
+    /// The sums of dL/dθ, once a pullback has made them, and those of a step that may be tried again.
     pub(super) sums: Option<Held>,
+    pub(super) of_step: Option<Held>,
+    /// Whether steps may be tried again, with another scale.
+    pub(super) tries_again: bool,
     pub(super) session: Session,
     /// Whether somebody else holds the weights that are packed for linearisations.
     pub(super) packed_elsewhere: bool,

@@ -16,14 +16,16 @@ use crate::account::Category;
 use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
+use crate::scaling::Rule;
 use crate::solver::Clock;
 use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
 use candle_core::Shape;
 use std::sync::Arc;
 
-/// What a tile has of its own beside its states (settings, lists), and all of them together.
-const BESIDE: usize = 1024;
-const BESIDE_ALL: usize = 4608;
+/// What a tile has of its own beside its states (settings, lists), and all of them together: where a backward pass follows,
+/// and where none does.
+const BESIDE: [usize; 2] = [1024, 4608];
+const BESIDE_INFERENCE: [usize; 2] = [352, 1600];
 
 /// A tile that was walked through.
 struct Tile {
@@ -66,7 +68,7 @@ impl Planned<'_> {
 
         let of = |stretch: fn(&Tile) -> Stretch| order.iter().map(|n| stretch(&kinds[*n])).collect::<Vec<_>>();
         if count > 1 {
-            total.take(Part::Other, BESIDE_ALL);
+            total.take(Part::Other, beside_tiles(keeps)[1]);
             total.go(&first.check);
         }
         total.go_on(&of(|tile| tile.forward), threads);
@@ -161,6 +163,8 @@ impl Planned<'_> {
             heap: Heap::default(),
             counts: Counts::default(),
             sums: None,
+            of_step: None,
+            tries_again: self.scaling.rule == Rule::Dynamic && self.precision.compute_dtype().size_in_bytes() < 4,
             session: Session::default(),
             packed_elsewhere: self.shares_packed(),
         };
@@ -169,7 +173,8 @@ impl Planned<'_> {
         solve.counts = Counts::default();
         let check = solve.heap.stretch();
         let mut walked = solve.forward(&self.outputs, within);
-        let beside = is_tile.then(|| solve.heap.buffer(Part::Other, BESIDE + 17 * self.grid.times().len()));
+        let times = if matches!(keeps, Keeps::Nothing) { 0 } else { 17 * self.grid.times().len() };
+        let beside = is_tile.then(|| solve.heap.buffer(Part::Other, beside_tiles(keeps)[0] + times));
         let trajectory = walked.trajectory();
         let forward = solve.heap.stretch();
         let release = |state| {
@@ -254,6 +259,10 @@ impl Planned<'_> {
         let beside = putting.kept + Kept::BESIDE;
         Ok(Some(Levels { resident: levels.resident, beside, putting: putting.most, fetching: fetching.most }))
     }
+}
+
+fn beside_tiles(keeps: Keeps<'_>) -> [usize; 2] {
+    if matches!(keeps, Keeps::Nothing) { BESIDE_INFERENCE } else { BESIDE }
 }
 
 impl Counts {
