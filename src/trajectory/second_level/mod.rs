@@ -1,11 +1,11 @@
 //! The second level of a trajectory: entries that wait for the backward pass outside the memory of the device.
 
+mod file;
+
 use super::codec::Entry;
-use crate::error::{OdeError, Result};
-use candle_core::{DType, Device, Shape, Tensor};
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use crate::error::Result;
+use candle_core::{Device, Shape, Tensor};
+use file::{Page, Pages};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -81,11 +81,7 @@ impl TwoLevels {
         if let Some(pages) = &*pages {
             return Ok(pages.clone());
         }
-        let directory = directory.to_owned();
-        let file =
-            tempfile::tempfile_in(&directory).map_err(|source| OdeError::Io { path: directory.clone(), source })?;
-        let space = Mutex::new(Space { file, end: 0, free: BTreeMap::new() });
-        Ok(pages.insert(Arc::new(Pages { directory, space })).clone())
+        Ok(pages.insert(Arc::new(Pages::new(directory)?)).clone())
     }
 }
 
@@ -102,20 +98,6 @@ pub(crate) struct Away {
 enum Place {
     Host(Vec<Tensor>),
     File(Arc<Pages>, Vec<Page>),
-}
-
-/// A tensor in a file.
-#[derive(Debug)]
-struct Page {
-    at: u64,
-    dtype: DType,
-    shape: Shape,
-}
-
-impl Page {
-    fn len(&self) -> usize {
-        self.shape.elem_count() * self.dtype.size_in_bytes()
-    }
 }
 
 impl Away {
@@ -146,57 +128,10 @@ impl Drop for Away {
     }
 }
 
-/// A file of pages that are written, read and freed.
-#[derive(Debug)]
-struct Pages {
-    /// Where the file lies, for errors.
-    directory: PathBuf,
-    space: Mutex<Space>,
-}
-
-#[derive(Debug)]
-struct Space {
-    file: File,
-    end: u64,
-    /// Freed pages by their length: entries of a solve are as long as one another.
-    free: BTreeMap<usize, Vec<u64>>,
-}
-
-impl Pages {
-    fn put(&self, bytes: &[u8]) -> Result<u64> {
-        self.with(|Space { file, end, free }| {
-            let freed = free.get_mut(&bytes.len()).and_then(Vec::pop);
-            let at = freed.unwrap_or(*end);
-            file.seek(SeekFrom::Start(at))?;
-            file.write_all(bytes)?;
-            *end = (*end).max(at + bytes.len() as u64);
-            Ok(at)
-        })
-    }
-
-    fn get(&self, at: u64, len: usize) -> Result<Vec<u8>> {
-        self.with(|Space { file, .. }| {
-            let mut bytes = vec![0; len];
-            file.seek(SeekFrom::Start(at))?;
-            file.read_exact(&mut bytes)?;
-            Ok(bytes)
-        })
-    }
-
-    fn free(&self, at: u64, len: usize) {
-        let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
-        space.free.entry(len).or_default().push(at);
-    }
-
-    fn with<T>(&self, run: impl FnOnce(&mut Space) -> io::Result<T>) -> Result<T> {
-        let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
-        run(&mut space).map_err(|source| OdeError::Io { path: self.directory.clone(), source })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::DType;
 
     #[test]
     fn freed_pages_are_written_again_and_nothing_else_is() -> Result<()> {
@@ -215,7 +150,7 @@ mod tests {
         drop(first);
         let third = two.put(&entry(3.0)?)?;
         assert_eq!((value(&second)?, value(&third)?), (vec![-2.0; 12], vec![3.0; 12]));
-        let end = two.pages(&std::env::temp_dir())?.space.lock().unwrap().end;
+        let end = two.pages(&std::env::temp_dir())?.end();
         assert_eq!(end, 2 * 6 * (2 + 4));
         Ok(())
     }
