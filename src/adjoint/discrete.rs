@@ -34,7 +34,7 @@ impl Reverse for Recorded {
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
         let share = || -> Result<Slots> {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            let slots = if self.keeping.consume { kept.take() } else { kept.as_ref().map(Slots::share) };
+            let slots = if self.keeping.consume { kept.take() } else { kept.as_mut().map(Slots::share) };
             slots.ok_or(OdeError::Consumed { steps: self.passes.dtypes.len() })
         };
         let mut first = Some(share()?);

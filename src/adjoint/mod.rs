@@ -7,6 +7,8 @@ mod drift;
 mod lambda;
 mod passes;
 mod reconstruct;
+#[cfg(test)]
+mod tests;
 mod times;
 
 pub use backsolve::Backsolve;
@@ -23,7 +25,9 @@ use crate::State;
 use crate::error::Result;
 use crate::solver::{Solver, StageMemory};
 use crate::trajectory::schedule::{Checkpoints, InputOnly, KeepAll, Schedule};
-use crate::trajectory::{Codec, Increments8, Increments16, Keeping, SecondLevel, States, TwoLevels, kept_bytes};
+use crate::trajectory::{
+    Codec, Increments8, Increments16, Keeping, Movers, SecondLevel, States, TwoLevels, kept_bytes,
+};
 use candle_core::{Shape, Tensor};
 use std::sync::Arc;
 
@@ -82,7 +86,7 @@ pub struct Discrete {
     consume: bool,
     budget: Option<u64>,
     any_codec: bool,
-    levels: Option<(usize, SecondLevel)>,
+    levels: Option<(usize, SecondLevel, Movers)>,
 }
 
 impl Discrete {
@@ -119,8 +123,9 @@ impl Discrete {
 
     /// Two levels of storage: the latest `resident` entries of the trajectory stay on the device, earlier ones wait in
     /// `second` and are brought back, bit for bit, when the backward pass comes to them. In tiles each tile has so many
-    /// on the device. Goes with every codec and schedule of states. Moves are made between steps, one after another:
-    /// nothing is computed meanwhile.
+    /// on the device. Goes with every codec and schedule of states. Moves to a file are made between steps: nothing is
+    /// computed meanwhile. Those to the [host](SecondLevel::Host) are made beside what is computed on CUDA, in page-locked
+    /// memory that this setting and its clones keep from solve to solve. This has not run on a GPU yet.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor, Var};
@@ -137,7 +142,7 @@ impl Discrete {
     /// # Ok::<(), OdeError>(())
     /// ```
     pub fn two_levels(mut self, resident: usize, second: SecondLevel) -> Self {
-        self.levels = Some((resident, second));
+        self.levels = Some((resident, second, Movers::default()));
         self
     }
 
@@ -225,7 +230,7 @@ impl Discrete {
             codec: self.codec.clone().unwrap_or_else(|| Arc::new(States(precision.storage_dtype()))),
             schedule: self.schedule.clone().unwrap_or_else(|| Arc::new(KeepAll)),
             consume: self.consume,
-            levels: self.levels.clone().map(|(resident, second)| TwoLevels::new(resident, second)),
+            levels: self.levels.clone().map(|(resident, second, movers)| TwoLevels::new(resident, second, movers)),
         }
     }
 }

@@ -13,7 +13,7 @@
 //! | [`pullback`](PULLBACK) | `TRACE` | | vector–Jacobian product |
 //! | [`cast`](CAST) | `TRACE` | | parameters into the compute dtype |
 //! | [`encode`](ENCODE), [`decode`](DECODE) | `TRACE` | | trajectory entry into and out of the storage dtype |
-//! | [`put_away`](PUT_AWAY), [`fetch`](FETCH) | `TRACE` | `bytes: u64` | trajectory entry to and from the second level of storage |
+//! | [`put_away`](PUT_AWAY), [`fetch`](FETCH) | `TRACE` | `bytes: u64` | trajectory entry to and from the second level of storage; beside what is computed they last until the copy is asked for |
 //! | [`recompute`](RECOMPUTE) | `TRACE` | | stretch of steps done again for the backward pass |
 //!
 //! `backward` is not inside `solve`: it opens when Candle's own backward pass reaches the solve. Beside the spans there

@@ -34,14 +34,20 @@ impl Kept {
         Self { at, is_increment, lies: Lies::OnDevice(entry, owned), codec }
     }
 
-    /// The same on the second level; `None` if it is there, or has nowhere to go.
-    pub(super) fn put_away(&self, levels: &TwoLevels) -> Result<Option<Self>> {
+    /// The same on the second level; `None` if it is there, or has nowhere to go. Where it is on its way, `self` is held
+    /// until [`InFlight`] lets it go.
+    pub(super) fn put_away(self: &Arc<Self>, levels: &TwoLevels) -> Result<Option<Arc<Self>>> {
         let Lies::OnDevice(entry, _) = &self.lies else { return Ok(None) };
         if !entry.tensors.first().is_some_and(|x| levels.moves(x.device())) {
             return Ok(None);
         }
-        let lies = Lies::Away(levels.put(entry)?);
-        Ok(Some(Self { at: self.at, is_increment: self.is_increment, lies, codec: self.codec.clone() }))
+        let lies = Lies::Away(levels.put(entry, self.clone())?);
+        let away = Self { at: self.at, is_increment: self.is_increment, lies, codec: self.codec.clone() };
+        Ok(Some(Arc::new(away)))
+    }
+
+    pub(super) fn is_away(&self) -> bool {
+        matches!(self.lies, Lies::Away(_))
     }
 
     /// Bytes on the device.
@@ -63,7 +69,7 @@ impl Kept {
     pub(crate) fn decode(&self, dtype: DType) -> Result<State> {
         let entry = match &self.lies {
             Lies::OnDevice(entry, _) => Cow::Borrowed(entry),
-            Lies::Away(away) => Cow::Owned(away.fetch()?),
+            Lies::Away(away) => Cow::Owned(away.fetch(self.codec.name())?),
         };
         let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
         let state = self.codec.decode(&entry, dtype)?;
@@ -78,12 +84,47 @@ impl Kept {
     }
 }
 
+/// An entry that is on its way to the second level or back, or may be, as long as somebody waits for it. Then its copy on
+/// the device is let go.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<Kept>);
+
+impl InFlight {
+    /// `None` if it moves while nothing else does.
+    pub(super) fn of(kept: &Arc<Kept>) -> Option<Self> {
+        match &kept.lies {
+            Lies::Away(away) if away.moves_beside() => Some(Self(kept.clone())),
+            Lies::Away(_) | Lies::OnDevice(..) => None,
+        }
+    }
+
+    pub(super) fn is(&self, kept: &Arc<Kept>) -> bool {
+        Arc::ptr_eq(&self.0, kept)
+    }
+
+    /// It begins to come back, unless it does.
+    pub(super) fn begin(&self) -> Result<()> {
+        match &self.0.lies {
+            Lies::Away(away) => away.begin(self.0.codec.name()),
+            Lies::OnDevice(..) => Ok(()),
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if let Lies::Away(away) = &self.0.lies {
+            away.settle();
+        }
+    }
+}
+
 /// A state that is at hand: as it is, or to be decoded when it is needed, and every time it is.
 pub(crate) enum AtHand {
     /// As it is.
     State(State),
-    /// To be decoded to this dtype.
-    Kept(Arc<Kept>, DType),
+    /// To be decoded.
+    Kept(Encoded),
 }
 
 impl AtHand {
@@ -91,7 +132,28 @@ impl AtHand {
     pub(crate) fn state(&self) -> Result<State> {
         match self {
             Self::State(state) => Ok(state.clone()),
-            Self::Kept(kept, dtype) => kept.decode(*dtype),
+            Self::Kept(encoded) => encoded.state(),
         }
+    }
+}
+
+/// A kept state, and the one that is needed after it.
+pub(crate) struct Encoded {
+    pub(super) kept: Arc<Kept>,
+    /// To which it is decoded.
+    pub(super) dtype: DType,
+    /// Itself, on its way.
+    pub(super) _arriving: Option<Arc<InFlight>>,
+    pub(super) next: Option<Arc<InFlight>>,
+}
+
+impl Encoded {
+    fn state(&self) -> Result<State> {
+        let state = self.kept.decode(self.dtype)?;
+        // Not before, so that no more than one is on its way.
+        if let Some(next) = &self.next {
+            next.begin()?;
+        }
+        Ok(state)
     }
 }

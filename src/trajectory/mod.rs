@@ -12,7 +12,9 @@ pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, S
 pub(crate) use forecast::kept_bytes;
 pub(crate) use kept::{AtHand, Kept};
 pub use second_level::SecondLevel;
-pub(crate) use second_level::TwoLevels;
+#[cfg(test)]
+pub(crate) use second_level::Simulated;
+pub(crate) use second_level::{Movers, TwoLevels};
 pub(crate) use slots::Slots;
 pub(crate) use store::Trajectory;
 

@@ -1,7 +1,7 @@
 //! The states a walk has kept, encoded: each by itself, or as the increment to the next.
 
 use super::codec::{Codec, Encodes, Entry, States};
-use super::kept::{AtHand, Kept};
+use super::kept::{AtHand, Encoded, InFlight, Kept};
 use super::second_level::TwoLevels;
 use crate::State;
 use crate::account::{Category, Owned};
@@ -19,6 +19,10 @@ pub(crate) struct Slots {
     accumulate: DType,
     levels: Option<TwoLevels>,
     kept: Vec<Arc<Kept>>,
+    /// The entry that was put away last, until another is made or put away, or the backward pass begins.
+    leaving: Option<InFlight>,
+    /// The entry below that which was restored last.
+    arriving: Option<Arc<InFlight>>,
     residual: Option<(State, Owned)>,
     /// The last state that was restored, from which the one below may have to be decoded.
     above: Option<(usize, State)>,
@@ -28,11 +32,22 @@ pub(crate) struct Slots {
 
 impl Slots {
     pub(crate) fn new(codec: Arc<dyn Codec>, accumulate: DType, levels: Option<TwoLevels>) -> Self {
-        Self { codec, accumulate, levels, kept: vec![], residual: None, above: None, linearized: BTreeMap::new() }
+        Self {
+            codec,
+            accumulate,
+            levels,
+            kept: vec![],
+            leaving: None,
+            arriving: None,
+            residual: None,
+            above: None,
+            linearized: BTreeMap::new(),
+        }
     }
 
     /// The same entries, for a walk that may drop them without taking them from others.
-    pub(crate) fn share(&self) -> Self {
+    pub(crate) fn share(&mut self) -> Self {
+        self.leaving = None;
         Self { kept: self.kept.clone(), linearized: self.linearized.clone(), ..self.emptied() }
     }
 
@@ -89,6 +104,9 @@ impl Slots {
         keep: bool,
         mut exactly: impl FnMut(&Finite) -> Result<bool>,
     ) -> Result<(State, Finite)> {
+        if keep {
+            self.leaving = None;
+        }
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
         if keep && follows && self.codec.encodes() == Encodes::Increments {
             let increment = self.increment(before, &after)?;
@@ -114,6 +132,7 @@ impl Slots {
         if self.kept.last().is_some_and(|kept| kept.at == n) {
             return Ok(Finite::default());
         }
+        self.leaving = None;
         let codec = match self.codec.encodes() {
             Encodes::States => self.codec.clone(),
             Encodes::Increments => self.exact(),
@@ -129,8 +148,31 @@ impl Slots {
         Ok(Finite::default())
     }
 
-    /// State `n`, to be used as long as it is at hand.
+    /// State `n` for the backward pass, to be used as long as it is at hand. The entry below it begins to come back, if it
+    /// is away and can do so beside what is computed.
     pub(crate) fn restore(&mut self, n: usize) -> Result<AtHand> {
+        self.leaving = None;
+        let mut at_hand = self.restored(n)?;
+        let index = self.kept.iter().position(|kept| kept.at == n);
+        let next = index.and_then(|n| n.checked_sub(1)).and_then(|below| self.expected(&self.kept[below]));
+        match (&mut at_hand, &next) {
+            (AtHand::Kept(encoded), _) => {
+                encoded._arriving = self.expected(&encoded.kept);
+                encoded.next = next.clone();
+            }
+            (AtHand::State(_), Some(next)) => next.begin()?,
+            (AtHand::State(_), None) => {}
+        }
+        self.arriving = next;
+        Ok(at_hand)
+    }
+
+    fn expected(&self, kept: &Arc<Kept>) -> Option<Arc<InFlight>> {
+        let arriving = self.arriving.as_ref().filter(|arriving| arriving.is(kept)).cloned();
+        arriving.or_else(|| InFlight::of(kept).map(Arc::new))
+    }
+
+    fn restored(&mut self, n: usize) -> Result<AtHand> {
         self.residual = None;
         let missing = || OdeError::Unsupported {
             what: format!("a schedule that restores state {n}, which it has not kept or has dropped"),
@@ -140,7 +182,7 @@ impl Slots {
         if !self.kept[index].is_increment {
             let kept = self.kept[index].clone();
             if self.codec.encodes() == Encodes::States {
-                return Ok(AtHand::Kept(kept, self.accumulate));
+                return Ok(AtHand::Kept(Encoded { kept, dtype: self.accumulate, _arriving: None, next: None }));
             }
             let state = kept.decode(self.accumulate)?;
             self.above = Some((n, state.clone()));
@@ -183,15 +225,16 @@ impl Slots {
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {
             // A forward pass that thins its slots goes on from where it is.
             let residual = self.residual.take();
-            let restored = self.restore(n - 1)?;
+            let restored = self.restored(n - 1)?;
             self.residual = residual;
             let AtHand::State(state) = restored else { return Ok(()) };
+            self.leaving = None;
             let codec = self.exact();
             let (entry, _) = codec.encode(&state)?;
-            let kept = Kept::new(n - 1, false, codec, entry);
-            let beyond = |levels: &&TwoLevels| index + levels.resident < self.kept.len();
-            let away = self.levels.as_ref().filter(beyond).map(|levels| kept.put_away(levels)).transpose()?.flatten();
-            self.kept[index - 1] = Arc::new(away.unwrap_or(kept));
+            self.kept[index - 1] = Arc::new(Kept::new(n - 1, false, codec, entry));
+            if self.levels.as_ref().is_some_and(|levels| index + levels.resident < self.kept.len()) {
+                self.put_away(index - 1)?;
+            }
             self.above = None;
         }
         self.kept.remove(index);
@@ -239,13 +282,22 @@ impl Slots {
         self.kept.push(Arc::new(Kept::new(n, false, codec, entry)));
         let Some(levels) = &self.levels else { return Ok(()) };
         let beyond = self.kept.len().saturating_sub(levels.resident);
-        for kept in self.kept[..beyond].iter_mut().rev() {
-            match kept.put_away(levels)? {
-                Some(away) => *kept = Arc::new(away),
-                // So are those before it.
-                None => break,
+        for index in (0..beyond).rev() {
+            // Where one is away, so are those before it.
+            if !self.put_away(index)? {
+                break;
             }
         }
         Ok(())
+    }
+
+    /// Whether the entry had to go and has gone.
+    fn put_away(&mut self, index: usize) -> Result<bool> {
+        let Some(levels) = self.levels.as_ref().filter(|_| !self.kept[index].is_away()) else { return Ok(false) };
+        self.leaving = None;
+        let Some(away) = self.kept[index].put_away(levels)? else { return Ok(false) };
+        self.leaving = InFlight::of(&away);
+        self.kept[index] = away;
+        Ok(true)
     }
 }

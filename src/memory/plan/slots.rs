@@ -6,7 +6,9 @@ use super::walk::{Levels, Solve};
 use crate::account::Category;
 use crate::memory::composition::Part;
 use crate::trajectory::Encodes;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::mem;
 use std::rc::Rc;
 
 /// One kept state.
@@ -18,6 +20,10 @@ pub(super) struct Kept {
     buffer: Ghost,
     /// Nothing on the second level.
     owned: Option<Announced>,
+    /// Bytes of the entry, wherever it is.
+    bytes: usize,
+    /// A copy that comes back from there.
+    arriving: RefCell<Option<(Announced, Ghost)>>,
     /// Of a state that is kept as it is.
     _handle: Option<Ghost>,
 }
@@ -26,12 +32,34 @@ impl Kept {
     fn is_away(&self) -> bool {
         self.owned.is_none()
     }
+
+    /// A copy begins to come back, unless one does.
+    fn begin(&self, solve: &Solve<'_>) {
+        self.arriving.borrow_mut().get_or_insert_with(|| {
+            let room = solve.heap.buffer(Part::Other, self.bytes);
+            (room.announce(Category::Trajectory, self.bytes), room)
+        });
+    }
+}
+
+/// A copy that may be coming back, for as long as somebody waits for it.
+#[derive(Debug)]
+pub(super) struct Arriving(Rc<Kept>);
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        self.0.arriving.take();
+    }
 }
 
 /// Kept states, earliest first.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Slots {
     kept: Vec<Rc<Kept>>,
+    /// The entry that was put away last, if it leaves beside what is computed.
+    leaving: Option<Rc<Kept>>,
+    /// The entry below that which was restored last.
+    arriving: Option<Rc<Arriving>>,
     residual: Option<Rc<(Ghost, Announced)>>,
     above: Option<(usize, Ghost)>,
     /// By state, the linearisations of the step that led to it.
@@ -41,21 +69,27 @@ pub(super) struct Slots {
 /// A state that is at hand, or one to be decoded each time it is needed.
 pub(super) enum AtHand {
     State(Ghost),
-    Kept(Rc<Kept>),
+    /// With itself on its way, and what is needed next.
+    Kept(Rc<Kept>, Option<Rc<Arriving>>, Option<Rc<Arriving>>),
 }
 
 impl AtHand {
     pub(super) fn state(&self, solve: &Solve<'_>) -> Ghost {
         match self {
             Self::State(state) => state.clone(),
-            Self::Kept(kept) => solve.decoded(kept, solve.sizes.entry_is_state),
+            Self::Kept(kept, _, next) => {
+                let state = solve.decoded(kept, solve.sizes.entry_is_state);
+                next.iter().for_each(|next| next.0.begin(solve));
+                state
+            }
         }
     }
 }
 
 impl Slots {
     /// For a walk that may drop entries without taking them from others.
-    pub(super) fn share(&self) -> Self {
+    pub(super) fn share(&mut self) -> Self {
+        self.leaving = None;
         Self { kept: self.kept.clone(), linearized: self.linearized.clone(), ..Self::default() }
     }
 
@@ -81,6 +115,9 @@ impl Slots {
     }
 
     pub(super) fn reach(&mut self, solve: &Solve<'_>, n: usize, after: Ghost, keep: bool) -> Ghost {
+        if keep {
+            self.leaving = None;
+        }
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
         if keep && follows && solve.sizes.encodes == Encodes::Increments {
             let increment = solve.state();
@@ -107,6 +144,7 @@ impl Slots {
         if self.kept.last().is_some_and(|kept| kept.at == n) {
             return;
         }
+        self.leaving = None;
         if solve.sizes.encodes == Encodes::Increments || solve.sizes.entry_is_state {
             self.keep_whole(solve, n, y);
         } else {
@@ -116,12 +154,37 @@ impl Slots {
     }
 
     pub(super) fn restore(&mut self, solve: &Solve<'_>, n: usize) -> Option<AtHand> {
+        self.leaving = None;
+        let mut at_hand = self.restored(solve, n)?;
+        let index = self.kept.iter().position(|kept| kept.at == n);
+        let below = index.and_then(|n| n.checked_sub(1)).map(|below| &self.kept[below]);
+        let below = below.and_then(|below| self.expected(solve, below));
+        match (&mut at_hand, &below) {
+            (AtHand::Kept(kept, arriving, next), _) => {
+                (*arriving, *next) = (self.expected(solve, kept), below.clone());
+            }
+            (AtHand::State(_), Some(below)) => below.0.begin(solve),
+            (AtHand::State(_), None) => {}
+        }
+        self.arriving = below;
+        Some(at_hand)
+    }
+
+    fn expected(&self, solve: &Solve<'_>, kept: &Rc<Kept>) -> Option<Rc<Arriving>> {
+        if !kept.is_away() || !solve.sizes.levels.is_some_and(|levels| levels.overlaps) {
+            return None;
+        }
+        let arriving = self.arriving.as_ref().filter(|arriving| Rc::ptr_eq(&arriving.0, kept)).cloned();
+        Some(arriving.unwrap_or_else(|| Rc::new(Arriving(kept.clone()))))
+    }
+
+    fn restored(&mut self, solve: &Solve<'_>, n: usize) -> Option<AtHand> {
         self.residual = None;
         let index = self.kept.iter().position(|kept| kept.at == n)?;
         if !self.kept[index].is_increment {
             let kept = self.kept[index].clone();
             if solve.sizes.encodes == Encodes::States {
-                return Some(AtHand::Kept(kept));
+                return Some(AtHand::Kept(kept, None, None));
             }
             let state = solve.decoded(&kept, true);
             self.above = Some((n, state.clone()));
@@ -157,15 +220,14 @@ impl Slots {
         let depends = index > 0 && self.kept[index - 1].is_increment;
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {
             let residual = self.residual.take();
-            let restored = self.restore(solve, n - 1);
+            let restored = self.restored(solve, n - 1);
             self.residual = residual;
             if let Some(AtHand::State(state)) = restored {
-                let kept = whole(solve, n - 1, &state);
-                let levels = solve.sizes.levels.filter(|levels| index + levels.resident < self.kept.len());
-                self.kept[index - 1] = Rc::new(match levels {
-                    Some(levels) => put_away(solve, levels, &kept),
-                    None => kept,
-                });
+                self.leaving = None;
+                self.kept[index - 1] = Rc::new(whole(solve, n - 1, &state));
+                if let Some(levels) = solve.sizes.levels.filter(|levels| index + levels.resident < self.kept.len()) {
+                    self.put_away(solve, levels, index - 1);
+                }
                 self.above = None;
             }
         }
@@ -180,24 +242,32 @@ impl Slots {
         self.kept.push(Rc::new(kept));
         let Some(levels) = solve.sizes.levels else { return };
         let beyond = self.kept.len().saturating_sub(levels.resident);
-        for kept in self.kept[..beyond].iter_mut().rev().take_while(|kept| !kept.is_away()) {
-            *kept = Rc::new(put_away(solve, levels, kept));
+        for index in (0..beyond).rev() {
+            if self.kept[index].is_away() {
+                break;
+            }
+            self.put_away(solve, levels, index);
         }
     }
-}
 
-/// The same on the second level.
-fn put_away(solve: &Solve<'_>, levels: Levels, kept: &Kept) -> Kept {
-    solve.heap.pass(Part::Other, levels.putting);
-    let buffer = solve.heap.buffer(Part::Other, levels.beside);
-    Kept { at: kept.at, is_increment: kept.is_increment, buffer, owned: None, _handle: None }
+    fn put_away(&mut self, solve: &Solve<'_>, levels: Levels, index: usize) {
+        self.leaving = None;
+        solve.heap.pass(Part::Other, levels.putting);
+        let buffer = solve.heap.buffer(Part::Other, levels.beside);
+        let kept = &self.kept[index];
+        let (at, is_increment, bytes) = (kept.at, kept.is_increment, kept.bytes);
+        let away = Kept { at, is_increment, buffer, owned: None, bytes, arriving: RefCell::default(), _handle: None };
+        let kept = mem::replace(&mut self.kept[index], Rc::new(away));
+        self.leaving = levels.overlaps.then_some(kept);
+    }
 }
 
 /// The state itself, kept.
 fn whole(solve: &Solve<'_>, at: usize, y: &Ghost) -> Kept {
     let owned = y.announce(Category::Trajectory, solve.sizes.accumulate);
     let _handle = Some(solve.heap.buffer(Part::Other, solve.sizes.handle));
-    Kept { at, is_increment: false, buffer: y.clone(), owned: Some(owned), _handle }
+    let (buffer, bytes) = (y.clone(), owned.bytes());
+    Kept { at, is_increment: false, buffer, owned: Some(owned), bytes, arriving: RefCell::default(), _handle }
 }
 
 /// An encoded copy, about to be kept.
@@ -210,7 +280,8 @@ pub(super) struct Entry {
 
 impl From<Entry> for Kept {
     fn from(Entry { at, is_increment, buffer, owned }: Entry) -> Self {
-        Self { at, is_increment, buffer, owned: Some(owned), _handle: None }
+        let bytes = owned.bytes();
+        Self { at, is_increment, buffer, owned: Some(owned), bytes, arriving: RefCell::default(), _handle: None }
     }
 }
 
@@ -228,7 +299,12 @@ impl Solve<'_> {
         let Some(levels) = self.sizes.levels.filter(|_| kept.is_away()) else {
             return if is_state { kept.buffer.clone() } else { self.decode() };
         };
-        self.heap.pass(Part::Other, levels.fetching);
+        if levels.overlaps {
+            kept.begin(self);
+            kept.arriving.take();
+        } else {
+            self.heap.pass(Part::Other, levels.fetching);
+        }
         if is_state {
             return self.state();
         }

@@ -47,6 +47,8 @@ pub(super) struct Levels {
     /// At most while an entry goes there and comes back.
     pub(super) putting: usize,
     pub(super) fetching: usize,
+    /// Whether it does so beside what is computed.
+    pub(super) overlaps: bool,
 }
 
 /// Bytes of a table of times: on the host, and on the device.

@@ -20,6 +20,7 @@ use crate::scaling::Rule;
 use crate::solver::Clock;
 use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
 use candle_core::Shape;
+use std::any::Any;
 use std::sync::Arc;
 
 /// What a tile has of its own beside its states (settings, lists), and all of them together: where a backward pass follows,
@@ -252,12 +253,14 @@ impl Planned<'_> {
         if !entry.tensors.first().is_some_and(|x| levels.moves(x.device())) {
             return Ok(None);
         }
+        let (owner, codec): (Arc<dyn Any + Send + Sync>, _) = (Arc::new(()), "planned");
         // The first makes the file.
-        drop(levels.put(entry)?);
-        let (away, putting) = held(|| levels.put(entry))?;
-        let (_, fetching) = held(|| away.fetch())?;
+        drop(levels.put(entry, owner.clone())?);
+        let (away, putting) = held(|| levels.put(entry, owner))?;
+        let (_, fetching) = held(|| away.fetch(codec))?;
         let beside = putting.kept + Kept::BESIDE;
-        Ok(Some(Levels { resident: levels.resident, beside, putting: putting.most, fetching: fetching.most }))
+        let (putting, fetching, overlaps) = (putting.most, fetching.most, away.moves_beside());
+        Ok(Some(Levels { resident: levels.resident, beside, putting, fetching, overlaps }))
     }
 }
 
