@@ -6,6 +6,8 @@ mod common;
 mod kernels;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/second_level.rs"]
+mod second_level;
 #[path = "cuda/solves.rs"]
 mod solves;
 
