@@ -31,12 +31,11 @@ pub enum SecondLevel {
     /// one entry more on the device than moves one after another, announced as the entry of the trajectory that it is. The
     /// memory of the host is not announced. Locking it is slow, so the [`Discrete`](crate::Discrete) and its clones keep
     /// all they ever had on the host at once until the last of them is dropped: make one before the training loop, since a
-    /// fresh one each iteration gains nothing. Tensors that are not contiguous, rare dtypes, and all of them while the stream
-    /// is captured into a CUDA graph, are moved by Candle, the host waiting.
+    /// fresh one each iteration gains nothing. Tensors that are not contiguous, and rare dtypes, are moved by Candle, the
+    /// host waiting.
     Host,
     /// A file in this directory, for a solve alone: it has no name, and is gone when the solve is. Entries are written and
-    /// read while nothing else is done; what the operating system keeps of the file in memory it writes and reads when it
-    /// likes.
+    /// read while nothing else is done; the operating system's cache decides when the disk is.
     File(PathBuf),
 }
 
