@@ -7,8 +7,7 @@ use crate::State;
 use crate::error::{OdeError, Result};
 use crate::solver::{Linearized, Solver, StageMemory, fold, lift, zeros_like};
 use crate::trajectory::schedule::{Action, Slot};
-use crate::trajectory::{AtHand, Keeping, Kept, Slots, Trajectory};
-use candle_core::DType;
+use crate::trajectory::{AtHand, Encoded, Keeping, Slots, Trajectory};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Everything the backward pass needs of a finished forward pass.
@@ -145,7 +144,7 @@ impl Recorded {
                     let mut from = match (linearized.take(), at_hand.take()) {
                         (Some(kept), _) => PulledFrom::Linearized(kept),
                         (None, Some(AtHand::State(y))) => PulledFrom::State(pass.given(n, y)),
-                        (None, Some(AtHand::Kept(kept, dtype))) => PulledFrom::Kept(kept, dtype),
+                        (None, Some(AtHand::Kept(encoded))) => PulledFrom::Kept(encoded),
                         (None, None) => return illegal(index - 1, action, NOTHING_AT_HAND),
                     };
                     let Some(state) = lambda.take() else { continue };
@@ -155,7 +154,7 @@ impl Recorded {
                                 return solver.pullback_linearized(stages, at, kept, &state, pullbacks);
                             }
                             PulledFrom::State(y) => y.take()?,
-                            PulledFrom::Kept(kept, dtype) => kept.decode(*dtype)?,
+                            PulledFrom::Kept(encoded) => encoded.state()?,
                         };
                         solver.pullback(stages, at, y, &state, self.memory, pullbacks)
                     })?);
@@ -186,7 +185,7 @@ impl Recorded {
 /// From what a step is pulled back.
 enum PulledFrom {
     State(Given<State>),
-    Kept(Arc<Kept>, DType),
+    Kept(Encoded),
     Linearized(Arc<Linearized>),
 }
 

@@ -66,7 +66,7 @@ impl Kept {
         }
     }
 
-    pub(crate) fn decode(&self, dtype: DType) -> Result<State> {
+    pub(super) fn decode(&self, dtype: DType) -> Result<State> {
         let entry = match &self.lies {
             Lies::OnDevice(entry, _) => Cow::Borrowed(entry),
             Lies::Away(away) => Cow::Owned(away.fetch(self.codec.name())?),
@@ -148,7 +148,7 @@ pub(crate) struct Encoded {
 }
 
 impl Encoded {
-    fn state(&self) -> Result<State> {
+    pub(crate) fn state(&self) -> Result<State> {
         let state = self.kept.decode(self.dtype)?;
         // Not before, so that no more than one is on its way.
         if let Some(next) = &self.next {

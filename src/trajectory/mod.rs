@@ -10,7 +10,7 @@ mod store;
 
 pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
 pub(crate) use forecast::kept_bytes;
-pub(crate) use kept::{AtHand, Kept};
+pub(crate) use kept::{AtHand, Encoded, Kept};
 pub use second_level::SecondLevel;
 #[cfg(test)]
 pub(crate) use second_level::Simulated;
