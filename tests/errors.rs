@@ -97,6 +97,8 @@ fn of_times_that_make_no_grid() {
     says!(solve(ode().span(0.0, 1.0).steps(4).save_at(&[0.5, 0.6])),
         OdeError::OutputOffGrid { time, nearest } if (*time, *nearest) == (0.6, 0.5));
     says!(solve(ode().span(0.0, 1.0).steps(4).save_at(&[2.0])), OdeError::OutputOffGrid { .. });
+    says!(solve(ode().span(1.0, 0.0).steps(4).save_at(&[0.4])),
+        OdeError::OutputOffGrid { time, nearest } if (*time, *nearest) == (0.4, 0.5));
 }
 
 #[test]
@@ -392,6 +394,34 @@ fn of_no_op_whose_gradient_is_right() {
             }
         }
     }
+}
+
+/// Where f changes by few ulp, or by less than its parts are rounded by, nothing is known against its graph.
+#[test]
+fn of_no_op_that_is_saturated() {
+    type Op = fn(&Tensor) -> candle_core::Result<Tensor>;
+    let saturated: [(&str, Op); 5] = [
+        ("tanh", Tensor::tanh),
+        ("sigmoid", candle_ode::ops::sigmoid),
+        ("gelu", Tensor::gelu_erf),
+        ("gauss", |y| y.sqr()?.neg()?.exp()),
+        ("silu", Tensor::silu),
+    ];
+    for (name, f) in saturated {
+        for dtype in [DType::F64, DType::F32] {
+            for y0 in (-600..=600).map(|n| f64::from(n) * 0.05) {
+                let y0 = Var::from_tensor(&Tensor::full(y0, (1, 1), &CPU).unwrap().to_dtype(dtype).unwrap()).unwrap();
+                let ode = Ode::new(&FnField::new(move |_, y| f(y))).solver(Euler).span(0.0, 0.1).steps(1);
+                let told = ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().map(|_| ());
+                assert!(told.is_ok(), "{name} in {dtype:?} at {y0}: {told:?}");
+            }
+        }
+    }
+    // A cut is a cut, even if rounding hides how f changes.
+    let field = over_rows(|y, one| candle_nn::ops::layer_norm(y, one, &one.zeros_like()?, 1e-5));
+    let y0 = Var::from_tensor(&(normal(1, &[4, 3], DType::F32) * 1e6).unwrap()).unwrap();
+    let loss = Ode::new(&field).span(0.0, 1.0).steps(4).solve(y0.as_tensor()).unwrap().last().sum_all().unwrap();
+    says!(OdeError::from(loss.backward().unwrap_err()), OdeError::NoBackward { .. });
 }
 
 #[test]

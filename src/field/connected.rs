@@ -1,14 +1,15 @@
 //! Looks, once in the life of a field, whether its pullback is that of f: some ops cut Candle's graph without a word.
 //!
 //! Near the first point, for a random direction v in one tensor of the state or in the parameters, the difference
-//! quotient d = (f(x + εv) − f(x))/ε is pulled back: ⟨Jᵀd, v⟩ must be ⟨d, d⟩. What two lengths ε disagree by says how
-//! far d can be trusted; where it cannot, nothing is said. Where f is flat, as ⌈y⌉ is, the graph must at least reach
-//! what f depends on further away. Runs on two rows of the batch if f allows it, in F64 or the widest dtype that f runs
-//! in.
+//! quotient d = (f(x + εv) − f(x))/ε is pulled back: ⟨Jᵀd, v⟩ must be ⟨d, d⟩. What two lengths ε disagree by, and what
+//! rounding may add, u(‖f‖ + ‖y‖)/ε, say how far d can be trusted. Where it cannot, or where f is flat, as ⌈y⌉ is, the
+//! graph must at least reach what f depends on further away. Runs on two rows of the batch if f allows it, in F64 or the
+//! widest dtype that f runs in.
 
 use super::model::{Constructor, Model};
 use super::{Casts, draw, on_host, vjp};
 use crate::error::OdeError;
+use crate::precision::unit_roundoff;
 use crate::{State, Time};
 use candle_core::{DType, Result, Tensor};
 
@@ -162,13 +163,17 @@ impl<'a> Near<'a> {
         let (rough, d) = (quotient(&far, epsilon)?, quotient(&close, epsilon / 2.0)?);
         let squared = dots(d.iter().zip(&d))?;
         let disagreement = d.iter().zip(&rough).map(|(a, b)| a - b).collect::<Result<Vec<_>>>()?;
-        let doubt = 10.0 * (dots(disagreement.iter().zip(&disagreement))? / squared).sqrt();
-        if squared == 0.0 {
-            return Ok(!self.is_reached(leaves) && differs(&self.f, &along(0.5)?)?);
-        }
+        // Both lengths may give the same few ulp of f, or of what f is made of: y Φ(y) is y times what is left of 1 − 1.
+        let rounding = unit_roundoff(self.casts.dtype()) * (size(&self.f)? + size(&self.y)?) / (epsilon / 2.0);
+        let off = dots(disagreement.iter().zip(&disagreement))?.sqrt() + rounding;
         // Nor does a NaN.
-        if !(squared.is_finite() && doubt < 0.5) {
+        if !(squared + off).is_finite() {
             return Ok(false);
+        }
+        let doubt = 10.0 * off / squared.sqrt();
+        // Squares underflow before d does.
+        if squared < f64::MIN_POSITIVE / f64::EPSILON || doubt >= 0.5 {
+            return Ok(!self.is_reached(leaves) && differs(&self.f, &along(0.5)?)?);
         }
         let wanted: Vec<Tensor> = leaves.iter().map(|(leaf, _)| (*leaf).clone()).collect();
         let pulled = vjp::vjp(self.f.tensors(), &d, &wanted)?;
@@ -207,6 +212,11 @@ fn differs(a: &State, b: &State) -> Result<bool> {
     let pairs = a.tensors().iter().zip(b.tensors());
     let differences = pairs.map(|(a, b)| on_host(a)? - on_host(b)?).collect::<Result<Vec<_>>>()?;
     Ok(dots(differences.iter().zip(&differences))? > 0.0)
+}
+
+/// ‖x‖, in F64.
+fn size(x: &State) -> Result<f64> {
+    Ok(dots(x.tensors().iter().zip(x.tensors()))?.sqrt())
 }
 
 /// Σ ⟨a, b⟩, in F64.
