@@ -288,12 +288,12 @@ pub enum OdeError {
         /// Dtype of y0.
         dtype: DType,
     },
-    /// The gradient of a parameter or input does not fit its dtype.
+    /// The gradient of a parameter, input or tensor of times does not fit its dtype.
     #[error(
-        "the gradient of a parameter or input of shape {shape:?} does not fit its dtype {dtype:?}; keep masters in F32, or scale the loss"
+        "the gradient of a parameter, input or tensor of times of shape {shape:?} does not fit its dtype {dtype:?}; keep masters in F32, or scale the loss"
     )]
     SumOverflow {
-        /// Shape of the parameter or input.
+        /// Shape of the parameter, input or tensor of times.
         shape: Shape,
         /// Its dtype.
         dtype: DType,

@@ -111,6 +111,22 @@ fn times_have_gradients_in_half_precision() {
 }
 
 #[test]
+fn a_gradient_that_does_not_fit_is_an_error() {
+    // dL/dh is a product of 10³⁵ and 10¹⁰: too much for F32, though dL/dy0 is not.
+    let steep = FnField::new(|_, y: &Tensor| y.affine(0.0, 1e10));
+    // dL/dt₁ = 10⁶ e fits F32, and no F16.
+    let growth = FnField::new(|_, y: &Tensor| y * 1.0);
+    for (field, loss, dtype) in [(steep, 1e35, DType::F32), (growth, 1e6, DType::F16)] {
+        let time = |t: f64| Var::from_tensor(&scalar(t).to_dtype(dtype).unwrap()).unwrap();
+        let (t0, t1) = (time(0.0), time(1.0));
+        let y0 = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let solution = Ode::new(&field).span_tensors(&t0, &t1).steps(10).solve(y0.as_tensor()).unwrap();
+        let error = OdeError::from((solution.last().sum_all().unwrap() * loss).unwrap().backward().unwrap_err());
+        assert!(matches!(error, OdeError::SumOverflow { dtype: found, .. } if found == dtype), "{error}");
+    }
+}
+
+#[test]
 fn what_has_no_gradient_of_times_is_refused() {
     let (_, field, y0) = mlp();
     let (t0, t1) = (scalar(0.0), scalar(1.0));

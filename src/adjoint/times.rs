@@ -3,7 +3,9 @@
 //!
 //! dL/dt_n = (dL/dt of step n) − (dL/dh of step n) + (dL/dh of step n − 1).
 
-use crate::error::Result;
+use crate::error::{OdeError, Result};
+use crate::field::Finite;
+use crate::field::ops::combine;
 use crate::solver::StepTimes;
 use candle_core::{DType, Device, Shape, Tensor};
 
@@ -15,7 +17,10 @@ pub(crate) struct Moments {
     pub(crate) moves: Vec<Vec<(usize, f64)>>,
 }
 
-/// dL/d(each of `moments`), in F64 on its device, from the steps of a walk backwards. One read from the device.
+/// dL/d(each of `moments`), in its dtype on its device, from the steps of a walk backwards. One read from the device.
+///
+/// # Errors
+/// [`OdeError::SumOverflow`] where it, or a product on the way to it, is too large.
 pub(super) fn gradients(
     moments: &[Moments],
     steps: usize,
@@ -39,6 +44,9 @@ pub(super) fn gradients(
         let values: Vec<f64> = moments.moves.iter().map(of).collect();
         let (shape, device): (&Shape, _) = (moments.tensor.shape(), moments.tensor.device());
         let gradient = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(moments.tensor.dtype())?;
+        if Finite::read(&[combine::finite(&gradient)?])? != [true] {
+            return Err(OdeError::SumOverflow { shape: shape.clone(), dtype: gradient.dtype() });
+        }
         Ok(Some(gradient.to_device(device)?))
     };
     moments.iter().map(gradient).collect()
