@@ -21,6 +21,7 @@ use crate::scaling::AdjointScaling;
 use crate::solver::{Rk4, Solver};
 use crate::stats::{Counters, add};
 use crate::tiles::{Cut, Tiles};
+use crate::time::position;
 use crate::trajectory::schedule::Slot;
 use candle_core::Tensor;
 use dense::Dense;
@@ -401,7 +402,7 @@ impl Ode {
         let wanted = if outputs.is_empty() { vec![end] } else { outputs };
         let mut states: Vec<(f64, State)> = Vec::with_capacity(wanted.len());
         for t in wanted {
-            let found = reached.iter().find(|(n, _)| times[*n] == t);
+            let found = position(&times, t).and_then(|n| reached.binary_search_by_key(&n, |(n, _)| *n).ok());
             match (found, &dense) {
                 (Some((_, y)), _) => states.push((t, y.clone())),
                 (None, Some(dense)) if self.interpolate && dense.covers(t) => states.push((t, dense.at(t)?)),

@@ -232,13 +232,29 @@ impl TimeGrid {
     /// [`OdeError::OutputOffGrid`] names the nearest point. Times within a few ulp of a point count as that point.
     pub fn index_of(&self, time: f64) -> Result<usize> {
         let distance = |t: f64| (t - time).abs();
-        let nearest =
-            (0..self.0.len()).min_by(|&a, &b| distance(self.0[a]).total_cmp(&distance(self.0[b]))).unwrap_or(0);
-        let tolerance = 8.0 * f64::EPSILON * self.0.iter().fold(0.0_f64, |m, t| m.max(t.abs()));
+        let last = self.steps();
+        let after = before(&self.0, time).min(last);
+        let nearest = match after.checked_sub(1) {
+            Some(n) if distance(self.0[n]) <= distance(self.0[after]) => n,
+            _ => after,
+        };
+        let tolerance = 8.0 * f64::EPSILON * self.0[0].abs().max(self.0[last].abs());
         if distance(self.0[nearest]) <= tolerance {
             Ok(nearest)
         } else {
             Err(OdeError::OutputOffGrid { time, nearest: self.0[nearest] })
         }
     }
+}
+
+/// How many of strictly monotone `times` come before `t`, in their own direction.
+pub(crate) fn before(times: &[f64], t: f64) -> usize {
+    let forwards = times.last() > times.first();
+    times.partition_point(|time| if forwards { *time < t } else { *time > t })
+}
+
+/// Where `t` is among strictly monotone `times`.
+pub(crate) fn position(times: &[f64], t: f64) -> Option<usize> {
+    let n = before(times, t);
+    (times.get(n) == Some(&t)).then_some(n)
 }

@@ -69,14 +69,14 @@ impl Recorded {
         // The steps after the last output used by the loss cost nothing.
         let steps = cotangents.last().map_or(0, |(at, _)| *at);
         let held = slots.states();
-        let kept: Vec<usize> = self.scheduled.iter().copied().filter(|n| *n < steps && held.contains(n)).collect();
+        let is_held = |n: &usize| held.binary_search(n).is_ok();
+        let kept: Vec<usize> = self.scheduled.iter().copied().filter(|n| *n < steps && is_held(n)).collect();
         // A step is reversed from its start, or from its end where its linearisations are kept there.
         let with_stages = self.keeping.schedule.slot() == Slot::Stages;
         let needed = |step: usize| if with_stages { step + 1 } else { step };
         let last = needed(steps.saturating_sub(1));
         let mut linearized = if steps > 0 { slots.linearized(last) } else { None };
-        let is_at_last =
-            steps > 0 && (last == 0 || if with_stages { linearized.is_some() } else { held.contains(&last) });
+        let is_at_last = steps > 0 && (last == 0 || if with_stages { linearized.is_some() } else { is_held(&last) });
         let mut at_hand = if is_at_last && !with_stages { Some(self.restore(&mut slots, last)?) } else { None };
         if !kept.contains(&last) {
             slots.drop_state(last)?;

@@ -6,6 +6,7 @@ use crate::State;
 use crate::adjoint::{Adjoint, Discrete, Unrolled};
 use crate::error::{OdeError, Result};
 use crate::solver::Tableau;
+use crate::time::before;
 use std::fmt;
 use std::sync::Arc;
 
@@ -29,8 +30,7 @@ impl Dense {
 
     /// y at a time that the solve has been at.
     pub(super) fn at(&self, t: f64) -> Result<State> {
-        let (first, last) = self.ends();
-        let n = self.times.partition_point(|end| if last > first { *end < t } else { *end > t });
+        let n = before(&self.times, t);
         if self.times[n] == t {
             return Ok(self.states[n].clone());
         }

@@ -4,6 +4,7 @@ use super::Ode;
 use crate::adjoint::{Adjoint, Moments};
 use crate::error::{OdeError, Result};
 use crate::field::on_host;
+use crate::time::position;
 use candle_core::{Device, Tensor};
 
 /// The tensors that times were given as.
@@ -77,9 +78,7 @@ impl Ode {
     /// What each of the tracked tensors moves, on the steps with these ends.
     pub(super) fn moments(&self, times: &[f64]) -> Vec<Moments> {
         let TimeTensors { span, grid, outputs } = &self.time_tensors;
-        let at = |t: f64| -> Vec<(usize, f64)> {
-            times.iter().position(|end| *end == t).map(|n| (n, 1.0)).into_iter().collect()
-        };
+        let at = |t: f64| -> Vec<(usize, f64)> { position(times, t).map(|n| (n, 1.0)).into_iter().collect() };
         let mut all = vec![];
         if let Some(tensor) = outputs {
             let moves = self.save_at.iter().map(|t| at(*t)).collect();

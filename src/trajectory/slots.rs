@@ -178,7 +178,7 @@ impl Slots {
             what: format!("a schedule that restores state {n}, which it has not kept or has dropped"),
             instead: "check it with candle_ode::schedule::simulate",
         };
-        let index = self.kept.iter().position(|kept| kept.at == n).ok_or_else(missing)?;
+        let index = self.index_of(n).ok_or_else(missing)?;
         if !self.kept[index].is_increment {
             let kept = self.kept[index].clone();
             if self.codec.encodes() == Encodes::States {
@@ -220,7 +220,7 @@ impl Slots {
     /// Frees the entry of state `n`. An increment below it that could not be decoded any more becomes a state.
     pub(crate) fn drop_state(&mut self, n: usize) -> Result<()> {
         self.linearized.remove(&n);
-        let Some(index) = self.kept.iter().position(|kept| kept.at == n) else { return Ok(()) };
+        let Some(index) = self.index_of(n) else { return Ok(()) };
         let depends = index > 0 && self.kept[index - 1].is_increment;
         if depends && self.above.as_ref().is_none_or(|(above, _)| *above != n) {
             // A forward pass that thins its slots goes on from where it is.
@@ -239,6 +239,12 @@ impl Slots {
         }
         self.kept.remove(index);
         Ok(())
+    }
+
+    /// The slot of state `n`. They ascend, unless a walk back has filled some before those that no output has asked for.
+    fn index_of(&self, n: usize) -> Option<usize> {
+        let found = self.kept.binary_search_by_key(&n, |kept| kept.at).ok();
+        found.or_else(|| self.kept.iter().rposition(|kept| kept.at == n))
     }
 
     /// y_n − y_{n−1} + e.
