@@ -102,6 +102,16 @@ fn of_times_that_make_no_grid() {
 }
 
 #[test]
+fn of_more_steps_back_than_fit_into_memory() {
+    let y0 = Var::from_tensor(&ones()).unwrap();
+    for substeps in [usize::MAX, usize::MAX / 8, 1 << 61] {
+        let ode = Ode::new(&decay()).span(0.0, 1.0).steps(4).adjoint(Backsolve::default().substeps(substeps));
+        says!(ode.solve(y0.as_tensor()).unwrap_err(),
+            OdeError::Setting { setting: "Backsolve::substeps", value, .. } if *value == substeps.to_string());
+    }
+}
+
+#[test]
 fn of_dtypes_that_cannot_be() {
     let integers = Tensor::new(&[1i64, 2], &CPU).unwrap();
     says!(fails(&decay(), &integers),

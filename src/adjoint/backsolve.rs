@@ -116,8 +116,13 @@ impl Backsolve {
         let part = |pair: &[f64], n: usize| pair[1] + (pair[0] - pair[1]) * (n as f64 / self.substeps as f64);
         let pairs = times.windows(2).rev();
         let inner = pairs.flat_map(|pair| (0..self.substeps).map(move |n| part(pair, n)));
-        let grid = TimeGrid::new(inner.chain([times[0]]).collect())?;
-        Ok(Back { grid, tableau: self.tableau(solver)?, substeps: self.substeps })
+        let (mut ends, steps) = (vec![], (times.len() - 1).saturating_mul(self.substeps));
+        if ends.try_reserve_exact(steps.saturating_add(1)).is_err() {
+            let (setting, value) = ("Backsolve::substeps", self.substeps.to_string());
+            return Err(OdeError::Setting { setting, value, hint: "so many times do not fit into memory" });
+        }
+        ends.extend(inner.chain([times[0]]));
+        Ok(Back { grid: TimeGrid::new(ends)?, tableau: self.tableau(solver)?, substeps: self.substeps })
     }
 }
 
