@@ -142,6 +142,11 @@ fn steps_are_rejected_and_limits_are_kept() {
         OdeError::StepLimit { steps, reached } => assert!(steps == 10 && reached.time < 8.0 && reached.steps < 10),
         other => panic!("{other}"),
     }
+    // No length is below what the time can resolve.
+    let tiny = |controller| gradient(Backsolve::default().tolerances(1e-6, 1e-6).controller(controller));
+    assert!(tiny(Controller::pi().first_step(1e-300)).is_ok());
+    let limit = tiny(Controller::pi().max_step(1e-300).max_steps(10)).unwrap_err();
+    assert!(matches!(limit, OdeError::StepLimit { steps: 10, .. }), "{limit}");
     let none = gradient(Backsolve::default().solver(Rk4).tolerances(1e-6, 1e-6)).unwrap_err();
     assert!(matches!(none, OdeError::NoErrorEstimate { .. }), "{none}");
     let wrong = gradient(Backsolve::default().tolerances(-1.0, 1e-6)).unwrap_err().to_string();

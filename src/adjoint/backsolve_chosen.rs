@@ -130,6 +130,9 @@ impl Chosen {
         let mut was_rejected = false;
         loop {
             let left = (stop - here.t).abs();
+            // What the time can resolve.
+            let least = controller.min_step.max(16.0 * f64::EPSILON * here.t.abs().max(stop.abs()));
+            here.h = here.h.max(least);
             let clipped = here.h * STRETCH >= left;
             let end = if clipped { stop } else { here.t + (stop - here.t).signum() * here.h };
             let h = (end - here.t).abs();
@@ -155,7 +158,6 @@ impl Chosen {
                 here.lambda.set(tried.lambda);
                 return Ok(());
             }
-            let least = controller.min_step.max(16.0 * f64::EPSILON * here.t.abs().max(stop.abs()));
             if h <= 1.5 * least {
                 return Err(OdeError::StepTooSmall { h: h.min(least), reached: interrupted()? });
             }
