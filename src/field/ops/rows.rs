@@ -1,8 +1,9 @@
 //! The rows of a tensor in few bits, with one scale a row.
 //!
 //! Row r of x (everything behind the first dimension; a tensor of at most one dimension is one row) is kept as codes
-//! qᵢ = Q(xᵢ / s_r) and the F32 scale s_r = max |x_r| / L, and read back as qᵢ·s_r. On the CPU that is one pass over a
-//! row; elsewhere it is a composition of Candle's ops with the same meaning.
+//! qᵢ = Q(xᵢ / s_r) and the F32 scale s_r = max |x_r| / L, and read back as qᵢ·s_r. No scale of a row that is not zero is
+//! below 2⁻¹⁴⁹, the smallest F32: what Q tells apart, 2⁻¹⁷⁴ or 2⁻¹⁴⁹ in integers, is then the least that is kept. On the
+//! CPU that is one pass over a row; elsewhere it is a composition of Candle's ops with the same meaning.
 
 use super::combine::{self, Finite};
 use super::cpu::{Kernel, vectorised};
@@ -21,9 +22,12 @@ pub(crate) enum Code {
     Nibble,
 }
 
+/// 2⁻¹⁴⁹.
+const SMALLEST: f32 = f32::from_bits(1);
+
 impl Code {
     /// L: what the largest element of a row becomes.
-    fn largest(self) -> f64 {
+    pub(crate) fn largest(self) -> f64 {
         match self {
             Self::Half => 32768.0,
             Self::Byte => 127.0,
@@ -52,6 +56,10 @@ impl Code {
     /// A tensor that is neither F32 nor F64; a device that fails.
     pub(crate) fn encode(self, x: &Tensor) -> Result<(Tensor, Tensor, Finite)> {
         let (rows, width) = rows(x.shape());
+        if width == 0 {
+            let zeros = |columns, dtype| Tensor::zeros((rows, columns), dtype, x.device());
+            return Ok((zeros(0, self.dtype())?, zeros(1, DType::F32)?, Finite::default()));
+        }
         let x = x.detach().contiguous()?.reshape((rows, width))?;
         if !x.device().is_cpu() {
             return self.compose_encode(&x);
@@ -76,6 +84,9 @@ impl Code {
     /// # Errors
     /// Another dtype; a device that fails.
     pub(crate) fn decode(self, codes: &Tensor, scales: &Tensor, shape: &Shape, dtype: DType) -> Result<Tensor> {
+        if shape.elem_count() == 0 {
+            return Tensor::zeros(shape, dtype, codes.device());
+        }
         if !codes.device().is_cpu() {
             return self.compose_decode(codes, scales, shape, dtype);
         }
@@ -103,7 +114,10 @@ impl Code {
     }
 
     fn compose_encode(self, x: &Tensor) -> Result<(Tensor, Tensor, Finite)> {
-        let scales = (x.abs()?.max_keepdim(1)? / self.largest())?.to_dtype(DType::F32)?;
+        let largest = x.abs()?.max_keepdim(1)?;
+        let scales = (&largest / self.largest())?.to_dtype(DType::F32)?;
+        let lost = (scales.eq(0.0)?.to_dtype(DType::F32)? * largest.gt(0.0)?.to_dtype(DType::F32)?)?;
+        let scales = (scales + (lost * f64::from(SMALLEST))?)?;
         let finite = combine::finite(&scales)?;
         let scaled = x.broadcast_div(&(&scales + scales.eq(0.0)?.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?)?;
         let codes = match self {
@@ -246,19 +260,20 @@ impl<T: Wide> Kernel for Encode<'_, T> {
     fn run(self) -> Encoded {
         let Self { code, x, width } = self;
         let mut encoded = Encoded { finite: true, ..Encoded::default() };
-        let rows = x.len() / width.max(1);
+        let rows = x.len() / width;
         match code {
             Code::Half => encoded.halves.reserve_exact(x.len()),
             Code::Byte | Code::Nibble => encoded.bytes.reserve_exact(rows * code.columns(width)),
         }
         encoded.scales.reserve_exact(rows);
         let most = code.largest() as f32;
-        for row in x.chunks(width.max(1)) {
+        for row in x.chunks(width) {
             let (largest, nothing) = extent(row);
             let scale = (largest.wide() / code.largest()) as f32;
+            let scale = if scale == 0.0 && largest.wide() > 0.0 { SMALLEST } else { scale };
             encoded.finite &= nothing.wide() == 0.0 && scale.is_finite();
             encoded.scales.push(scale);
-            // So small a row counts as zeros.
+            // A row of zeros.
             let by = if scale == 0.0 { f32::INFINITY } else { scale };
             match code {
                 Code::Half => encoded.halves.extend(row.iter().map(|x| x.divided(by).half())),
@@ -315,8 +330,8 @@ impl<T: Wide> Kernel for Decode<'_, T> {
 
     #[inline(always)]
     fn run(self) -> Vec<T> {
-        let width = self.width.max(1);
-        let mut values = Vec::with_capacity(self.scales.len() * self.width);
+        let width = self.width;
+        let mut values = Vec::with_capacity(self.scales.len() * width);
         for (row, &scale) in self.scales.iter().enumerate() {
             match self.codes {
                 Codes::Halves(codes) => {
@@ -427,15 +442,37 @@ mod tests {
                 let (back, finite) = there_and_back(code, &x)?;
                 assert!(finite, "{code:?} {largest:e}");
                 let (x, back) = (values(&x)?, values(&back)?);
-                // Nothing grows: what is left over can be carried.
-                let most = x[0] * bound(code);
-                assert!(x.iter().zip(&back).all(|(x, back)| (x - back).abs() <= x.abs().max(most) * 1.01));
+                // A scale that is too small for F32 is off by half of the smallest at most.
+                let most = x[0] * bound(code) + code.largest() * 2f64.powi(-150);
+                assert!(x.iter().zip(&back).all(|(x, back)| (x - back).abs() <= most * 1.01), "{code:?} {largest:e}");
                 assert!(back[4..].iter().all(|x| *x == 0.0));
             }
+            // The composition tells no less.
+            let x = Tensor::new(&[[1e-45f32, -3e-44], [0.0, 0.0], [2e-45, 0.0]], &Device::Cpu)?;
+            let (codes, scales, finite) = code.compose_encode(&x)?;
+            assert_eq!(Finite::read(&[finite])?, [true]);
+            let composed = values(&code.compose_decode(&codes, &scales, x.shape(), DType::F64)?)?;
+            let (back, _) = there_and_back(code, &x)?;
+            assert_eq!((&composed, composed.iter().all(|x| *x == 0.0)), (&values(&back)?, false), "{code:?}");
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 assert!(!there_and_back(code, &Tensor::new(&[[1.0, bad], [1.0, 1.0]], &Device::Cpu)?)?.1);
             }
             assert!(!there_and_back(code, &Tensor::new(&[1e300_f64], &Device::Cpu)?)?.1, "no F32 scale fits");
+        }
+        // Halves tell far smaller numbers in F64.
+        let x = Tensor::new(&[1e-46f64, -3e-50], &Device::Cpu)?;
+        let back = values(&there_and_back(Code::Half, &x)?.0)?;
+        assert!((back[0] / 1e-46 - 1.0).abs() < 1e-3 && (back[1] / -3e-50 - 1.0).abs() < 1e-3, "{back:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn rows_without_elements_are_no_trouble() -> Result<()> {
+        for code in CODES {
+            for shape in [&[0][..], &[3, 0], &[0, 3], &[2, 0, 4]] {
+                let (back, finite) = there_and_back(code, &Tensor::zeros(shape, DType::F32, &Device::Cpu)?)?;
+                assert!(finite && back.dims() == shape, "{code:?} {shape:?}");
+            }
         }
         Ok(())
     }
