@@ -266,18 +266,18 @@ pub enum OdeError {
         /// What to do.
         hint: &'static str,
     },
-    /// A state does not fit the storage dtype.
+    /// A state, or the increment to it, does not fit the storage dtype or codec.
     #[error(
-        "forward pass: the state after step {step} (t = {time}) does not fit the storage dtype {dtype:?} (largest finite {largest}); use .on_overflow(OnOverflow::Retry), or another storage dtype"
+        "forward pass: the state after step {step} (t = {time}), or the increment to it, does not fit its storage in {dtype:?} (largest {largest:e}); use .on_overflow(OnOverflow::Retry), or another storage dtype or codec"
     )]
     StorageOverflow {
         /// The step after which.
         step: usize,
         /// Model time.
         time: f64,
-        /// The storage dtype.
+        /// The dtype of what is stored.
         dtype: DType,
-        /// Its largest finite value.
+        /// The largest number that can be stored in it: increments have scales.
         largest: f64,
     },
     /// The gradient of y0 does not fit y0's dtype.

@@ -325,10 +325,9 @@ impl<'a> Forward<'a> {
             wide.entries.insert(step);
             return Ok(());
         }
-        // Integers have scales in F32.
-        let kept = self.keeping.as_ref().map(|keeping| keeping.codec.dtype());
-        let dtype = kept.filter(DType::is_float).unwrap_or(DType::F32);
-        Err(OdeError::StorageOverflow { step, time, dtype, largest: largest_finite(dtype) })
+        let codec = self.keeping.as_ref().map(|keeping| (keeping.codec.dtype(), keeping.codec.largest()));
+        let (dtype, largest) = codec.unwrap_or((DType::F32, largest_finite(DType::F32)));
+        Err(OdeError::StorageOverflow { step, time, dtype, largest })
     }
 
     fn dtype(&self, step: usize, wide: &Wide) -> DType {

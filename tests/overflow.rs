@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarMap;
 use candle_ode::prelude::*;
-use candle_ode::{PassKind, Place};
+use candle_ode::{Increments4, Increments8, Increments16, PassKind, Place};
 use common::*;
 
 /// (200 y)² · 10⁻⁶ = 0.04 y² in F32; in F16 the square overflows as soon as y > 1.28.
@@ -159,4 +159,41 @@ fn a_state_that_does_not_fit_its_storage_is_an_error_or_kept_wider() {
     assert!(all.stats().redone_steps > 0);
     let gradient = values(all.last().sum_all().unwrap().backward().unwrap().get(&y0).unwrap());
     assert!(gradient.iter().all(|g| (g / growth - 1.0).abs() < 5e-3), "{gradient:?} {growth}");
+}
+
+/// y′ = −y in increments, of states at both ends of what an F32 scale can tell.
+#[test]
+fn increments_follow_tiny_states_and_say_which_are_too_large() {
+    let field = FnField::new(|_, y: &Tensor| y.neg());
+    let ode = Ode::new(&field).span(0.0, 1.0).steps(20);
+    for (codec, name, start, dtype, bound) in [
+        (Discrete::default().codec(Increments16), "16 bits", 1e-44, DType::F64, 1e-4),
+        (Discrete::default().codec(Increments16), "16 bits", 1e-41, DType::F32, 2e-3),
+        (Discrete::default().codec(Increments8), "8 bits", 1e-41, DType::F32, 2e-2),
+        (Discrete::default().codec(Increments4), "4 bits", 1e-41, DType::F32, 5e-2),
+    ] {
+        let y0 = Var::from_tensor(&Tensor::new(&[start], &Device::Cpu).unwrap().to_dtype(dtype).unwrap()).unwrap();
+        let last = ode.clone().adjoint(codec).solve(y0.as_tensor()).unwrap();
+        let error = values(last.last())[0] / (values(&y0)[0] * (-1f64).exp()) - 1.0;
+        assert!(error.abs() < bound, "{name} from {start:e} in {dtype:?}: {error:e}");
+    }
+    let y0 = Var::new(&[1e50f64], &Device::Cpu).unwrap();
+    let limits = [
+        (Discrete::default().codec(Increments16), DType::F16, 2f64.powi(15)),
+        (Discrete::default().codec(Increments8), DType::U8, 127.0),
+        (Discrete::default().codec(Increments4), DType::U8, 7.0),
+    ];
+    for (codec, expected, codes) in limits {
+        let ode = ode.clone().adjoint(codec);
+        let error = ode.solve(y0.as_tensor()).unwrap_err();
+        assert!(error.to_string().contains("increment"), "{error}");
+        match error {
+            OdeError::StorageOverflow { step: 1, dtype, largest, .. } => {
+                assert_eq!((dtype, largest), (expected, codes * f64::from(f32::MAX)));
+            }
+            other => panic!("{other}"),
+        }
+        let retried = ode.on_overflow(OnOverflow::Retry).solve(y0.as_tensor()).unwrap();
+        assert!((values(retried.last())[0] / (1e50 * (-1f64).exp()) - 1.0).abs() < 1e-6);
+    }
 }

@@ -1,8 +1,9 @@
 //! Increments between neighbouring states in 16, 8 or 4 bits an element, with one F32 scale a row of the batch.
 //!
 //! A row is what lies behind the first dimension; a tensor of at most one dimension is one row. Its scale is
-//! max |Δ| / L with L = 2¹⁵, 127 and 7: no increment can overflow, however large, and rows of zeros stay zeros. An
-//! increment too small for its scale is not lost but carried to the next step.
+//! max |Δ| / L with L = 2¹⁵, 127 and 7: no increment in F32 can overflow, in F64 one beyond L·3.4·10³⁸ does, and rows of
+//! zeros stay zeros. An increment too small for its scale, or for the smallest scale there is, 2⁻¹⁴⁹, is not lost but
+//! carried to the next step.
 
 use super::{Codec, Encodes, Entry};
 use crate::State;
@@ -47,6 +48,10 @@ macro_rules! increments {
 
                 fn dtype(&self) -> DType {
                     $code.dtype()
+                }
+
+                fn largest(&self) -> f64 {
+                    $code.largest() * f64::from(f32::MAX)
                 }
             }
         )*

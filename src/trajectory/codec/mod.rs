@@ -20,6 +20,7 @@ pub use states::States;
 use crate::State;
 use crate::error::Result;
 use crate::field::Finite;
+use crate::precision::largest_finite;
 use candle_core::{DType, Shape, Tensor};
 use std::fmt::Debug;
 
@@ -120,4 +121,9 @@ pub trait Codec: Debug + Send + Sync + 'static {
 
     /// The dtype of most of an entry.
     fn dtype(&self) -> DType;
+
+    /// The largest number that it can encode, for an error to tell; that of the dtype by default.
+    fn largest(&self) -> f64 {
+        largest_finite(self.dtype())
+    }
 }
