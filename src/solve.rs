@@ -195,7 +195,8 @@ impl Ode {
     }
 
     /// Times at which f jumps as a function of t. Adaptive steps end there, fixed ones must; the stages of the steps on
-    /// both sides see [`Time::value`](crate::Time::value) strictly on their own side.
+    /// both sides see [`Time::value`](crate::Time::value) strictly on their own side. Those outside of the span do not
+    /// matter.
     pub fn discontinuities(mut self, times: &[f64]) -> Self {
         self.discontinuities = times.to_vec();
         self
@@ -404,7 +405,7 @@ impl Ode {
         for t in wanted {
             let found = position(&times, t).and_then(|n| reached.binary_search_by_key(&n, |(n, _)| *n).ok());
             match (found, &dense) {
-                (Some((_, y)), _) => states.push((t, y.clone())),
+                (Some(n), _) => states.push((t, reached[n].1.clone())),
                 (None, Some(dense)) if self.interpolate && dense.covers(t) => states.push((t, dense.at(t)?)),
                 (None, _) => {}
             }

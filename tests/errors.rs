@@ -102,6 +102,22 @@ fn of_times_that_make_no_grid() {
 }
 
 #[test]
+fn of_discontinuities_that_no_step_ends_at() {
+    let fixed = Ode::new(&decay()).solver(Dopri5).span(0.0, 1.0).steps(4);
+    let adaptive = Ode::new(&decay()).solver(Dopri5).span(0.0, 1.0).tolerances(1e-3, 1e-3);
+    says!(fixed.clone().discontinuities(&[0.5, 0.3]).solve(ones()).unwrap_err(),
+        OdeError::Setting { setting: "discontinuities", value, .. } if value.contains("0.3") && value.contains("0.25"));
+    for ode in [fixed, adaptive] {
+        says!(
+            ode.clone().discontinuities(&[0.5, f64::NAN]).solve(ones()).unwrap_err(),
+            OdeError::NonFiniteTime { index: 1, .. }
+        );
+        // What lies outside of the span does not matter.
+        assert!(ode.discontinuities(&[-1.0, 0.5, 1.3]).solve(ones()).is_ok());
+    }
+}
+
+#[test]
 fn of_more_steps_back_than_fit_into_memory() {
     let y0 = Var::from_tensor(&ones()).unwrap();
     for substeps in [usize::MAX, usize::MAX / 8, 1 << 61] {

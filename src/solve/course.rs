@@ -23,15 +23,39 @@ impl Ode {
             times.iter().map(|&t| grid.index_of(t).map(|n| grid.times()[n])).collect()
         };
         let outputs = if self.interpolate { self.inside(grid.times())? } else { on_grid(&self.save_at)? };
-        let breaks = on_grid(&self.discontinuities)?;
+        let breaks = self.breaks_on(&grid)?;
         Ok((Course::Grid(Clock::with_breaks(&grid, self.solver.nodes(), &breaks, y0.device())), outputs))
+    }
+
+    /// The discontinuities on `grid`; those outside of the span do not matter.
+    fn breaks_on(&self, grid: &TimeGrid) -> Result<Vec<f64>> {
+        let (start, end) = (grid.times()[0], grid.times()[grid.steps()]);
+        let mut breaks = vec![];
+        for &t in self.finite_discontinuities()? {
+            match grid.index_of(t) {
+                Ok(n) => breaks.push(grid.times()[n]),
+                Err(OdeError::OutputOffGrid { nearest, .. }) if between(start, end, t) => {
+                    let (setting, value) = ("discontinuities", format!("{t} (nearest end of a step: {nearest})"));
+                    let hint = "a step must end at each: put it on the grid with .grid(..), or choose the steps by .tolerances(..)";
+                    return Err(OdeError::Setting { setting, value, hint });
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(breaks)
+    }
+
+    fn finite_discontinuities(&self) -> Result<&[f64]> {
+        match self.discontinuities.iter().enumerate().find(|(_, t)| !t.is_finite()) {
+            Some((index, &value)) => Err(OdeError::NonFiniteTime { index, value }),
+            None => Ok(&self.discontinuities),
+        }
     }
 
     /// The output times, which must lie between the ends of `times`.
     fn inside(&self, times: &[f64]) -> Result<Vec<f64>> {
-        let ends = (times[0], times[times.len() - 1]);
-        let (least, most) = (ends.0.min(ends.1), ends.0.max(ends.1));
-        match self.save_at.iter().find(|t| !(least..=most).contains(*t)) {
+        let (start, end) = (times[0], times[times.len() - 1]);
+        match self.save_at.iter().find(|t| !between(start, end, **t)) {
             None => Ok(self.save_at.clone()),
             Some(t) => {
                 let hint = "output times lie in the span";
@@ -55,14 +79,9 @@ impl Ode {
             return wrong("span", "unset".into(), "call .span(t0, t1)");
         };
         TimeGrid::new(vec![start, end])?;
-        let inside = |t: f64| (start.min(end)..=start.max(end)).contains(&t);
         self.inside(&[start, end])?;
-        for (index, &value) in self.discontinuities.iter().enumerate() {
-            if !value.is_finite() {
-                return Err(OdeError::NonFiniteTime { index, value });
-            }
-        }
-        let breaks: Vec<f64> = self.discontinuities.iter().copied().filter(|t| inside(*t)).collect();
+        let breaks = self.finite_discontinuities()?.iter().copied();
+        let breaks: Vec<f64> = breaks.filter(|t| between(start, end, *t)).collect();
         let outputs: &[f64] = if self.interpolate { &[] } else { &self.save_at };
         let mut stops: Vec<f64> = outputs.iter().chain(&breaks).copied().filter(|t| *t != start).chain([end]).collect();
         stops.sort_by(|a, b| if end > start { a.total_cmp(b) } else { b.total_cmp(a) });
@@ -86,4 +105,9 @@ impl Ode {
             }),
         }
     }
+}
+
+/// Whether `t` lies in the span from `start` to `end`.
+fn between(start: f64, end: f64, t: f64) -> bool {
+    (start.min(end)..=start.max(end)).contains(&t)
 }
