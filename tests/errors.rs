@@ -5,8 +5,9 @@ mod common;
 
 use candle_core::{Context, DType, Device, DeviceLocation, Shape, Tensor, Var};
 use candle_nn::{Init, ModuleT, VarMap};
+use candle_ode::field::ops::combine::Finite;
 use candle_ode::prelude::*;
-use candle_ode::{PassKind, Place};
+use candle_ode::{Codec, Entry, PassKind, Place, States};
 use common::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -125,6 +126,37 @@ fn of_more_steps_back_than_fit_into_memory() {
         says!(ode.solve(y0.as_tensor()).unwrap_err(),
             OdeError::Setting { setting: "Backsolve::substeps", value, .. } if *value == substeps.to_string());
     }
+}
+
+/// Gives every tensor back transposed.
+#[derive(Debug)]
+struct Transposed;
+
+impl Codec for Transposed {
+    fn encode(&self, state: &State) -> Result<(Entry, Finite), OdeError> {
+        Ok((Entry::new(state.tensors().to_vec(), state), Finite::default()))
+    }
+
+    fn decode(&self, entry: &Entry, _: DType) -> Result<State, OdeError> {
+        Ok(State::from(entry.tensors.clone()).try_map(Tensor::t)?)
+    }
+
+    fn bytes(&self, shapes: &[Shape]) -> usize {
+        States(DType::F32).bytes(shapes)
+    }
+
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+}
+
+#[test]
+fn of_a_codec_that_decodes_another_shape() {
+    let y0 = Var::from_tensor(&ones()).unwrap();
+    let ode = Ode::new(&decay()).span(0.0, 1.0).steps(4).adjoint(Discrete::default().codec(Transposed));
+    let loss = ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap();
+    says!(OdeError::from(loss.backward().unwrap_err()), OdeError::Unsupported { what, instead }
+        if what.contains("[[3, 2]]") && what.contains("[[2, 3]]") && instead.contains("Codec::decode"));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use super::second_level::{Away, TwoLevels};
 use crate::State;
 use crate::account::Owned;
 use crate::error::{OdeError, Result};
-use candle_core::DType;
+use candle_core::{DType, Shape, Tensor};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -73,10 +73,10 @@ impl Kept {
         };
         let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
         let state = self.codec.decode(&entry, dtype)?;
-        if state.len() != entry.shapes.len() {
-            let (found, expected) = (state.len(), entry.shapes.len());
+        if !state.tensors().iter().map(Tensor::shape).eq(&entry.shapes) {
+            let found: Vec<&Shape> = state.tensors().iter().map(Tensor::shape).collect();
             return Err(OdeError::Unsupported {
-                what: format!("a codec that decodes {found} tensors where it was given {expected}"),
+                what: format!("a codec that decodes tensors of shapes {found:?} where it was given {:?}", entry.shapes),
                 instead: "Codec::decode gives back the tensors that were encoded",
             });
         }
