@@ -128,6 +128,22 @@ fn of_more_steps_back_than_fit_into_memory() {
     }
 }
 
+#[test]
+fn of_a_budget_for_what_cannot_be_planned() {
+    let y0 = Var::from_tensor(&ones()).unwrap();
+    let ode = || Ode::new(&decay()).solver(Dopri5).span(0.0, 1.0).adjoint(Discrete::default().budget(1 << 20));
+    for (ode, of) in [
+        (ode().tolerances(1e-3, 1e-3), "adaptive steps"),
+        (ode().steps(4).dense(), "dense output"),
+        (ode().steps(4).save_at(&[0.3]).interpolate(), "dense output"),
+    ] {
+        says!(ode.solve(y0.as_tensor()).unwrap_err(), OdeError::Unsupported { what, instead }
+            if what.contains("1048576 bytes") && what.contains(of) && instead.contains(".checkpoints("));
+        // What it says to do can be done.
+        assert!(ode.adjoint(Discrete::default().checkpoints(2)).solve(y0.as_tensor()).is_ok());
+    }
+}
+
 /// Gives every tensor back transposed.
 #[derive(Debug)]
 struct Transposed;

@@ -157,6 +157,8 @@ impl Discrete {
     /// counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On more
     /// threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number unless
     /// [`Ode::threads`](crate::Ode::threads) or a tile is given.
+    ///
+    /// Adaptive steps and dense output have no plan, and no budget: give [`checkpoints`](Self::checkpoints) there.
     pub fn budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);
         self

@@ -30,11 +30,8 @@ impl Ode {
         if let Some(chosen) = self.within_budget(&y0)? {
             return chosen.plan(y0);
         }
-        if self.is_adaptive() {
-            return unplanned("adaptive steps");
-        }
-        if self.dense || self.interpolate {
-            return unplanned("dense output");
+        if let Some(what) = self.without_plan() {
+            return unplanned(what);
         }
         let read = self.with_times_read()?;
         let grid = read.time_grid()?;
@@ -143,6 +140,10 @@ impl Ode {
             return Ok(None);
         }
         let Some((budget, plain)) = discrete.take_budget() else { return Ok(None) };
+        if let Some(what) = self.without_plan() {
+            let what = format!("a budget of {budget} bytes for {what}, whose memory cannot be planned,");
+            return Err(OdeError::Unsupported { what, instead: "say how many states to keep: .checkpoints(c)" });
+        }
         let shapes: Vec<_> =
             y0.tensors().iter().chain(&self.inputs).map(|x| (x.dims(), x.dtype(), x.track_op())).collect();
         let (grid, solver) = ((self.span, self.steps, &self.grid), self.solver.name());
@@ -153,6 +154,15 @@ impl Ode {
         let fitting = || self.choices(y0)?.within(budget).map(|choice| (choice.adjoint.clone(), choice.tile));
         let (adjoint, tile) = self.known.choose(settings, fitting)?;
         Ok(Some(tile.into_iter().fold(self.clone().adjoint(adjoint), Self::tile)))
+    }
+
+    /// What of it cannot be planned.
+    fn without_plan(&self) -> Option<&'static str> {
+        match () {
+            () if self.is_adaptive() => Some("adaptive steps"),
+            () if self.dense || self.interpolate => Some("dense output"),
+            () => None,
+        }
     }
 }
 
