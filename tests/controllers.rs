@@ -97,6 +97,23 @@ fn limits_of_length_hold() {
 }
 
 #[test]
+fn a_step_cut_short_by_a_stop_does_not_shorten_the_next() {
+    // A harmonic oscillator: all steps are about as long.
+    let field = FnField::new(|_, y: &Tensor| Tensor::cat(&[&y.narrow(0, 1, 1)?, &y.narrow(0, 0, 1)?.neg()?], 0));
+    let ode = Ode::new(&field).solver(Dopri5).span(0.0, 20.0).tolerances(1e-5, 1e-5);
+    let (free, _) = lengths(ode.clone(), &two(1.0, 0.0));
+    let stops = [5.0, 5.0 + 1e-9, 15.0, 15.0 + 1e-9];
+    for ode in [ode.clone().save_at(&stops), ode.discontinuities(&stops)] {
+        let (cut, _) = lengths(ode, &two(1.0, 0.0));
+        // One step more for each stop, at most.
+        assert!(cut.len() <= free.len() + stops.len(), "{cut:?} {free:?}");
+        let tiny: Vec<usize> = (0..cut.len()).filter(|n| cut[*n] < 1e-8).collect();
+        assert_eq!(tiny.len(), 2, "{cut:?}");
+        assert!(tiny.iter().all(|n| cut[n + 1] > 0.9 * cut[n - 2]), "{cut:?}");
+    }
+}
+
+#[test]
 fn retried_overflow_is_part_of_a_step() {
     // (200 y)²·10⁻⁶ overflows in F16 as soon as y > 1.28; y reaches 1.5.
     let field = FnField::new(|_, y: &Tensor| ((y * 200.0)?.sqr()? * 1e-3)? * 1e-3);

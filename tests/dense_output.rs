@@ -77,6 +77,28 @@ fn interpolated_outputs_shape_no_step() {
     }
 }
 
+/// f is 1 before t = ½ and 3 from there on, and nothing at it.
+#[test]
+fn between_steps_each_side_of_a_jump_is_seen_from_its_own() {
+    let field = FnField::new(|t: &Time, y: &Tensor| {
+        let slope = if t.value() < 0.5 { 1.0 } else { 3.0 };
+        y.affine(0.0, if t.value() == 0.5 { f64::NAN } else { slope })
+    });
+    let y0 = Tensor::new(&[0.25], &Device::Cpu).unwrap();
+    for (from, to) in [(0.0, 1.0), (1.0, 0.0)] {
+        let ode = Ode::new(&field).solver(Dopri5).span(from, to).discontinuities(&[0.5]).dense();
+        for ode in [ode.clone().steps(4), ode.tolerances(1e-6, 1e-6)] {
+            let solution = ode.solve(&y0).unwrap();
+            for t in [0.1, 0.3, 0.45, 0.5f64.next_down(), 0.5, 0.5f64.next_up(), 0.55, 0.9] {
+                // The integral of f over time.
+                let until = |t: f64| t + 2.0 * (t - 0.5).max(0.0);
+                let found = values(&solution.at(t).unwrap()[0])[0];
+                assert!((found - 0.25 - until(t) + until(from)).abs() < 1e-13, "{from} to {to} at {t}: {found}");
+            }
+        }
+    }
+}
+
 #[test]
 fn gradients_go_through_interpolated_states() {
     with_large_stack(|| {
