@@ -1,10 +1,11 @@
-//! One training step (forward, loss, backward) of the standard problems M1 and M2: `cargo bench --bench step`.
+//! One training step (forward, loss, backward) of the standard problems M1 and M2, and what a step of the solver costs
+//! among few and many: `cargo bench --bench step`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarMap;
 use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
 /// A field over `sizes`, its state, and how many steps.
@@ -48,5 +49,26 @@ fn steps(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, steps);
+/// A state of one number, so that what is left is what is done beside f. Steps per second should not fall.
+fn many_steps(criterion: &mut Criterion) {
+    let field = FnField::new(|_: &Time, y: &Tensor| y.neg());
+    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap_or_else(|error| panic!("{error}"));
+    let mut group = criterion.benchmark_group("many steps");
+    group.sample_size(10);
+    for steps in [1000, 16_000, 64_000] {
+        group.throughput(Throughput::Elements(steps as u64));
+        let times: Vec<f64> = (0..=steps).map(|n| n as f64 / steps as f64).collect();
+        let ode = Ode::new(&field).solver(Euler).grid(&times);
+        let outputs = ode.clone().no_grad().save_at(&times);
+        group.bench_function(format!("{steps}, an output after each"), |bencher| {
+            bencher.iter(|| black_box(outputs.solve(y0.as_tensor()).unwrap_or_else(|error| panic!("{error}"))));
+        });
+        group.bench_function(format!("{steps}, with the gradient"), |bencher| {
+            bencher.iter(|| train_step(&ode, y0.as_tensor()).unwrap_or_else(|error| panic!("{error}")));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, steps, many_steps);
 criterion_main!(benches);

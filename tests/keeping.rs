@@ -10,7 +10,6 @@ use candle_ode::InputOnly;
 use candle_ode::prelude::*;
 use common::problem::*;
 use common::*;
-use std::time::Instant;
 
 const STEPS: usize = 7;
 const SPAN: f64 = 0.9;
@@ -89,28 +88,5 @@ fn what_is_computed_again_has_the_same_bits_in_every_precision() {
     for (name, discrete) in schedules() {
         let found = problem.gradients(&ode, discrete).unwrap();
         assert!(equal_bits(&all.gradients, &found.gradients), "{name} after an overflow");
-    }
-}
-
-#[test]
-fn a_step_costs_the_same_however_many_there_are() {
-    let field = FnField::new(|_, y: &Tensor| y.neg());
-    let y0 = Var::new(&[1f64], &Device::Cpu).unwrap();
-    let a_step = |steps: usize| {
-        let times: Vec<f64> = (0..=steps).map(|n| n as f64 / steps as f64).collect();
-        let ode = Ode::new(&field).solver(Euler).grid(&times).check_determinism(false);
-        let once = |_| {
-            let start = Instant::now();
-            ode.clone().no_grad().save_at(&times).solve(y0.as_tensor()).unwrap();
-            let outputs = start.elapsed();
-            ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().unwrap();
-            [outputs, start.elapsed() - outputs].map(|taken| taken.as_secs_f64() / steps as f64)
-        };
-        let rounds: Vec<[f64; 2]> = (0..3).map(once).collect();
-        [0, 1].map(|n| rounds.iter().map(|round| round[n]).fold(f64::INFINITY, f64::min))
-    };
-    let (few, many) = (a_step(1000), a_step(64_000));
-    for (name, few, many) in [("outputs", few[0], many[0]), ("gradient", few[1], many[1])] {
-        assert!(many < 4.0 * few, "{name}: {few:e} s a step of 1000, {many:e} s of 64000");
     }
 }

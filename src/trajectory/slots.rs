@@ -153,7 +153,7 @@ impl Slots {
     pub(crate) fn restore(&mut self, n: usize) -> Result<AtHand> {
         self.leaving = None;
         let mut at_hand = self.restored(n)?;
-        let index = self.kept.iter().position(|kept| kept.at == n);
+        let index = self.index_of(n);
         let next = index.and_then(|n| n.checked_sub(1)).and_then(|below| self.expected(&self.kept[below]));
         match (&mut at_hand, &next) {
             (AtHand::Kept(encoded), _) => {
