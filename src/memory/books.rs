@@ -5,7 +5,7 @@
 //! innermost span of this crate on the thread at hand) in which it appeared; what it loses is taken from that place
 //! first, then from the place that gained last, and from the baseline at last. So a tensor that is born inside a field and
 //! announced afterwards moves from `field` to its category, and a graph that is dropped after its pullback leaves
-//! `field`.
+//! `field`. What is left of a pass when it is over has been handed out: it moves to `outside`, where it will be lost.
 
 use super::composition::{Composition, Moment, Part};
 use super::ledger::{Announced, CODECS, Ledger};
@@ -103,6 +103,15 @@ impl Books {
     /// What is live now.
     pub(super) fn now(&self) -> Composition {
         self.now
+    }
+
+    /// What there is of these parts is the caller's from now on.
+    pub(super) fn hand_out(&mut self, parts: &[Part]) {
+        for &part in parts {
+            let bytes = self.now.of(part).max(0);
+            self.now.add(part, -bytes);
+            self.now.add(Part::Outside, bytes);
+        }
     }
 
     /// The highest moment, and the highest of each stretch of time.
@@ -208,6 +217,18 @@ mod tests {
         books.settle(4, at(60, 860), Part::Other, None);
         assert_eq!((books.now().of(Part::Field), books.now().owned(), books.now().total()), (0, 60, 60));
         assert_eq!(books.peak.moment.bytes.of(Part::Pullback), 200);
+    }
+
+    #[test]
+    fn what_is_handed_out_is_lost_outside() {
+        let mut books = books(0);
+        books.settle(1, at(500, 500), Part::Outside, None);
+        books.settle(2, at(560, 560), Part::Field, None);
+        books.settle(3, at(600, 600), Part::Other, None);
+        books.hand_out(&[Part::Other]);
+        assert_eq!((books.now().of(Part::Field), books.now().of(Part::Outside)), (60, 540));
+        books.settle(4, at(560, 600), Part::Outside, None);
+        assert_eq!((books.now().of(Part::Field), books.now().of(Part::Outside)), (60, 500));
     }
 
     #[test]

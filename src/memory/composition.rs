@@ -22,7 +22,8 @@ pub enum Part {
     Pullback,
     /// Found in any other span of this crate: tensor handles, lists.
     Other,
-    /// Found outside of this crate's spans: the loss, the data, other layers.
+    /// Found outside of this crate's spans: the loss, the data, other layers; and what a pass has handed out, y(T) and
+    /// gradients.
     Outside,
     /// Live before recording began, and not given back since.
     Baseline,

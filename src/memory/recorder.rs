@@ -16,7 +16,7 @@ use super::feed::Sample;
 use super::ledger::{Announced, Ledger};
 use super::meter::{Meter, Reading};
 use super::span;
-use crate::account::TARGET;
+use crate::account::{Category, TARGET};
 use crate::error::{OdeError, Result};
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -80,6 +80,11 @@ pub(super) struct Recorder {
     books: Books,
     /// What each thread is at.
     places: Vec<Part>,
+    /// How many threads are inside spans of this crate.
+    inside: usize,
+    /// Whether the solve under way has linearised, and whether one before it keeps what it has linearised.
+    linearised: bool,
+    keeps: bool,
     limit: usize,
     next_id: u64,
     dropped: u64,
@@ -121,6 +126,9 @@ impl Recorder {
             kept: VecDeque::with_capacity(limit),
             books: Books::new(),
             places: Vec::with_capacity(ROOM),
+            inside: 0,
+            linearised: false,
+            keeps: false,
             limit,
             next_id: 0,
             dropped: 0,
@@ -189,6 +197,10 @@ impl Recorder {
             open.record.start = now;
             open.record.live_before = reading.live;
         }
+        self.linearised |= open.record.target == TARGET && open.record.name == span::LINEARISE;
+        if self.inside == 0 && inside != Part::Outside {
+            self.hand_out(true);
+        }
         self.move_to(thread, inside);
     }
 
@@ -202,12 +214,32 @@ impl Recorder {
         open.record.end = now;
         open.record.live_after = reading.live;
         let outside = open.outside;
+        let solved = open.record.name == span::SOLVE;
+        let were_inside = self.inside > 0;
         self.move_to(thread, outside);
+        if were_inside && self.inside == 0 {
+            self.keeps |= solved && self.linearised;
+            self.linearised = false;
+            self.hand_out(!solved);
+        }
+    }
+
+    /// Nobody is inside: what was found there is the caller's. Of `graphs` only if no backward pass is to come for them:
+    /// kept linearisations live as long as a trajectory does, and Candle's own, of an unrolled solve, no longer than to the
+    /// next pass.
+    fn hand_out(&mut self, graphs: bool) {
+        self.keeps &= self.books.now().of(Part::Owned(Category::Trajectory)) > 0;
+        let parts = [Part::Other, Part::Pullback, Part::Field];
+        self.books.hand_out(if graphs && !self.keeps { &parts } else { &parts[..2] });
     }
 
     /// Bytes of ours were born, or died if negative, on `thread`.
     pub(super) fn announce(&mut self, thread: u32, announced: Announced) {
         self.boundary(thread, Some(announced));
+        // What is kept may die here, with the graph of the loss.
+        if self.inside == 0 && self.keeps {
+            self.hand_out(true);
+        }
     }
 
     /// A span is gone and will not be entered again.
@@ -332,6 +364,8 @@ impl Recorder {
         if self.places.len() <= thread {
             self.places.resize(thread + 1, Part::Outside);
         }
+        self.inside -= usize::from(self.places[thread] != Part::Outside);
+        self.inside += usize::from(place != Part::Outside);
         self.places[thread] = place;
     }
 
