@@ -75,6 +75,21 @@ fn trace_has_every_span_and_a_track_for_every_counter() {
 }
 
 #[test]
+fn a_kind_that_is_gone_is_nothing_in_the_trace() {
+    let _turn = alone();
+    let mut report = report(100);
+    let bytes = json!({ "trajectory": [0, 64, 0], "field": [0, 7, 7] });
+    report.timeline = serde_json::from_value(json!({ "time_ns": [1, 2, 3], "bytes": bytes })).unwrap();
+    let trace: Value = serde_json::from_str(&report.chrome_trace()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let kinds = events.iter().filter(|event| event["name"] == "live bytes by kind").map(|event| &event["args"]);
+    // A viewer goes on with a value that an event leaves out; kinds that never are stay out.
+    let expected =
+        [(0, 0), (64, 7), (0, 7)].map(|(trajectory, field)| json!({ "trajectory": trajectory, "field": field }));
+    assert_eq!(kinds.collect::<Vec<_>>(), expected.iter().collect::<Vec<_>>());
+}
+
+#[test]
 fn ledger_tells_categories_and_codecs() {
     let _turn = alone();
     let report = report(100);

@@ -4,7 +4,7 @@
 //! one per meter, one of owned and found bytes by kind, and one of the trajectory by codec. Times are microseconds.
 
 use super::{CodecBytes, Counter, MemoryReport, SpanReport};
-use crate::memory::Composition;
+use crate::memory::{Moment, Part};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -52,8 +52,7 @@ struct Event<'a> {
 enum Arguments<'a> {
     Name { name: String },
     Bytes { bytes: i64 },
-    Parts(&'a Composition),
-    Codecs(BTreeMap<&'a str, i64>),
+    Parts(BTreeMap<&'a str, i64>),
     Span(SpanArguments),
 }
 
@@ -83,8 +82,10 @@ impl MemoryReport {
         events.extend(threads.iter().map(|&thread| metadata("thread_name", thread, format!("thread {thread}"))));
         events.extend(self.spans.iter().map(span));
         events.extend(self.counters.iter().enumerate().flat_map(|(n, counter)| self.counter_track(n, counter)));
-        let moments = self.timeline.0.iter();
-        events.extend(moments.map(|moment| track(KINDS, moment.time_ns, Arguments::Parts(&moment.bytes))));
+        let moments = &self.timeline.0;
+        let ever = |part: &Part| moments.iter().any(|moment| moment.bytes.of(*part) != 0);
+        let kinds: Vec<Part> = Part::ALL.into_iter().filter(ever).collect();
+        events.extend(moments.iter().map(|moment| kinds_at(&kinds, moment)));
         events.extend(self.timeline.0.iter().enumerate().map(|(n, moment)| self.codecs_at(n, moment.time_ns)));
         let environment = &self.environment;
         let trace = Trace {
@@ -110,7 +111,7 @@ impl MemoryReport {
     fn codecs_at(&self, n: usize, time: u64) -> Event<'_> {
         let bytes = |codec: &'_ CodecBytes| codec.over_time.get(n).copied().unwrap_or(0);
         let codecs = self.trajectory.iter().map(|codec| (codec.codec.as_str(), bytes(codec)));
-        track(CODECS, time, Arguments::Codecs(codecs.collect()))
+        track(CODECS, time, Arguments::Parts(codecs.collect()))
     }
 }
 
@@ -125,6 +126,12 @@ fn metadata(name: &'static str, thread: u32, says: String) -> Event<'static> {
 
 fn track<'a>(name: &'a str, at: u64, args: Arguments<'a>) -> Event<'a> {
     Event { name, ph: 'C', ts: microseconds(at), dur: None, pid: PROCESS, tid: 0, cat: None, args }
+}
+
+/// Zeros too: what is left out of an event keeps its value in Perfetto.
+fn kinds_at(kinds: &[Part], moment: &Moment) -> Event<'static> {
+    let bytes = kinds.iter().map(|kind| (kind.name(), moment.bytes.of(*kind)));
+    track(KINDS, moment.time_ns, Arguments::Parts(bytes.collect()))
 }
 
 fn span(span: &SpanReport) -> Event<'_> {
