@@ -141,11 +141,11 @@ mod tests {
         assert!(loss < 0.6, "it learns: {loss}");
         let spans: HashMap<u64, _> = report.spans.iter().map(|span| (span.id, span)).collect();
         let around = |span: &candle_ode::memory::SpanReport| spans[&span.parent.unwrap()].name.clone();
-        let named = |name: &'static str| report.spans.iter().filter(move |span| span.name == name);
+        let named = |name: &'static str| report.spans.iter().filter(move |span| *span.name == *name);
         assert_eq!(named("iteration").count(), 12);
-        assert!(named("solve").count() == 12 && named("solve").all(|span| around(span) == "ode block"));
-        assert!(named("ode block").all(|span| around(span) == "forward pass"));
-        assert!(named("backward").count() == 12 && named("backward").all(|span| around(span) == "backward pass"));
+        assert!(named("solve").count() == 12 && named("solve").all(|span| *around(span) == *"ode block"));
+        assert!(named("ode block").all(|span| *around(span) == *"forward pass"));
+        assert!(named("backward").count() == 12 && named("backward").all(|span| *around(span) == *"backward pass"));
         // Inside a span no more is live than inside the one around it.
         assert!(
             report

@@ -41,7 +41,7 @@ fn spans_on_the_heap_are_exact() {
 
     let report = recording.finish().unwrap();
     let [_, _, _, step, first, second] = &report.spans[..] else { panic!("{:?}", report.spans) };
-    assert_eq!((step.name.as_str(), step.index, step.t, step.h), ("step", Some(0), Some(0.0), Some(0.5)));
+    assert_eq!((&*step.name, step.index, step.t, step.h), ("step", Some(0), Some(0.0), Some(0.5)));
     assert_eq!(step.peak - step.live_before, 4 * MIB);
     assert_eq!(first.peak - first.live_before, 3 * MIB);
     assert_eq!(second.peak - second.live_before, 2 * MIB);

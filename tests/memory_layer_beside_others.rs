@@ -95,11 +95,11 @@ fn each_layer_sees_its_own_and_the_users_spans_are_measured() {
     let _turn = alone();
     for memory_first in [true, false] {
         let (report, lines, seen) = recorded(memory_first);
-        let span = |name: &str| report.spans.iter().find(|span| span.name == name).unwrap();
+        let span = |name: &str| report.spans.iter().find(|span| *span.name == *name).unwrap();
         let (epoch, data, solve) = (span("epoch"), span("data"), span("solve"));
         assert_eq!((epoch.peak, epoch.live_after, epoch.index), (1500, 0, Some(7)));
         assert_eq!((data.peak, data.live_before, data.parent), (1500, 1000, Some(epoch.id)));
-        assert_eq!((solve.peak, solve.parent, solve.target.as_str()), (1000, Some(epoch.id), "candle_ode"));
+        assert_eq!((solve.peak, solve.parent, &*solve.target), (1000, Some(epoch.id), "candle_ode"));
         assert_eq!(report.passes.iter().map(|pass| pass.steps.len()).collect::<Vec<_>>(), [4, 4]);
 
         // `fmt` was asked for INFO: not one of our spans or events is in its lines.
@@ -111,7 +111,7 @@ fn each_layer_sees_its_own_and_the_users_spans_are_measured() {
         assert_eq!((count("epoch"), count("data"), count("solve"), count("step")), (1, 1, 1, 8));
         assert_eq!(
             count("field") + count("linearise"),
-            report.spans.iter().filter(|s| s.name == "field" || s.name == "linearise").count()
+            report.spans.iter().filter(|s| matches!(&*s.name, "field" | "linearise")).count()
         );
         assert!(count("bytes") > 0);
     }

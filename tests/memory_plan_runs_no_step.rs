@@ -22,7 +22,7 @@ fn recorded(run: impl FnOnce()) -> MemoryReport {
 }
 
 fn count(report: &MemoryReport, name: &str) -> usize {
-    report.spans.iter().filter(|span| span.name == name).count()
+    report.spans.iter().filter(|span| *span.name == *name).count()
 }
 
 fn ode() -> (Ode, VarMap) {

@@ -140,7 +140,7 @@ fn a_report_of_nothing_is_drawn_too() {
 /// A report of many spans: passes of a hundred steps of nine evaluations each.
 fn many(count: u64) -> MemoryReport {
     let mut report = report().clone();
-    let like = |name: &str| report.spans.iter().find(|span| span.name == name).unwrap().clone();
+    let like = |name: &str| report.spans.iter().find(|span| *span.name == *name).unwrap().clone();
     let kinds = ["forward", "step", "field"].map(like);
     let baseline = report.baseline();
     let (mut pass, mut step) = (0, 0);

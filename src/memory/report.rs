@@ -20,6 +20,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 /// Name and version of the file format. A file of another version is not read.
 pub const SCHEMA: &str = "candle-ode/memory-report/3";
@@ -202,9 +203,11 @@ pub struct SpanReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<u64>,
     /// Where it comes from.
-    pub target: String,
+    #[serde(with = "span_table::shared")]
+    pub target: Arc<str>,
     /// Its name.
-    pub name: String,
+    #[serde(with = "span_table::shared")]
+    pub name: Arc<str>,
     /// Field `index`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<u64>,
@@ -361,8 +364,8 @@ impl SpanReport {
         Self {
             id: record.id,
             parent: record.parent,
-            target: record.target.to_owned(),
-            name: record.name.to_owned(),
+            target: record.target.into(),
+            name: record.name.into(),
             index: record.fields.index,
             t: record.fields.t.filter(|t| t.is_finite()),
             h: record.fields.h.filter(|h| h.is_finite()),
@@ -377,7 +380,7 @@ impl SpanReport {
     }
 
     fn is(&self, name: &str) -> bool {
-        self.target == TARGET && self.name == name
+        &*self.target == TARGET && &*self.name == name
     }
 }
 
@@ -390,23 +393,29 @@ impl StepReport {
 
 /// Gathers the steps under each pass. A pass that began before the last dropped span ended may lack some.
 fn passes(spans: &[SpanReport], complete_from: u64) -> Vec<PassReport> {
-    let by_id: HashMap<u64, &SpanReport> = spans.iter().map(|span| (span.id, span)).collect();
     let mut passes: Vec<PassReport> = Vec::new();
+    // By the span's number.
     let mut place: HashMap<u64, usize> = HashMap::new();
     for span in spans.iter().filter(|span| span.is(span::FORWARD) || span.is(span::BACKWARD)) {
         place.insert(span.id, passes.len());
         passes.push(PassReport {
-            pass: span.name.clone(),
+            pass: span.name.to_string(),
             span: span.id,
             complete: span.start_ns >= complete_from,
             peak: span.peak,
             steps: Vec::new(),
         });
     }
+    // A span's parent is older than itself, so that its pass is known by then; in a damaged file it may not be.
+    let mut by_age: Vec<&SpanReport> = spans.iter().collect();
+    by_age.sort_by_key(|span| span.id);
+    for span in by_age {
+        if let Some(&at) = span.parent.and_then(|parent| place.get(&parent)) {
+            place.entry(span.id).or_insert(at);
+        }
+    }
     for step in spans.iter().filter(|span| span.is(span::STEP)) {
-        let ancestors = std::iter::successors(step.parent, |id| by_id.get(id)?.parent.filter(|parent| parent < id));
-        // A span's parent is older than itself; where a damaged file says otherwise, the walk ends.
-        if let Some(&at) = ancestors.into_iter().find_map(|id| place.get(&id)) {
+        if let Some(&at) = place.get(&step.id) {
             passes[at].steps.push(StepReport::new(step));
         }
     }

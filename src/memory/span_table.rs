@@ -25,6 +25,7 @@ use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Effort of the deflater: 6 of 10, as everybody's.
 const EFFORT: u8 = 6;
@@ -68,7 +69,7 @@ pub(super) fn serialize<S: Serializer>(spans: &[SpanReport], serializer: S) -> R
     let mut known: HashMap<(&str, &str), u64> = HashMap::new();
     let of_span = spans.iter().map(|span| {
         *known.entry((&span.target, &span.name)).or_insert_with(|| {
-            names.push((span.target.clone(), span.name.clone()));
+            names.push((span.target.to_string(), span.name.to_string()));
             names.len() as u64 - 1
         })
     });
@@ -86,7 +87,22 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     if count.checked_mul(*BYTES.start()).is_none_or(|least| bytes.len() < least) {
         return Err(damaged("it is too short"));
     }
+    let names: Vec<(Arc<str>, Arc<str>)> =
+        names.into_iter().map(|(target, name)| (target.into(), name.into())).collect();
     spans(count, &names, &bytes).ok_or_else(|| damaged("a column ends early, goes on, or names what is not there"))
+}
+
+/// A text that many spans have. (serde's own is behind a feature.)
+pub(super) mod shared {
+    use super::*;
+
+    pub(in crate::memory) fn serialize<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(text)
+    }
+
+    pub(in crate::memory) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(deserializer).map(Arc::from)
+    }
 }
 
 fn columns(spans: &[SpanReport], names: &[u64]) -> Vec<u8> {
@@ -124,8 +140,8 @@ fn columns(spans: &[SpanReport], names: &[u64]) -> Vec<u8> {
     out
 }
 
-/// The spans again; `None` if the columns do not fit.
-fn spans(count: usize, names: &[(String, String)], bytes: &[u8]) -> Option<Vec<SpanReport>> {
+/// The spans again, with one text for all of the same name; `None` if the columns do not fit.
+fn spans(count: usize, names: &[(Arc<str>, Arc<str>)], bytes: &[u8]) -> Option<Vec<SpanReport>> {
     let (flags, rest) = bytes.split_at_checked(count)?;
     let mut rest = Rest(rest);
     let mut spans = Vec::with_capacity(count);
@@ -246,8 +262,8 @@ mod tests {
             SpanReport {
                 id,
                 parent,
-                target,
-                name,
+                target: target.into(),
+                name: name.into(),
                 index,
                 t,
                 h,
@@ -275,7 +291,7 @@ mod tests {
             spans in proptest::collection::vec(any_span(), 1..5), count in any::<usize>(),
             bytes in proptest::collection::vec(any::<u8>(), 0..200), deflated in any::<bool>(),
         ) {
-            let names: Vec<_> = spans.iter().map(|span| (span.target.clone(), span.name.clone())).collect();
+            let names: Vec<_> = spans.iter().map(|span| (span.target.to_string(), span.name.to_string())).collect();
             let columns = STANDARD.encode(if deflated { compress_to_vec(&bytes, EFFORT) } else { bytes });
             let table = serde_json::to_string(&Table { count: count % 30, names: names.clone(), columns: columns.clone() });
             let _ = serde_json::from_str::<Spans>(&table.unwrap());

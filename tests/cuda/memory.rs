@@ -66,7 +66,7 @@ fn peaks_of_steps_in_f16_are_about_half_of_those_in_f32() {
         let recording = MemoryProfiler::new(&gpu).install().unwrap();
         drop(step());
         let report = recording.finish().unwrap();
-        let peaks: Vec<u64> = report.spans.iter().filter(|span| span.name == "step").map(|span| span.peak).collect();
+        let peaks: Vec<u64> = report.spans.iter().filter(|span| *span.name == *"step").map(|span| span.peak).collect();
         println!("{precision:?}: peak {} above {}, steps {peaks:?}", report.peak(), report.baseline());
         report.peak() - report.baseline()
     };
