@@ -61,10 +61,15 @@ impl Watch {
     }
 
     fn follow(&self) -> Result<ExitStatus> {
-        // The terminal interrupts the program, too: it may save what it has, and is drawn to its end. Twice is enough.
+        // The terminal interrupts the program, too: it may save what it has, and is drawn to its end. Who ends this process
+        // alone has it passed on. Twice is enough.
         let interrupted = Arc::new(AtomicUsize::new(0));
         let count = interrupted.clone();
         ctrlc::set_handler(move || _ = count.fetch_add(1, Relaxed))?;
+        #[cfg(unix)]
+        let ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        #[cfg(unix)]
+        signal_hook::flag::register(signal_hook::consts::SIGTERM, ended.clone())?;
         let feed = Place::new()?;
         let mut file = File::open(&feed.0)?;
         let (program, arguments) = self.command.split_first().ok_or("watch needs a command")?;
@@ -77,6 +82,11 @@ impl Watch {
             followed.read(&mut file)?;
             if live {
                 eprint!("\r\x1b[K{}", followed.line());
+            }
+            #[cfg(unix)]
+            if status.is_none() && ended.swap(false, Relaxed) {
+                use nix::{sys::signal, unistd::Pid};
+                signal::kill(Pid::from_raw(child.id().cast_signed()), signal::Signal::SIGTERM)?;
             }
             match status {
                 Some(status) => break status,

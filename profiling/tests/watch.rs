@@ -1,6 +1,6 @@
 //! `memory-report watch` follows a program that records.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 const TOOL: &str = env!("CARGO_BIN_EXE_memory-report");
 
@@ -61,4 +61,28 @@ fn an_interrupt_leaves_no_file_behind() {
     };
     // By its own end, not by the signal.
     assert_eq!((status.code(), files()), (Some(1), 0));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_ends_the_watch_ends_the_program() {
+    use std::time::Duration;
+    let folder = tempfile::tempdir().unwrap();
+    let ready = folder.path().join("ready");
+    // Says that it has recorded, and saves before it ends.
+    let program = format!(
+        "trap 'exit 7' TERM; printf 'recording heap\\n100 4096 4096\\n' >> \"${}\"; touch {}; while :; do sleep 0.1; done",
+        candle_ode::memory::FEED,
+        ready.display()
+    );
+    let watching =
+        Command::new(TOOL).args(["watch", "--", "sh", "-c", &program]).stdout(Stdio::piped()).spawn().unwrap();
+    while !ready.exists() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Command::new("kill").args(["-TERM", &watching.id().to_string()]).status().unwrap();
+    let output = watching.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(7), "{text}");
+    assert!(text.starts_with("heap: peak 4.00 KiB"), "{text}");
 }
