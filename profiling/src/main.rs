@@ -32,6 +32,11 @@ Examples:
   memory-report watch -- cargo run --release --example cnf
   memory-report completions bash > ~/.local/share/bash-completion/completions/memory-report";
 
+const COMPLETIONS: &str = "\
+Examples:
+  memory-report completions bash > ~/.local/share/bash-completion/completions/memory-report
+  memory-report completions fish > ~/.config/fish/completions/memory-report.fish";
+
 /// Measures, shows and compares where the memory of neural ODEs goes.
 ///
 /// Reads the reports that `candle_ode::memory::MemoryProfiler` writes, and makes some of its own.
@@ -59,6 +64,7 @@ enum Command {
     /// Times training steps of the works on which peers are measured, with heap and error.
     BenchPeer(bench_peer::BenchPeer),
     /// Prints a completion script for a shell.
+    #[command(after_help = COMPLETIONS)]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,

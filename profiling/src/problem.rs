@@ -132,9 +132,20 @@ impl Problem {
 }
 
 fn normal(rng: &mut ChaCha8Rng, shape: &[usize], scale: f64, device: &Device) -> Result<Tensor> {
+    let mut values = room(shape)?;
     let draws = rng.sample_iter::<f64, _>(StandardNormal);
-    let values: Vec<f32> = draws.take(shape.iter().product()).map(|value| (value * scale) as f32).collect();
+    values.extend(draws.take(shape.iter().product()).map(|value| (value * scale) as f32));
     Tensor::from_vec(values, shape, device)
+}
+
+/// An empty list with room for the numbers of a tensor.
+pub(crate) fn room<T>(shape: &[usize]) -> Result<Vec<T>> {
+    let count = shape.iter().try_fold(1_usize, |count, rows| count.checked_mul(*rows));
+    let mut values = Vec::new();
+    match count.map(|count| values.try_reserve_exact(count)) {
+        Some(Ok(())) => Ok(values),
+        _ => candle_core::bail!("there is no memory for a tensor of shape {shape:?}; take a smaller --batch"),
+    }
 }
 
 fn sorted(vars: &VarMap) -> BTreeMap<String, Var> {

@@ -205,8 +205,20 @@ fn mistakes_are_told_with_what_to_write() {
     assert!(stderr.contains("measures one cell, and these flags make 2"), "{stderr}");
     let stderr = complaint(&["run", "--in-process", "--device", "gpu", "--out", "nowhere"]);
     assert!(stderr.contains("take cpu or cuda:0"), "{stderr}");
+    for rows in ["10000000000000", "1000000000000000000"] {
+        let stderr = complaint(&["run", "--in-process", "--batch", rows, "--out", "nowhere"]);
+        assert!(stderr.contains(&format!("[{rows}, 64]")) && stderr.contains("a smaller --batch"), "{stderr}");
+    }
     let stderr = complaint(&["compare", env!("CARGO_TARGET_TMPDIR"), "/no/such"]);
     assert!(stderr.contains("holds no report.json") || stderr.contains("/no/such"), "{stderr}");
+}
+
+#[test]
+fn every_verb_has_examples() {
+    for verb in ["run", "plan", "compare", "show", "watch", "study", "bench-peer", "completions"] {
+        let help = text(&memory_report(&[verb, "--help"]).stdout);
+        assert!(help.contains(&format!("Examples:\n  memory-report {verb} ")), "{help}");
+    }
 }
 
 #[test]

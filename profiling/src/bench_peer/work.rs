@@ -98,8 +98,9 @@ impl Work {
             } else {
                 1.0 / (fan_in as f64).sqrt()
             };
+            let mut values = crate::problem::room(&shape)?;
             let normal = (&mut rng).sample_iter::<f64, _>(StandardNormal).map(|x| x * scale);
-            let values: Vec<f64> = normal.take(shape.iter().product()).collect();
+            values.extend(normal.take(shape.iter().product()));
             Tensor::from_vec(values, shape, &Device::Cpu)
         });
         Ok(Inputs(tensors.collect::<candle_core::Result<_>>()?))

@@ -11,8 +11,15 @@ use crate::failure::Result;
 use clap::{Args, Subcommand};
 use std::path::{Path, PathBuf};
 
+const EXAMPLES: &str = "\
+Examples:
+  memory-report study codecs
+  memory-report study pareto --rounds 3 --out out/study
+  memory-report study plan --quick";
+
 /// The verb `study`.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Study {
     #[command(subcommand)]
     which: Which,
