@@ -53,6 +53,31 @@ fn layers_that_see_the_time() {
     }
 }
 
+/// Where f is evaluated and where it is linearised their weights are the same, to the bit: all linearisations of a step or
+/// one at a time give the same gradients.
+#[test]
+fn layers_whose_weights_are_made_of_the_time() {
+    fn check<M: Timed + 'static>(
+        name: &str,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
+    ) {
+        let vars = VarMap::new();
+        let field = model_field(&vars, build, |m: &M, t, y| m.forward_at(t, y)?.tanh());
+        let y0 = start(2, &[9, 6]);
+        against_f64(&field, &vars, &y0, name);
+        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+            let of = |memory| {
+                let adjoint = Discrete::default().stage_memory(memory);
+                let all = gradients(&ode(&field).precision(precision).adjoint(adjoint), &vars, &y0);
+                all.into_iter().map(|(name, x)| (name, bits(&x))).collect::<Vec<_>>()
+            };
+            assert_eq!(of(StageMemory::All), of(StageMemory::One), "{name}, {precision:?}");
+        }
+    }
+    check("a hyper layer", |vb| ops::hyper_linear(6, 6, &[12], vb));
+    check("a concat-squash layer", |vb| ops::concat_squash_linear(6, 6, vb));
+}
+
 /// An activation first, two in a row, one at the end, a closure between, layers without bias, a state of three dimensions.
 #[test]
 fn sequences_of_all_kinds() {

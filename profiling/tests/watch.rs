@@ -49,6 +49,7 @@ fn an_interrupt_leaves_no_file_behind() {
     let mut watching = Command::new(TOOL).args(command).env("TMPDIR", folder.path()).spawn().unwrap();
     let wait = || std::thread::sleep(Duration::from_millis(50));
     while files() == 0 {
+        assert!(watching.try_wait().unwrap().is_none(), "it ended before it began");
         wait();
     }
     let pid = watching.id().to_string();
@@ -75,9 +76,10 @@ fn what_ends_the_watch_ends_the_program() {
         candle_ode::memory::FEED,
         ready.display()
     );
-    let watching =
+    let mut watching =
         Command::new(TOOL).args(["watch", "--", "sh", "-c", &program]).stdout(Stdio::piped()).spawn().unwrap();
     while !ready.exists() {
+        assert!(watching.try_wait().unwrap().is_none(), "it ended before it began");
         std::thread::sleep(Duration::from_millis(50));
     }
     Command::new("kill").args(["-TERM", &watching.id().to_string()]).status().unwrap();

@@ -173,7 +173,7 @@ impl<'a> Near<'a> {
         let doubt = 10.0 * off / squared.sqrt();
         // Squares underflow before d does.
         if squared < f64::MIN_POSITIVE / f64::EPSILON || doubt >= 0.5 {
-            return Ok(!self.is_reached(leaves) && differs(&self.f, &along(0.5)?)?);
+            return Ok(!self.is_reached(leaves) && along(0.5).is_ok_and(|far| differs(&self.f, &far).unwrap_or(false)));
         }
         let wanted: Vec<Tensor> = leaves.iter().map(|(leaf, _)| (*leaf).clone()).collect();
         let pulled = vjp::vjp(self.f.tensors(), &d, &wanted)?;

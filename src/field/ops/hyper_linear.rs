@@ -8,7 +8,9 @@ use super::linear::{Linear, affine, linear};
 use super::mlp::Mlp;
 use super::sequential::Timed;
 use crate::Time;
+use crate::error::OdeError;
 use crate::field::Tangent;
+use crate::field::session::Session;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -48,14 +50,19 @@ pub struct HyperLinear {
 /// # Errors
 /// A size of 0; whatever the `VarBuilder` reports.
 pub fn hyper_linear(input: usize, output: usize, hidden: &[usize], vb: VarBuilder) -> Result<HyperLinear> {
-    let sizes: Vec<usize> = [1].into_iter().chain(hidden.iter().copied()).chain([(input + 1) * output]).collect();
+    let Some(made) = input.checked_add(1).and_then(|columns| columns.checked_mul(output)).filter(|_| input > 0) else {
+        let hint = "give the widths of x and y, neither of them 0";
+        let value = format!("{input} → {output}");
+        return Err(OdeError::Setting { setting: "hyper_linear sizes", value, hint }.into());
+    };
+    let sizes: Vec<usize> = [1].into_iter().chain(hidden.iter().copied()).chain([made]).collect();
     Ok(HyperLinear { hyper: Mlp::new(&sizes, Activation::Tanh, vb.pp("hyper"))?, input, output })
 }
 
 impl HyperLinear {
     /// W(t), `(output, input)`, and b(t), `(output)`, for x of this dtype.
     fn at(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let made = self.hyper.forward(&column(t, x)?)?.flatten_all()?;
+        let made = by_ops(|| self.hyper.forward(&column(t, x)?))?.flatten_all()?;
         let count = self.output * self.input;
         Ok((made.narrow(0, 0, count)?.reshape((self.output, self.input))?, made.narrow(0, count, self.output)?))
     }
@@ -85,7 +92,8 @@ impl HyperLinear {
 /// As [`HyperLinear`].
 #[derive(Clone, Debug)]
 pub struct ConcatSquashLinear {
-    layer: Linear,
+    weight: Tensor,
+    bias: Tensor,
     gate: Linear,
     shift: Tensor,
 }
@@ -97,30 +105,33 @@ pub struct ConcatSquashLinear {
 /// Whatever the `VarBuilder` reports.
 pub fn concat_squash_linear(input: usize, output: usize, vb: VarBuilder) -> Result<ConcatSquashLinear> {
     let shift = vb.get_with_hints((output, 1), "shift.weight", Init::Uniform { lo: -1.0, up: 1.0 })?;
-    Ok(ConcatSquashLinear {
-        layer: linear(input, output, vb.pp("layer"))?,
-        gate: linear(1, output, vb.pp("gate"))?,
-        shift,
-    })
+    let layer = vb.pp("layer");
+    let weight = layer.get_with_hints((output, input), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
+    let bound = 1.0 / (input as f64).sqrt();
+    let bias = layer.get_with_hints(output, "bias", Init::Uniform { lo: -bound, up: bound })?;
+    Ok(ConcatSquashLinear { weight, bias, gate: linear(1, output, vb.pp("gate"))?, shift })
 }
 
 impl ConcatSquashLinear {
     /// σ ∘ W, `(output, input)`, and σ ∘ b + t s, `(output)`, for x of this dtype.
     fn at(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let t = column(t, x)?;
-        let gate = sigmoid(&self.gate.forward(&t)?)?.flatten_all()?;
+        let gate = by_ops(|| sigmoid(&self.gate.forward(&t)?))?.flatten_all()?;
         let shift = self.shift.broadcast_mul(&t)?.flatten_all()?;
-        let bias = match self.layer.bias() {
-            Some(bias) => (bias * &gate)?.add(&shift)?,
-            None => shift,
-        };
-        Ok((self.layer.weight().broadcast_mul(&gate.unsqueeze(1)?)?, bias))
+        let bias = (&self.bias * &gate)?.add(&shift)?;
+        Ok((self.weight.broadcast_mul(&gate.unsqueeze(1)?)?, bias))
     }
 }
 
 /// The time as `(1, 1)` in the dtype of x.
 fn column(t: &Time, x: &Tensor) -> Result<Tensor> {
-    t.like(&x.flatten_all()?)?.reshape((1, 1))
+    t.like(x)?.reshape((1, 1))
+}
+
+/// Layers on the time alone, op by op: a chain rounds in other places, and there is one where f is evaluated, not where it is
+/// linearised.
+fn by_ops(run: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    Session::shut(run)
 }
 
 macro_rules! layer_of_time {
@@ -244,11 +255,8 @@ mod tests {
     fn in_half_precision_the_batch_is_summed_in_f32() {
         for dtype in [DType::F16, DType::BF16] {
             let layer = concat_squash_linear(3, 2, from(tensors(&SQUASH), dtype)).unwrap();
-            let bias = candle_core::Var::from_tensor(layer.layer.bias().unwrap()).unwrap();
-            let layer = ConcatSquashLinear {
-                layer: Linear::new(layer.layer.weight().clone(), Some(bias.as_tensor().clone())),
-                ..layer
-            };
+            let bias = candle_core::Var::from_tensor(&layer.bias).unwrap();
+            let layer = ConcatSquashLinear { bias: bias.as_tensor().clone(), ..layer };
             let t = Time::new(0.3, &Device::Cpu);
             let x = Tensor::ones((4096, 3), dtype, &Device::Cpu).unwrap();
             let grads = layer.forward_at(&t, &x).unwrap().backward().unwrap();

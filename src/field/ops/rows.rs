@@ -56,9 +56,9 @@ impl Code {
     /// A tensor that is neither F32 nor F64; a device that fails.
     pub(crate) fn encode(self, x: &Tensor) -> Result<(Tensor, Tensor, Finite)> {
         let (rows, width) = rows(x.shape());
-        if width == 0 {
+        if x.elem_count() == 0 {
             let zeros = |columns, dtype| Tensor::zeros((rows, columns), dtype, x.device());
-            return Ok((zeros(0, self.dtype())?, zeros(1, DType::F32)?, Finite::default()));
+            return Ok((zeros(self.columns(width), self.dtype())?, zeros(1, DType::F32)?, Finite::default()));
         }
         let x = x.detach().contiguous()?.reshape((rows, width))?;
         if !x.device().is_cpu() {

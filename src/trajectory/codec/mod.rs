@@ -122,8 +122,8 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// The dtype of most of an entry.
     fn dtype(&self) -> DType;
 
-    /// The largest number that it can encode, for an error to tell; that of the dtype by default.
+    /// The largest number that it can encode, for an error to tell; that of the dtype by default, of F32 where that is no float.
     fn largest(&self) -> f64 {
-        largest_finite(self.dtype())
+        largest_finite(if self.dtype().is_float() { self.dtype() } else { DType::F32 })
     }
 }

@@ -30,8 +30,10 @@ pub enum SecondLevel {
     /// during the steps that follow, and the one below an entry that is pulled back comes back meanwhile. That takes at most
     /// one entry more on the device than moves one after another, announced as the entry of the trajectory that it is. The
     /// memory of the host is not announced. Locking it is slow, so the [`Discrete`](crate::Discrete) and its clones keep
-    /// all they ever had on the host at once until the last of them is dropped: make one before the training loop, since a
-    /// fresh one each iteration gains nothing. Tensors that are not contiguous, and rare dtypes, are moved by Candle, the
+    /// all they ever had on the host at once, for each length of an entry, until the last of them is dropped: make one before
+    /// the training loop, since a fresh one each iteration gains nothing, and keep the batch's size. Open the device with
+    /// [`memory::cuda_device`](crate::memory::cuda_device): where Candle tracks events, a second stream makes every op wait
+    /// for them. Tensors that are not contiguous, and rare dtypes, are moved by Candle, the
     /// host waiting.
     Host,
     /// A file in this directory, for a solve alone: it has no name, and is gone when the solve is. Entries are written and
