@@ -39,7 +39,7 @@ use tracing_subscriber::registry::LookupSpan;
 /// let subscriber = tracing_subscriber::registry().with(layer); // .with(fmt::layer().with_filter(..)) …
 /// tracing::subscriber::with_default(subscriber, || tracing::info_span!("epoch").in_scope(|| vec![0u8; 1000]));
 /// let report = recording.finish()?;
-/// assert_eq!(report.spans[0].name, "epoch");
+/// assert_eq!(&*report.spans[0].name, "epoch");
 /// assert_eq!(report.environment.settings["batch"], 64);
 /// # Ok(())
 /// # }
