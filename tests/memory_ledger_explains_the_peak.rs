@@ -24,7 +24,11 @@ fn step(ode: &Ode, y0: &Tensor) {
 }
 
 /// One training step of a warm problem, recorded.
-fn report((sizes, batch, steps): (&'static [usize], usize, usize), precision: Precision) -> MemoryReport {
+fn report(
+    (sizes, batch, steps): (&'static [usize], usize, usize),
+    precision: Precision,
+    reconstructs: bool,
+) -> MemoryReport {
     let vars = VarMap::new();
     let build = move |vb| Mlp::new(sizes, Activation::Tanh, vb);
     let eval = |m: &Mlp, _: &Time, y: &Tensor| candle_nn::Module::forward(m, y);
@@ -32,6 +36,7 @@ fn report((sizes, batch, steps): (&'static [usize], usize, usize), precision: Pr
     fill(&vars, 1, 1.0);
     let y0 = variable(2, &[batch, sizes[0]], DType::F32);
     let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(steps).precision(precision);
+    let ode = if reconstructs { ode.solver(Reversible::new(Rk4)).adjoint(Reconstruct::default()) } else { ode };
     (0..3).for_each(|_| step(&ode, y0.as_tensor()));
     let recording = MemoryProfiler::new(&Device::Cpu).install().unwrap();
     step(&ode, y0.as_tensor());
@@ -42,11 +47,13 @@ fn report((sizes, batch, steps): (&'static [usize], usize, usize), precision: Pr
 #[test]
 fn the_parts_sum_to_the_meter_and_other_is_small() {
     for (name, problem) in [("M1", M1), ("M2", M2)] {
-        for precision in [Precision::F32, Precision::BF16, Precision::F16] {
-            let report = report(problem, precision);
+        let precisions = [Precision::F32, Precision::BF16, Precision::F16];
+        for (precision, reconstructs) in precisions.into_iter().flat_map(|it| [(it, false), (it, true)]) {
+            let report = report(problem, precision, reconstructs);
             let peak = report.at_peak.bytes;
             let above = peak.above_baseline();
-            println!("{name} {:?}: peak {above} bytes", precision.compute_dtype());
+            let adjoint = if reconstructs { "Reconstruct" } else { "Discrete" };
+            println!("{name} {:?} {adjoint}: peak {above} bytes", precision.compute_dtype());
             for (part, bytes) in peak.iter().filter(|(part, bytes)| *part != Part::Baseline && *bytes != 0) {
                 println!("  {:12} {bytes:9} {:6.2} %", part.name(), 100.0 * bytes as f64 / above as f64);
             }

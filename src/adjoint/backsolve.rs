@@ -173,8 +173,8 @@ impl Backsolved {
                 Some(state) => state,
                 None => zeros_like(&y, accumulate)?,
             };
-            let (before, pulled) = pass.step(done, &state, |stages, at, pullbacks| {
-                step(&self.back.tableau, stages, at, &y, &state, pullbacks)
+            let (before, pulled) = pass.step(done, state, |stages, at, lambda, pullbacks| {
+                step(&self.back.tableau, stages, at, &y, &lambda, pullbacks)
             })?;
             y = before;
             lambda.set(pulled);

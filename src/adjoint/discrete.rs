@@ -148,15 +148,15 @@ impl Recorded {
                         (None, None) => return illegal(index - 1, action, NOTHING_AT_HAND),
                     };
                     let Some(state) = lambda.take() else { continue };
-                    lambda.set(pass.step(n, &state, |stages, at, pullbacks| {
+                    lambda.set(pass.step(n, state, |stages, at, lambda, pullbacks| {
                         let y = match &mut from {
                             PulledFrom::Linearized(kept) => {
-                                return solver.pullback_linearized(stages, at, kept, &state, pullbacks);
+                                return solver.pullback_linearized(stages, at, kept, &lambda, pullbacks);
                             }
                             PulledFrom::State(y) => y.take()?,
                             PulledFrom::Kept(encoded) => encoded.state()?,
                         };
-                        solver.pullback(stages, at, y, &state, self.memory, pullbacks)
+                        solver.pullback(stages, at, y, &lambda, self.memory, pullbacks)
                     })?);
                     if pass.is_lost() {
                         return Ok(None);

@@ -14,9 +14,15 @@ pub(super) struct Lambda {
 }
 
 impl Lambda {
-    /// λ, given away: it is not ours while a step pulls it back.
+    /// λ, given away; its bytes stay announced until another takes its place.
     pub(super) fn take(&mut self) -> Option<State> {
         self.state.take()
+    }
+
+    /// The same, its bytes to be announced by whoever it is given to.
+    pub(super) fn give(&mut self) -> Option<State> {
+        self.owned = None;
+        self.take()
     }
 
     /// Adds the cotangent of an output to it.

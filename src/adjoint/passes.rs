@@ -216,13 +216,13 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Pulls `lambda` back through a step: `pull` is given the stages, the step and a place to take its cotangents to,
+    /// Pulls `lambda` back through a step: `pull` is given the stages, the step, λ and a place to take its cotangents to,
     /// and may be asked again with another scale.
     pub(crate) fn step<T>(
         &mut self,
         index: usize,
-        lambda: &State,
-        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+        lambda: State,
+        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, State, &mut Pullbacks<'_>) -> Result<T>,
     ) -> Result<T> {
         let passes = self.passes;
         let dtype = passes.dtype(index, self.widened);
@@ -230,14 +230,14 @@ impl Pass<'_, '_> {
         let _span =
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         let scale = match passes.scaling.rule {
-            _ if self.tries_again(index) => return self.dynamically(&at, lambda, &mut pull),
+            _ if self.tries_again(index) => return self.dynamically(&at, &lambda, pull),
             Rule::PerStep if dtype != DType::F64 && dtype != DType::F32 => {
                 StageScale::FromCotangent(self.powers.clone())
             }
             Rule::Static(s) => StageScale::Fixed(s),
             _ => StageScale::Fixed(1.0),
         };
-        self.flagged(&at, scale, &mut pull)
+        self.flagged(&at, scale, |stages, at, pullbacks| pull(stages, at, lambda, pullbacks))
     }
 
     /// As [`step`](Self::step), for a step that is not on the clock of the passes, and that may be thrown away: also says
@@ -245,7 +245,7 @@ impl Pass<'_, '_> {
     pub(crate) fn attempt<T>(
         &mut self,
         at: &StepAt<'_>,
-        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+        pull: impl FnOnce(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
     ) -> Result<(T, bool, Gradients)> {
         let _span =
             tracing::debug_span!(target: "candle_ode", "step", index = at.index as u64, t = at.t, h = at.h).entered();
@@ -257,7 +257,7 @@ impl Pass<'_, '_> {
             _ => StageScale::Fixed(1.0),
         };
         let mut of_step = self.passes.no_gradients();
-        let (pulled, finite, _) = self.pulled(at, scale, &mut of_step, &mut pull)?;
+        let (pulled, finite, _) = self.pulled(at, scale, &mut of_step, pull)?;
         let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
         let finite = Finite::read(&flags)?.into_iter().all(|ok| ok);
         Ok((pulled, finite, of_step))
@@ -273,9 +273,12 @@ impl Pass<'_, '_> {
         &mut self,
         at: &StepAt<'_>,
         lambda: &State,
-        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+        mut pull: impl FnMut(&Stages<'_>, &StepAt<'_>, State, &mut Pullbacks<'_>) -> Result<T>,
     ) -> Result<T> {
         let passes = self.passes;
+        let mut pull = |stages: &Stages<'_>, at: &StepAt<'_>, pullbacks: &mut Pullbacks<'_>| {
+            pull(stages, at, lambda.clone(), pullbacks)
+        };
         let size = largest(lambda)?;
         if !size.is_finite() || size == 0.0 && self.dynamic.is_none() {
             // No scale helps a cotangent that is not finite. A zero means that no output that the loss uses has been
@@ -289,7 +292,7 @@ impl Pass<'_, '_> {
         };
         for _ in 0..Dynamic::ATTEMPTS {
             let mut of_step = passes.no_gradients();
-            let (pulled, finite, times) = self.pulled(at, StageScale::Fixed(rule.scale), &mut of_step, pull)?;
+            let (pulled, finite, times) = self.pulled(at, StageScale::Fixed(rule.scale), &mut of_step, &mut pull)?;
             let flags: Vec<Finite> = finite.into_iter().map(|(_, finite)| finite).collect();
             if Finite::read(&flags)?.into_iter().all(|ok| ok) {
                 self.gradients.absorb(of_step)?;
@@ -312,7 +315,7 @@ impl Pass<'_, '_> {
         &mut self,
         at: &StepAt<'_>,
         scale: StageScale,
-        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+        pull: impl FnOnce(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
     ) -> Result<T> {
         let mut gradients = std::mem::take(&mut self.gradients);
         let pulled = self.pulled(at, scale, &mut gradients, pull);
@@ -329,7 +332,7 @@ impl Pass<'_, '_> {
         at: &StepAt<'_>,
         scale: StageScale,
         gradients: &mut Gradients,
-        pull: &mut impl FnMut(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
+        pull: impl FnOnce(&Stages<'_>, &StepAt<'_>, &mut Pullbacks<'_>) -> Result<T>,
     ) -> Result<Attempt<T>> {
         let passes = self.passes;
         let field = self.opened.get(at.dtype)?;

@@ -156,14 +156,14 @@ impl Reconstructed {
             if n == 0 {
                 break;
             }
-            let state = match lambda.take() {
+            let state = match lambda.give() {
                 Some(state) => state,
                 None => zeros_like(&carried, accumulate)?,
             };
             // What is carried is given away, unless the step may be undone once more.
             let mut given = pass.given(n - 1, carried);
-            let (before, pulled) = pass.step(n - 1, &state, |stages, at, pullbacks| {
-                reversal.undo(stages, at, given.take()?, &state, self.memory, pullbacks)
+            let (before, pulled) = pass.step(n - 1, state, |stages, at, lambda, pullbacks| {
+                reversal.undo(stages, at, given.take()?, lambda, self.memory, pullbacks)
             })?;
             carried = before;
             lambda.set(pulled);

@@ -15,14 +15,15 @@ use super::explicit::{
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{EstimatedStep, Slope, Solver, Step, Tableau};
 use crate::State;
+use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
 use crate::field::{Finite, sum};
 
 /// A solver whose steps can be undone: what [`Reconstruct`](crate::Reconstruct) goes backwards with.
 pub trait Reversal: Solver {
     /// What was carried at the start of a step and its cotangent, from what was carried at its end, `y`, and its
-    /// cotangent `lambda`. Linearises f once where value and pullback can share it. `y` is given away so that it can be
-    /// dropped on the way.
+    /// cotangent `lambda`. Linearises f once where value and pullback can share it. Both are given away so that they can
+    /// be dropped on the way; what is held of them and of the results is announced as long as the step lasts.
     ///
     /// # Errors
     /// Whatever the vector field reports, with its place.
@@ -31,7 +32,7 @@ pub trait Reversal: Solver {
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: State,
-        lambda: &State,
+        lambda: State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<(State, State)>;
@@ -163,7 +164,7 @@ impl<M: ExplicitRungeKutta> Reversible<M> {
         stages: &Stages<'_>,
         back: &StepAt<'_>,
         points: Points,
-        [y_bar, z_bar]: &[State; 2],
+        [y_bar, z_bar]: [&State; 2],
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
         let mus = pull(self.base.tableau(), stages, back, points, (-1.0, z_bar), pullbacks)?;
@@ -250,7 +251,7 @@ impl<M: ExplicitRungeKutta> Solver for Reversible<M> {
         let first = (memory == StageMemory::All).then_some(first);
         let points = Points::new(tableau, stages, &back, &ahead, memory)?;
         drop(ahead);
-        let star = self.pull_across(stages, &back, points, &bars, pullbacks)?;
+        let star = self.pull_across(stages, &back, points, bars.each_ref(), pullbacks)?;
         let points = match first {
             Some(points) => points,
             None => Points::new(tableau, stages, at, &z, memory)?,
@@ -266,25 +267,30 @@ impl<M: ExplicitRungeKutta> Reversal for Reversible<M> {
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: State,
-        lambda: &State,
+        lambda: State,
         memory: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<(State, State)> {
         let tableau = self.base.tableau();
-        let ([ahead, across], bars, back) = (split(&y), split(lambda), self.back(at));
-        drop(y);
+        let ([ahead, across], back) = (split(&y), self.back(at));
+        let [y_bar, z_bar] = split(&lambda).map(|bar| Slope::new(bar, Category::Cotangents));
+        drop((y, lambda));
         let points = Points::with_slopes(tableau, stages, &back, &ahead, memory)?;
         let z = self.across(stages, &back, &across, 1.0, points.slopes())?;
+        let _z = Owned::new(Category::Stages, z.held_bytes());
         drop(across);
-        let star = self.pull_across(stages, &back, points, &bars, pullbacks)?;
+        let star = self.pull_across(stages, &back, points, [y_bar.state(), z_bar.state()], pullbacks)?;
+        let star = Slope::new(star, Category::Cotangents);
+        drop(y_bar);
         let points = Points::with_slopes(tableau, stages, at, &z, memory)?;
         let (inverse, apart) = (1.0 / self.coupling, 1.0 / self.coupling - 1.0);
         let terms = [(apart, &ahead), (-apart, &z)].into_iter();
         let terms: Vec<_> = terms.chain(increment(tableau, at, -inverse, points.slopes())).collect();
         let y = sum(Some(&ahead), &terms, stages.accumulate())?;
+        let _y = Owned::new(Category::Stages, y.held_bytes());
         drop(terms);
         drop(ahead);
-        let lambda = self.pull_ahead(stages, at, points, &star, &bars[1], pullbacks)?;
+        let lambda = self.pull_ahead(stages, at, points, star.state(), z_bar.state(), pullbacks)?;
         Ok((joined([y, z]), lambda))
     }
 

@@ -10,7 +10,7 @@ use super::slope::Slope;
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::{Solver, Step};
 use crate::State;
-use crate::account::Category;
+use crate::account::{Category, Owned};
 use crate::error::Result;
 use crate::field::{Linearization, sum};
 
@@ -46,7 +46,7 @@ impl ReversibleHeun {
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         end: &dyn Linearization,
-        [y_bar, z_bar]: &[State; 2],
+        [y_bar, z_bar]: [&State; 2],
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
         let kappa = Slope::new(sum(None, &[(at.h / 2.0, y_bar)], stages.accumulate())?, Category::Cotangents);
@@ -132,7 +132,7 @@ impl Solver for ReversibleHeun {
         drop(y);
         let end = Self::linearize(stages, at, 1, &ahead)?;
         drop(ahead);
-        let star = Self::pull_end(stages, at, end.as_ref(), &bars, pullbacks)?;
+        let star = Self::pull_end(stages, at, end.as_ref(), bars.each_ref(), pullbacks)?;
         drop(end);
         let start = match start {
             Some(start) => start,
@@ -148,22 +148,27 @@ impl Reversal for ReversibleHeun {
         stages: &Stages<'_>,
         at: &StepAt<'_>,
         y: State,
-        lambda: &State,
+        lambda: State,
         _: StageMemory,
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<(State, State)> {
-        let ([ahead, across], bars) = (split(&y), split(lambda));
-        drop(y);
+        let [ahead, across] = split(&y);
+        let [y_bar, z_bar] = split(&lambda).map(|bar| Slope::new(bar, Category::Cotangents));
+        drop((y, lambda));
         let end = Self::linearize(stages, at, 1, &across)?;
         let z = Self::across(stages, -at.h, &ahead, &across, end.value())?;
+        let _z = Owned::new(Category::Stages, z.held_bytes());
         drop(across);
-        let star = Self::pull_end(stages, at, end.as_ref(), &bars, pullbacks)?;
+        let star = Self::pull_end(stages, at, end.as_ref(), [y_bar.state(), z_bar.state()], pullbacks)?;
+        let star = Slope::new(star, Category::Cotangents);
+        drop(z_bar);
         let of_end = Slope::new(end.value().clone(), Category::Stages);
         drop(end);
         let start = Self::linearize(stages, at, 0, &z)?;
         let y = Self::trapezoid(stages, -at.h, &ahead, [start.value(), of_end.state()])?;
+        let _y = Owned::new(Category::Stages, y.held_bytes());
         drop((ahead, of_end));
-        let lambda = Self::pull_start(stages, at, start.as_ref(), &bars[0], &star, pullbacks)?;
+        let lambda = Self::pull_start(stages, at, start.as_ref(), y_bar.state(), star.state(), pullbacks)?;
         Ok((joined([y, z]), lambda))
     }
 

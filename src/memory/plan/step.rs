@@ -73,25 +73,28 @@ impl Solve<'_> {
         lambda
     }
 
-    /// A step undone that has led to a coupled pair: the pair it started from, and its λ.
-    pub(super) fn undo(&mut self, pair: Vec<Ghost>) -> [[Ghost; 2]; 2] {
-        let _again = self.tries_again.then(|| pair.clone());
+    /// A step undone that has led to a coupled pair with the cotangents `bars`: the pair it started from, and its λ.
+    pub(super) fn undo(&mut self, pair: Vec<Ghost>, bars: Vec<Held>) -> [[Ghost; 2]; 2] {
+        let bars_again = || bars.iter().map(|(bar, _)| bar.clone()).collect::<Vec<_>>();
+        let _again = self.tries_again.then(|| (pair.clone(), bars_again()));
         let stages = self.tableau.stages();
         let points = self.points(stages);
         let z = self.state();
+        let _z = z.announce(Category::Stages, self.sizes.accumulate);
         // What y is found from is needed on.
         let ahead = pair.into_iter().next();
         let mus = self.pull_points(points);
-        let star = self.state();
+        let star = self.own_cotangent();
         drop(mus);
+        let z_bar = bars.into_iter().last();
         let points = self.points(stages);
         let y = self.state();
+        let _y = y.announce(Category::Stages, self.sizes.accumulate);
         drop(ahead);
         let mus = self.pull_points(points);
-        let z_bar = self.state();
-        let y_bar = self.state();
-        drop((mus, star));
-        [[y, z], [y_bar, z_bar]]
+        let bars = [self.state(), self.state()];
+        drop((mus, star, z_bar));
+        [[y, z], bars]
     }
 
     /// What is held of the stages: their linearisations, or the slopes below `end`.

@@ -44,7 +44,7 @@ impl<'a> Solve<'a> {
             if n == 0 {
                 break;
             }
-            let [states, bars] = self.undo(carried.take().unwrap_or_default());
+            let [states, bars] = self.undo(carried.take().unwrap_or_default(), std::mem::take(&mut lambda));
             self.settle();
             carried = Some(states.into());
             lambda = bars.map(|bar| self.cotangent(bar)).into();
