@@ -11,6 +11,7 @@ mod workers;
 use crate::State;
 use crate::adjoint::{Reverse, Reversed};
 use crate::error::{OdeError, Result};
+use crate::field::Fallback;
 use crate::forward::{Finished, Forward, Wanted};
 use crate::scaling::AdjointScaling;
 use crate::stats::Counters;
@@ -120,7 +121,8 @@ impl Tiles {
         let outputs = outputs.collect::<Result<Vec<_>>>()?;
         let back = wanted.map(|wanted| {
             let scalings = scalings.into_iter().flatten().collect();
-            Box::new(Tiled { tiles: self, backs, scaling: wanted.scaling, scalings }) as Box<dyn Reverse>
+            let casts = forward.casts.clone();
+            Box::new(Tiled { tiles: self, casts, backs, scaling: wanted.scaling, scalings }) as Box<dyn Reverse>
         });
         Ok((Finished { times, outputs, back }, counters))
     }
@@ -138,6 +140,7 @@ fn join(tiles: &[&State]) -> Result<State> {
 /// The backward passes over all tiles, as one.
 struct Tiled {
     tiles: Tiles,
+    casts: Arc<Fallback>,
     backs: Vec<Box<dyn Reverse>>,
     scaling: AdjointScaling,
     /// What overflows teach a tile reaches the others after the pass: the bits shall not depend on who was first.
@@ -147,6 +150,7 @@ struct Tiled {
 impl Reverse for Tiled {
     fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
         let folding = Folding::new(self.tiles.threads);
+        let _packed = self.casts.casts.pack_once();
         let starts = self.tiles.each(|n| {
             let turn = folding.turn();
             let own = cotangents.iter().map(|(at, state)| Ok((*at, self.tiles.of(state, n)?)));

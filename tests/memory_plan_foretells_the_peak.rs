@@ -40,7 +40,8 @@ fn convolution() -> (ModelField, Var) {
 fn train(ode: &Ode, y0: &Tensor) -> Solution {
     let solution = ode.solve(y0).unwrap();
     if solution.last().track_op() {
-        solution.last().sum_all().unwrap().backward().unwrap();
+        let sums = solution.states().iter().map(|state| state[0].sum_all().unwrap());
+        sums.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
     }
     solution
 }
@@ -161,6 +162,14 @@ fn planned_is_measured() {
             }
             for (name, solver, adjoint) in undone().into_iter().filter(|_| precision != Precision::BF16) {
                 cell(name, 16, ("nearly nothing", adjoint), solver(ode.clone()));
+            }
+            // Outputs in the middle: what comes after them is not walked back.
+            let middle = ode.clone().save_at(&[0.25, 0.5]);
+            for keeping in keepings.clone().into_iter().filter(|_| precision == Precision::F32) {
+                cell("RK4, the middle", 16, keeping, middle.clone().solver(Rk4));
+            }
+            for (name, solver, adjoint) in undone().into_iter().filter(|_| precision == Precision::F32) {
+                cell(name, 16, ("nearly nothing, the middle", adjoint), solver(middle.clone()));
             }
             // Tiles of 42 and 43 rows, of 2 and 3 images.
             let rows = if problem == "mlp" { 43 } else { 3 };

@@ -268,16 +268,19 @@ impl Casts {
         // What is linearised sees the parameters as they are now: a backward pass packs them anew.
         let packed = match linearises {
             false => self.packed.clone(),
-            true => {
-                let mut back = self.packed_back.lock().unwrap_or_else(PoisonError::into_inner);
-                back.upgrade().unwrap_or_else(|| {
-                    let fresh = Arc::default();
-                    *back = Arc::downgrade(&fresh);
-                    fresh
-                })
-            }
+            true => self.pack_once(),
         };
         Session::new(&self.leaves, packed, linearises)
+    }
+
+    /// As long as the answer lives, passes that linearise share what they pack.
+    pub(crate) fn pack_once(&self) -> Arc<PackedWeights> {
+        let mut back = self.packed_back.lock().unwrap_or_else(PoisonError::into_inner);
+        back.upgrade().unwrap_or_else(|| {
+            let fresh = Arc::default();
+            *back = Arc::downgrade(&fresh);
+            fresh
+        })
     }
 
     /// Bytes of the weights that the passes which linearise at this moment have packed.

@@ -15,6 +15,8 @@ impl Ode {
     /// The bytes that [`solve`](Self::solve) from `y0` and its backward pass will take, and how often the field will be
     /// called, without solving.
     ///
+    /// The loss is taken to use the states asked for by [`save_at`](Self::save_at), or the last if none was.
+    ///
     /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
     /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
     ///
@@ -55,15 +57,20 @@ impl Ode {
             self.check_linearizes(self.time_tensors.is_tracked(), keeping.levels.is_some())?;
         }
         let trainable = self.field.params().trainable(&self.inputs);
-        let mut outputs = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
-        outputs.push(grid.steps());
-        outputs.sort_unstable();
-        outputs.dedup();
+        let mut used = read.save_at.iter().map(|&t| grid.index_of(t)).collect::<Result<Vec<_>>>()?;
+        if used.is_empty() {
+            used.push(grid.steps());
+        }
+        used.sort_unstable();
+        used.dedup();
+        let ends = used.last() == Some(&grid.steps());
+        let outputs = used.iter().copied().chain((!ends).then(|| grid.steps())).collect();
         let planned = Planned {
             field: self.field.as_ref(),
             solver: self.solver.as_ref(),
             grid: &grid,
             outputs,
+            used,
             precision,
             scaling: self.scaling.clone().unwrap_or_else(|| AdjointScaling::default_for(precision.compute_dtype())),
             memory,

@@ -25,17 +25,20 @@ impl Solve<'_> {
         let model = self.open(true);
         let mut slots = if consume { std::mem::take(&mut walked.slots) } else { walked.slots.share() };
         let states = slots.states();
-        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| states.contains(n)).collect();
+        // Steps after the last output that the loss uses cost nothing.
+        let steps = outputs.last().copied().unwrap_or(0);
+        let kept: Vec<usize> = walked.scheduled.iter().copied().filter(|n| *n < steps && states.contains(n)).collect();
         let with_stages = schedule.slot() == Slot::Stages;
-        let last = if with_stages { self.steps } else { self.steps - 1 };
-        let mut linearized = if with_stages { slots.linearized(last) } else { None };
-        let is_at_last = last == 0 || if with_stages { linearized.is_some() } else { states.contains(&last) };
+        let last = if with_stages { steps.max(1) } else { steps.saturating_sub(1) };
+        let mut linearized = if with_stages && steps > 0 { slots.linearized(last) } else { None };
+        let is_at_last =
+            steps > 0 && (last == 0 || if with_stages { linearized.is_some() } else { states.contains(&last) });
         let mut at_hand = if is_at_last && !with_stages { self.restore(walked, &mut slots, last) } else { None };
         if !kept.contains(&last) {
             slots.drop_state(self, last);
         }
         let mut lambda: Option<Held> = None;
-        let actions = || schedule.reversal(&kept, self.steps, is_at_last);
+        let actions = || schedule.reversal(&kept, steps, is_at_last);
         // What is to be done, and the states that are held and scheduled, in both passes.
         let (_, to_do) = held(|| Ok(actions().count()))?;
         let numbers = walked.scheduled.len() + kept.len() + states.len();

@@ -164,6 +164,8 @@ pub(crate) struct Planned<'a> {
     pub(crate) grid: &'a TimeGrid,
     /// Grid points that are handed out, the last of them the end.
     pub(crate) outputs: Vec<usize>,
+    /// Those of them that the loss uses.
+    pub(crate) used: Vec<usize>,
     pub(crate) precision: Precision,
     pub(crate) scaling: AdjointScaling,
     pub(crate) memory: StageMemory,

@@ -44,6 +44,9 @@ impl<'a> Solve<'a> {
             if n == 0 {
                 break;
             }
+            if lambda.is_empty() {
+                lambda = vec![self.own_cotangent(), self.own_cotangent()];
+            }
             let [states, bars] = self.undo(carried.take().unwrap_or_default(), std::mem::take(&mut lambda));
             self.settle();
             carried = Some(states.into());
@@ -69,6 +72,7 @@ impl<'a> Solve<'a> {
                 lambda = Some(self.with_cotangent(lambda.as_ref(), &cotangents[at]));
             }
             for _ in 0..if n == 0 { 0 } else { way.substeps } {
+                let _zeros = lambda.is_none().then(|| self.state());
                 let [before, pulled] = self.step_back();
                 self.settle();
                 y = Some(before);

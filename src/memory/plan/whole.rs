@@ -93,7 +93,7 @@ impl Planned<'_> {
                 total.give(Part::Other, clock.host);
                 total.give(Part::Owned(Category::Scratch), clock.device);
             }
-            self.outputs.iter().for_each(|_| total.take(Part::Outside, handed));
+            self.used.iter().for_each(|_| total.take(Part::Outside, handed));
             if self.shares_packed() && !keeps.linearizes() {
                 total.take(Part::Owned(Category::Scratch), costs.layers.packed_back);
             }
@@ -185,12 +185,12 @@ impl Planned<'_> {
         let releases = std::mem::take(&mut walked.reached).into_iter().map(release).collect();
         let left = match (keeps, &self.adjoint) {
             (Keeps::Nothing, _) => (None, None),
-            (Keeps::States(schedule, consume), _) => solve.backward(&mut walked, &self.outputs, (schedule, consume))?,
+            (Keeps::States(schedule, consume), _) => solve.backward(&mut walked, &self.used, (schedule, consume))?,
             (_, PlannedAdjoint::Backwards(back)) => {
                 let way: Way<'_> = self.way(back, start.device(), costs.time)?;
-                solve.solve_backwards(&self.outputs, &way)
+                solve.solve_backwards(&self.used, &way)
             }
-            _ => solve.undo_all(&walked, &self.outputs),
+            _ => solve.undo_all(&walked, &self.used),
         };
         let backward = solve.heap.stretch();
         drop((left, beside));
@@ -207,9 +207,9 @@ impl Planned<'_> {
         }
     }
 
-    /// Whether several sessions that linearise live at once: they share what they have packed.
+    /// Whether several sessions that linearise share what they have packed: kept linearisations, or tiles.
     fn shares_packed(&self) -> bool {
-        self.keeps().linearizes() || self.tiles.as_ref().is_some_and(|tiles| tiles.on_threads() > 1)
+        self.keeps().linearizes() || self.tiles.is_some()
     }
 
     /// The states of a solve from `start`, in bytes.

@@ -11,9 +11,8 @@
 //! | dL/dw, added in place to the F32 sums | of x, kept from the forward pass | dL/dy |
 
 use super::super::chain::{AsStored, Compute, Order, Parameter, Widened, with_elements};
-use crate::field::ops::kernel::{
-    Epilogue, Held, Looks, Packed, View, ViewMut, Windows, add_column_sums, add_outer_windows, convolve, transpose,
-};
+use super::method::{Convolved, Method};
+use crate::field::ops::kernel::{Held, Looks, Packed, View, ViewMut, Windows, add_column_sums, transpose};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
@@ -80,16 +79,16 @@ impl Direct {
         if self.tracked { x.apply_op1(self) } else { x.apply_op1_no_bwd(&self) }
     }
 
-    fn value<C: Compute>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
+    fn value<C: Compute<Held: Convolved>>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
         let Sizes { images, inputs, outputs, result: [height, width], .. } = self.sizes;
         let x = C::held(&self.session, Order::Rows, x, images * inputs);
         let looks = self.sizes.looks::<C::Held>();
         let framed = self.sizes.framed(&self.session, x.view(), &looks);
         let packed = self.packed::<C::Held>(Side::Forward)?;
         let bias = self.bias.as_ref().map(|bias| bias.in_f32(&self.session)).transpose()?;
-        let epilogue = Epilogue { bias: bias.as_deref(), ..Epilogue::default() };
+        let method = self.sizes.method::<C::Held>();
         let value = self.planes::<C>([outputs, height * width], 1.0, |y| {
-            convolve(Windows::new(&framed, looks), &packed, &epilogue, y);
+            C::Held::convolve(method, &self.session, Windows::new(&framed, looks), &packed, bias.as_deref(), y);
         });
         if self.tracked {
             *self.framed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(framed));
@@ -98,7 +97,7 @@ impl Direct {
     }
 
     /// Adds dL/dw and dL/db to the open sums, and gives dL/dx.
-    fn pull<C: Compute>(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    fn pull<C: Compute<Held: Convolved>>(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let Sizes { images, inputs, outputs, size: [height, width], .. } = self.sizes;
         let framed = self.framed.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(framed) = framed.as_ref().and_then(|framed| framed.downcast_ref::<Matrix<C::Held>>()) else {
@@ -116,7 +115,8 @@ impl Direct {
         let spread = self.sizes.spread(&self.session, g.view(), &looks);
         let packed = self.packed::<C::Held>(Side::Backward)?;
         let dx = self.planes::<C>([inputs, height * width], scale, |dx| {
-            convolve(Windows::new(&spread, looks), &packed, &Epilogue::default(), dx);
+            let (method, windows) = (self.sizes.method::<C::Held>(), Windows::new(&spread, looks));
+            C::Held::convolve(method, &self.session, windows, &packed, None, dx);
         });
         Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
     }
@@ -141,7 +141,7 @@ impl Direct {
     }
 
     /// dw += gᵀ windows and db += Σ g, for those of the two that are tracked.
-    fn add_gradients<T: Tile>(&self, g: View<'_, T>, framed: &Matrix<T>) -> Result<()> {
+    fn add_gradients<T: Convolved>(&self, g: View<'_, T>, framed: &Matrix<T>) -> Result<()> {
         let tracked = |parameter: &&Parameter| parameter.is_tracked();
         let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
         if weight.is_none() && bias.is_none() {
@@ -160,7 +160,7 @@ impl Direct {
             dw.fill(0.0);
             let to = ViewMut::new(&mut dw, outputs, columns, columns);
             let windows = Windows::new(framed, looks);
-            T::spare(&self.session).with_scratch(|scratch| add_outer_windows(g, windows, to, scratch));
+            T::add_outer(self.sizes.method::<T>(), &self.session, g, windows, to);
             sink::add_in_place(&weight.leaf, |sum| {
                 for (sum, dw) in sum.chunks_exact_mut(inputs * taps).zip(dw.chunks_exact(columns)) {
                     for (channel, sum) in sum.chunks_exact_mut(taps).enumerate() {
@@ -173,25 +173,28 @@ impl Direct {
         bias.map_or(Ok(()), |bias| bias.add(&sums))
     }
 
-    /// w as the right-hand operand of the products on one side: by row and column of the kernel and by channel.
-    fn packed<T: Tile>(&self, side: Side) -> Result<Arc<Shared<T>>> {
+    /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by channel.
+    fn packed<T: Convolved>(&self, side: Side) -> Result<Arc<Shared<T>>> {
         let Sizes { inputs, outputs, .. } = self.sizes;
-        let (taps, slot) = (self.sizes.taps(), self.weight.slot);
+        let (taps, slot, method) = (self.sizes.taps(), self.weight.slot, self.sizes.method::<T>());
+        let points = method.points(taps);
         self.weight.with_floats(|w| {
             let at = |output: usize, input: usize, tap: usize| w((output * inputs + input) * taps + tap);
-            self.session.packed((slot, inputs, side), |side| match side {
+            // The same weight may be packed for both methods: the number of points tells them apart.
+            self.session.packed((slot, points * inputs, side), |side| match side {
                 Side::Forward => {
                     let channels = self.sizes.looks::<T>().channels;
-                    Packed::pack(taps * channels, outputs, |k, output| {
-                        let (tap, input) = (k / channels, k % channels);
-                        if input < inputs { at(output, input, tap) } else { 0.0 }
+                    Packed::pack(points * channels, outputs, |k, output| {
+                        let (point, input) = (k / channels, k % channels);
+                        if input < inputs { method.of_kernel(point, |tap| at(output, input, tap)) } else { 0.0 }
                     })
                 }
                 Side::Backward => {
                     let channels = self.sizes.looks_back::<T>().channels;
-                    Packed::pack(taps * channels, inputs, |k, input| {
-                        let (tap, output) = (k / channels, k % channels);
-                        if output < outputs { at(output, input, taps - 1 - tap) } else { 0.0 }
+                    Packed::pack(points * channels, inputs, |k, input| {
+                        let (point, output) = (k / channels, k % channels);
+                        let turned = |tap: usize| at(output, input, taps - 1 - tap);
+                        if output < outputs { method.of_kernel(point, turned) } else { 0.0 }
                     })
                 }
             })
@@ -200,6 +203,11 @@ impl Direct {
 }
 
 impl Sizes {
+    /// How products are made, on the way forward and on the way back.
+    fn method<T: Convolved>(&self) -> Method {
+        T::method(&self.looks::<T>(), self.outputs)
+    }
+
     /// Elements of the kernel in one channel.
     fn taps(&self) -> usize {
         self.kernel[0] * self.kernel[1]

@@ -7,6 +7,7 @@
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
 mod direct;
+mod method;
 
 use super::bias::add_bias;
 use super::cpu::wide_dtype;

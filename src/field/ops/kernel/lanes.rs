@@ -22,6 +22,7 @@ pub(crate) unsafe trait Lanes: Copy {
     /// The first `count` ≤ `WIDTH` lanes to memory.
     unsafe fn store_first(self, to: *mut f32, count: usize);
     unsafe fn plus(self, other: Self) -> Self;
+    unsafe fn minus(self, other: Self) -> Self;
     /// `self + a b`, fused where the CPU can.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     /// The sum of the lanes, halves first.
@@ -70,6 +71,10 @@ unsafe impl Lanes for Plain {
     #[inline(always)]
     unsafe fn plus(self, other: Self) -> Self {
         Self(std::array::from_fn(|n| self.0[n] + other.0[n]))
+    }
+    #[inline(always)]
+    unsafe fn minus(self, other: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n] - other.0[n]))
     }
     #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {

@@ -33,6 +33,7 @@ mod tile;
 mod transpose;
 mod view;
 mod windows;
+mod winograd;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -45,3 +46,4 @@ pub(crate) use packed::Packed;
 pub(crate) use transpose::transpose;
 pub(crate) use view::{View, ViewMut};
 pub(crate) use windows::{Looks, Windows};
+pub(crate) use winograd::{POINTS, add_outer_in_tiles, convolve_in_tiles, fits, of_kernel, space, space_of_sums};

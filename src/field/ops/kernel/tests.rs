@@ -2,6 +2,7 @@
 
 mod lanes;
 mod windows;
+mod winograd;
 
 use super::machine::Path;
 use super::multiply::multiply_on;

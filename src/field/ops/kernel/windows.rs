@@ -81,8 +81,13 @@ impl<'a, T: Held> Windows<'a, T> {
         Self { values, looks }
     }
 
-    pub(super) fn looks(&self) -> &Looks {
+    pub(crate) fn looks(&self) -> &Looks {
         &self.looks
+    }
+
+    /// The pixels of an image.
+    pub(super) fn image(&self, n: usize) -> &'a [T] {
+        &self.values[n * self.looks.image()..][..self.looks.image()]
     }
 }
 

@@ -49,6 +49,10 @@ unsafe impl Lanes for Eight {
         Self(unsafe { _mm256_add_ps(self.0, other.0) })
     }
     #[inline(always)]
+    unsafe fn minus(self, other: Self) -> Self {
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+    #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
@@ -109,6 +113,10 @@ unsafe impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn plus(self, other: Self) -> Self {
         Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn minus(self, other: Self) -> Self {
+        Self(unsafe { _mm512_sub_ps(self.0, other.0) })
     }
     #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
