@@ -46,7 +46,9 @@ fn report(
 
 #[test]
 fn the_parts_sum_to_the_meter_and_other_is_small() {
-    for (name, problem) in [("M1", M1), ("M2", M2)] {
+    // Unoptimised, M2 takes minutes; the optimised run is the one that counts.
+    let problems = if cfg!(debug_assertions) { vec![("M1", M1)] } else { vec![("M1", M1), ("M2", M2)] };
+    for (name, problem) in problems {
         let precisions = [Precision::F32, Precision::BF16, Precision::F16];
         for (precision, reconstructs) in precisions.into_iter().flat_map(|it| [(it, false), (it, true)]) {
             let report = report(problem, precision, reconstructs);

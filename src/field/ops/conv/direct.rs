@@ -1,6 +1,6 @@
 //! A convolution as one op of Candle's graph, on a tile of images and one thread.
 //!
-//! Inside a solve on the CPU, in F32, F16 and BF16. Pixels are turned channel by channel into a frame of zeros
+//! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering (`Method`). Pixels are turned channel by channel into a frame of zeros
 //! `(images, height, width, channels)`; the windows of a frame are then rows of a matrix that is never made, since the
 //! kernels find them where they lie:
 //!
@@ -249,7 +249,9 @@ impl Sizes {
         let Self { images, outputs, result: [height, width], .. } = *self;
         let filled = width.next_multiple_of(T::DEPTH);
         let mut pixels = T::spare(session).matrix(images * height * filled, outputs);
-        pixels.fill(T::default());
+        if filled != width {
+            pixels.fill(T::default());
+        }
         // Lines without gaps are one line.
         let (lines, width) = if filled == width { (1, height * width) } else { (height, width) };
         let filled = filled * height / lines;
