@@ -79,6 +79,11 @@ impl AdjointScaling {
         }
     }
 
+    /// Whether a step that overflows in `dtype` is tried again at once, with another scale.
+    pub(crate) fn tries_again(&self, dtype: DType) -> bool {
+        self.rule == Rule::Dynamic && dtype.size_in_bytes() < 4
+    }
+
     /// Powers of two that earlier overflows have taken off S.
     pub fn headroom(&self) -> i32 {
         self.headroom.load(Ordering::Relaxed)

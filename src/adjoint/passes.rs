@@ -201,7 +201,7 @@ impl Pass<'_, '_> {
 
     /// Whether step `index` may be pulled back again with another scale.
     fn tries_again(&self, index: usize) -> bool {
-        self.passes.scaling.rule == Rule::Dynamic && self.passes.dtype(index, self.widened).size_in_bytes() < 4
+        self.passes.scaling.tries_again(self.passes.dtype(index, self.widened))
     }
 
     /// `value` for step `index`, which is given it once or as often as it is tried.

@@ -79,6 +79,9 @@ struct Cost {
 impl Codecs {
     /// Prints the table as CSV, and leaves it in a folder with a plot if one is named.
     pub(super) fn run(&self) -> crate::failure::Result<()> {
+        if let Some(out) = &self.out {
+            std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
+        }
         let costs = self.costs()?;
         let mut csv = "T,N,f,codec,bytes per element and step,relative error\n".to_owned();
         for Cost { t, steps, f, codec, bytes, error } in &costs {
@@ -87,7 +90,6 @@ impl Codecs {
         }
         crate::print(csv.as_bytes())?;
         let Some(out) = &self.out else { return Ok(()) };
-        std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
         candle_ode::file::write_bytes_atomically(&out.join("codecs.csv"), csv.as_bytes())?;
         let axes = ["bytes kept per element and step", "relative error of the gradient"];
         log_log(&out.join("codecs.svg"), "What a kept byte buys", axes, &drawn(&costs))

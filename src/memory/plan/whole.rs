@@ -16,7 +16,6 @@ use crate::account::Category;
 use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
-use crate::scaling::Rule;
 use crate::solver::Clock;
 use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
 use candle_core::Shape;
@@ -165,7 +164,7 @@ impl Planned<'_> {
             counts: Counts::default(),
             sums: None,
             of_step: None,
-            tries_again: self.scaling.rule == Rule::Dynamic && self.precision.compute_dtype().size_in_bytes() < 4,
+            tries_again: self.scaling.tries_again(self.precision.compute_dtype()),
             session: Session::default(),
             packed_elsewhere: self.shares_packed(),
         };
