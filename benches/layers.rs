@@ -1,10 +1,11 @@
 //! What layers reach of a core, in F32 and BF16: the products of a solve over `ops::Mlp`, forward alone and with its
-//! gradient, beside the bare product of the `gemm` crate in the same run. `cargo bench --bench layers`
+//! gradient, beside the bare product of the `gemm` crate in the same run; and those of a convolution of 3 × 3, counted as
+//! if all were made, over images of even sides, where filtering makes fewer, and of odd ones. `cargo bench --bench layers`
 #![allow(missing_docs)]
 
 use candle_core::{DType, Device, Module, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Mlp};
+use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+use candle_ode::ops::{Activation, Mlp, conv2d};
 use candle_ode::prelude::*;
 use std::time::Instant;
 
@@ -19,6 +20,22 @@ fn seconds(mut run: impl FnMut()) -> f64 {
         start.elapsed().as_secs_f64()
     };
     std::iter::repeat_with(once).take(12).fold(f64::INFINITY, f64::min)
+}
+
+/// The rates of a convolution of as many channels as it has outputs, over 8 images.
+fn convolution(channels: usize, side: usize, precision: Precision) -> candle_ode::Result<[f64; 2]> {
+    const STEPS: usize = 8;
+    let (vars, config) = (VarMap::new(), Conv2dConfig { padding: 1, ..Default::default() });
+    let build = move |vb: VarBuilder<'static>| conv2d(channels, channels, 3, config, vb);
+    let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y))?.row_wise();
+    let start = Tensor::randn(0f32, 1.0, (8, channels, side, side), &Device::Cpu)?;
+    let y0 = Var::from_tensor(&start)?;
+    let ode = Ode::new(&field).solver(Euler).span(0.0, 1.0).steps(STEPS).precision(precision).threads(1);
+    let forward = ode.clone().no_grad();
+    let evaluated = seconds(|| drop(forward.solve(y0.as_tensor()).unwrap()));
+    let trained = seconds(|| drop(ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().unwrap()));
+    let flops = 1e-9 * (2 * 9 * channels * channels * 8 * side * side * STEPS) as f64;
+    Ok([flops / evaluated, 4.0 * flops / trained])
 }
 
 /// GFLOP/s of `products` products of a layer's size.
@@ -61,6 +78,15 @@ fn main() -> candle_ode::Result<()> {
                 rate(width, layers, evaluated),
                 rate(width, 4 * layers, trained),
             );
+        }
+    }
+    for channels in [16, 32, 64] {
+        for precision in [Precision::F32, Precision::BF16] {
+            println!("3 × 3 convolution of {channels} channels in {:?}:", precision.compute_dtype());
+            for side in [16, 17] {
+                let [evaluated, trained] = convolution(channels, side, precision)?;
+                println!("  {side} × {side}: forward {evaluated:.0} GFLOP/s, with its gradient {trained:.0} GFLOP/s");
+            }
         }
     }
     Ok(())

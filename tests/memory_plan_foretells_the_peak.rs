@@ -163,7 +163,7 @@ fn planned_is_measured() {
             for (name, solver, adjoint) in undone().into_iter().filter(|_| precision != Precision::BF16) {
                 cell(name, 16, ("nearly nothing", adjoint), solver(ode.clone()));
             }
-            // Outputs in the middle: what comes after them is not walked back.
+            // Outputs in the middle: `Discrete` does not walk back what comes after them.
             let middle = ode.clone().save_at(&[0.25, 0.5]);
             for keeping in keepings.clone().into_iter().filter(|_| precision == Precision::F32) {
                 cell("RK4, the middle", 16, keeping, middle.clone().solver(Rk4));

@@ -153,7 +153,8 @@ impl Discrete {
     /// of dL/dθ. The codec stays what it is, unless [`any_codec`](Self::any_codec) lets it
     /// go; a schedule or a tile that was asked for stay too.
     ///
-    /// The peak is that of [`Ode::plan`](crate::Ode::plan) (in tiles on several threads a bound of it); where the heap is not
+    /// The peak is that of [`Ode::plan`](crate::Ode::plan), which takes the loss to use the states that
+    /// [`save_at`](crate::Ode::save_at) asks for, or the last (in tiles on several threads a bound of it); where the heap is not
     /// counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On more
     /// threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number unless
     /// [`Ode::threads`](crate::Ode::threads) or a tile is given.

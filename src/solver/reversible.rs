@@ -23,7 +23,7 @@ use crate::field::{Finite, sum};
 pub trait Reversal: Solver {
     /// What was carried at the start of a step and its cotangent, from what was carried at its end, `y`, and its
     /// cotangent `lambda`. Linearises f once where value and pullback can share it. Both are given away so that they can
-    /// be dropped on the way; what is held of them is announced.
+    /// be dropped on the way. λ's bytes are no longer announced: whoever undoes the step announces what it holds of them.
     ///
     /// # Errors
     /// Whatever the vector field reports, with its place.

@@ -84,8 +84,9 @@ impl Solve<'_> {
         // What y is found from is needed on.
         let ahead = pair.into_iter().next();
         let mus = self.pull_points(points);
-        let star = self.own_cotangent();
+        let star = self.state();
         drop(mus);
+        let star = self.cotangent(star);
         let z_bar = bars.into_iter().last();
         let points = self.points(stages);
         let y = self.state();

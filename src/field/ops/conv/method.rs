@@ -1,8 +1,7 @@
 //! How a convolution is summed, and the kernels for each way.
 
 use crate::field::ops::kernel::{
-    Epilogue, Looks, POINTS, Packed, View, ViewMut, Windows, add_outer_in_tiles, add_outer_windows, convolve,
-    convolve_in_tiles, fits, of_kernel, space, space_of_sums,
+    Epilogue, Looks, Packed, View, ViewMut, Windows, add_outer_windows, convolve, winograd,
 };
 use crate::field::session::{Session, Tile};
 use half::bf16;
@@ -17,14 +16,14 @@ pub(super) enum Method {
 }
 
 impl Method {
-    /// Channels that do not fill a vector.
-    const FEW: usize = 16;
+    /// Channels on both sides, and results in an image, from which on filtering is faster: it has more weights to read.
+    const ENOUGH: (usize, usize) = (16, 64);
 
     /// Rows of the packed kernel for each channel.
     pub(super) fn points(self, taps: usize) -> usize {
         match self {
             Self::Direct => taps,
-            Self::Filtered => POINTS,
+            Self::Filtered => winograd::POINTS,
         }
     }
 
@@ -32,31 +31,44 @@ impl Method {
     pub(super) fn of_kernel(self, point: usize, w: impl Fn(usize) -> f32) -> f32 {
         match self {
             Self::Direct => w(point),
-            Self::Filtered => of_kernel(point, w),
+            Self::Filtered => winograd::of_kernel(point, w),
         }
     }
 }
 
-/// Elements with kernels for convolutions. BF16 is convolved directly: the sums of pixels would have to be rounded.
+/// Elements with kernels for convolutions: what is provided is the direct one.
 pub(super) trait Convolved: Tile {
     /// The faster method for images that are looked at so.
-    fn method(looks: &Looks, outputs: usize) -> Method;
+    fn method(_: &Looks, _: usize) -> Method {
+        Method::Direct
+    }
+
     /// y = x ∗ w + b, w packed for the method.
     fn convolve(
-        method: Method,
-        session: &Session,
+        _: Method,
+        _: &Session,
         x: Windows<'_, Self>,
         w: &Packed<Self>,
         bias: Option<&[f32]>,
         out: ViewMut<'_, Self>,
-    );
+    ) {
+        convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out);
+    }
+
     /// dw += gᵀ x for dw `(outputs, taps · channels)`.
-    fn add_outer(method: Method, session: &Session, g: View<'_, Self>, x: Windows<'_, Self>, dw: ViewMut<'_, f32>);
+    fn add_outer(_: Method, session: &Session, g: View<'_, Self>, x: Windows<'_, Self>, dw: ViewMut<'_, f32>) {
+        Self::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch));
+    }
 }
+
+/// The sums of pixels that filtering multiplies would have to be rounded.
+impl Convolved for bf16 {}
 
 impl Convolved for f32 {
     fn method(looks: &Looks, outputs: usize) -> Method {
-        if fits(looks) && looks.channels.min(outputs) >= Method::FEW { Method::Filtered } else { Method::Direct }
+        let (channels, results) = Method::ENOUGH;
+        let is_large = looks.channels.min(outputs) >= channels && looks.windows[0] * looks.windows[1] >= results;
+        if is_large && winograd::fits(looks) { Method::Filtered } else { Method::Direct }
     }
 
     fn convolve(
@@ -70,8 +82,8 @@ impl Convolved for f32 {
         match method {
             Method::Direct => convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out),
             Method::Filtered => {
-                let mut space = Self::spare(session).matrix(1, space(x.looks().channels, w.columns()));
-                convolve_in_tiles(x, w, bias, out, &mut space);
+                let space = winograd::space(x.looks().channels, w.columns());
+                winograd::convolve_in_tiles(x, w, bias, out, &mut Self::spare(session).matrix(1, space));
             }
         }
     }
@@ -80,30 +92,9 @@ impl Convolved for f32 {
         match method {
             Method::Direct => Self::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch)),
             Method::Filtered => {
-                let mut space = Self::spare(session).matrix(1, space_of_sums(x.looks().channels, g.columns()));
-                add_outer_in_tiles(g, x, dw, &mut space);
+                let space = winograd::space_of_sums(x.looks().channels, g.columns());
+                winograd::add_outer_in_tiles(g, x, dw, &mut Self::spare(session).matrix(1, space));
             }
         }
-    }
-}
-
-impl Convolved for bf16 {
-    fn method(_: &Looks, _: usize) -> Method {
-        Method::Direct
-    }
-
-    fn convolve(
-        _: Method,
-        _: &Session,
-        x: Windows<'_, Self>,
-        w: &Packed<Self>,
-        bias: Option<&[f32]>,
-        out: ViewMut<'_, Self>,
-    ) {
-        convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out);
-    }
-
-    fn add_outer(_: Method, session: &Session, g: View<'_, Self>, x: Windows<'_, Self>, dw: ViewMut<'_, f32>) {
-        Self::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch));
     }
 }

@@ -3,10 +3,10 @@
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in / groups, k, k)`, b `(out)`. Dtypes: x and weight share one of F16,
 //! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over batch
 //! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included. Inside a solve
-//! on the CPU, kernels of ours do it ([`direct`]), except with dilation, groups or strides above 2. On CUDA value and
+//! on the CPU, kernels of ours do it ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
-mod direct;
+mod fused;
 mod method;
 
 use super::bias::add_bias;
@@ -17,7 +17,7 @@ use crate::Time;
 use crate::field::Tangent;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Module, Result, Shape, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
-use direct::Direct;
+use fused::Fused;
 
 /// A 2-d convolution: the twin of [`candle_nn::Conv2d`].
 ///
@@ -98,8 +98,8 @@ impl Conv2d {
 
 impl Module for Conv2d {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(direct) = Direct::new(x, &self.weight, self.bias.as_ref(), &self.config) {
-            return direct.run(x);
+        if let Some(fused) = Fused::new(x, &self.weight, self.bias.as_ref(), &self.config) {
+            return fused.run(x);
         }
         let y = self.convolve(x)?;
         match &self.bias {

@@ -12,6 +12,7 @@
 //! | [`add_outer`] | dW += gᵀ x | its pullback to W |
 //! | [`add_column_sums`] | db += Σ g | its pullback to b |
 //! | [`convolve`], [`add_outer_windows`] | the same with the windows of images for x | a convolution |
+//! | [`winograd`] | the same with fewer products | a convolution of 3 × 3 |
 //! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
 //!
 //! Tiles hold F32 or BF16 ([`Held`]); F16 is held in F32. Products of BF16 are
@@ -33,7 +34,7 @@ mod tile;
 mod transpose;
 mod view;
 mod windows;
-mod winograd;
+pub(crate) mod winograd;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -46,4 +47,3 @@ pub(crate) use packed::Packed;
 pub(crate) use transpose::transpose;
 pub(crate) use view::{View, ViewMut};
 pub(crate) use windows::{Looks, Windows};
-pub(crate) use winograd::{POINTS, add_outer_in_tiles, convolve_in_tiles, fits, of_kernel, space, space_of_sums};

@@ -1,6 +1,7 @@
 //! A convolution as one op of Candle's graph, on a tile of images and one thread.
 //!
-//! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering (`Method`). Pixels are turned channel by channel into a frame of zeros
+//! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering ([`Method`]). Pixels are turned
+//! channel by channel into a frame of zeros
 //! `(images, height, width, channels)`; the windows of a frame are then rows of a matrix that is never made, since the
 //! kernels find them where they lie:
 //!
@@ -23,7 +24,7 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A convolution of images of one size.
-pub(super) struct Direct {
+pub(super) struct Fused {
     session: Arc<Session>,
     weight: Parameter,
     bias: Option<Parameter>,
@@ -49,7 +50,7 @@ struct Sizes {
     padding: usize,
 }
 
-impl Direct {
+impl Fused {
     /// The convolution of `x`, if kernels of ours do it: inside a solve, on the CPU, in a dtype with kernels, with stride 1
     /// or 2, without dilation and groups.
     pub(super) fn new(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, config: &Conv2dConfig) -> Option<Self> {
@@ -203,7 +204,8 @@ impl Direct {
 }
 
 impl Sizes {
-    /// How products are made, on the way forward and on the way back.
+    /// How products are made, on the way forward and on the way back: with one pixel from window to window x and dL/dy
+    /// have even sides both, or neither, whatever their sizes.
     fn method<T: Convolved>(&self) -> Method {
         T::method(&self.looks::<T>(), self.outputs)
     }
@@ -290,7 +292,7 @@ fn multiply_by<T: Held>(values: &mut [T], factor: f32) {
     }
 }
 
-impl CustomOp1 for Direct {
+impl CustomOp1 for Fused {
     fn name(&self) -> &'static str {
         "conv2d"
     }
