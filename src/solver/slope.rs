@@ -1,10 +1,10 @@
-//! A slope that is held, with its bytes announced.
+//! A slope or a cotangent that is held, with its bytes announced.
 
 use crate::State;
 use crate::account::{Category, Owned};
 use std::sync::Arc;
 
-/// f at a stage (or a cotangent of it), whose bytes count as owned for as long as it or a clone lives.
+/// f at a stage, or a cotangent, whose bytes count as owned for as long as it or a clone lives.
 #[derive(Clone, Debug)]
 pub struct Slope {
     state: State,
