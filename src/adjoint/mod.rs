@@ -154,10 +154,10 @@ impl Discrete {
     /// go; a schedule or a tile that was asked for stay too.
     ///
     /// The peak is that of [`Ode::plan`](crate::Ode::plan), which takes the loss to use the states that
-    /// [`save_at`](crate::Ode::save_at) asks for, or the last (in tiles on several threads a bound of it); where the heap is not
-    /// counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On more
-    /// threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number unless
-    /// [`Ode::threads`](crate::Ode::threads) or a tile is given.
+    /// [`save_at`](crate::Ode::save_at) asks for, or the last; in tiles on several threads it is a bound. Where the heap is
+    /// not counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On
+    /// more threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number
+    /// unless [`Ode::threads`](crate::Ode::threads) or a tile is given.
     ///
     /// Adaptive steps and dense output have no plan, and no budget: give [`checkpoints`](Self::checkpoints) there.
     pub fn budget(mut self, bytes: u64) -> Self {

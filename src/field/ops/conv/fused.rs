@@ -1,9 +1,8 @@
 //! A convolution as one op of Candle's graph, on a tile of images and one thread.
 //!
 //! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering ([`Method`]). Pixels are turned
-//! channel by channel into a frame of zeros
-//! `(images, height, width, channels)`; the windows of a frame are then rows of a matrix that is never made, since the
-//! kernels find them where they lie:
+//! channel by channel into a frame of zeros `(images, height, width, channels)`; the windows of a frame are then rows of
+//! a matrix that is never made, since the kernels find them where they lie:
 //!
 //! | product | windows | by |
 //! |---|---|---|

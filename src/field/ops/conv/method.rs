@@ -52,12 +52,12 @@ pub(super) trait Convolved: Tile {
         bias: Option<&[f32]>,
         out: ViewMut<'_, Self>,
     ) {
-        convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out);
+        directly(x, w, bias, out);
     }
 
     /// dw += gᵀ x for dw `(outputs, taps · channels)`.
     fn add_outer(_: Method, session: &Session, g: View<'_, Self>, x: Windows<'_, Self>, dw: ViewMut<'_, f32>) {
-        Self::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch));
+        add_outer_directly(session, g, x, dw);
     }
 }
 
@@ -80,7 +80,7 @@ impl Convolved for f32 {
         out: ViewMut<'_, f32>,
     ) {
         match method {
-            Method::Direct => convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out),
+            Method::Direct => directly(x, w, bias, out),
             Method::Filtered => {
                 let space = winograd::space(x.looks().channels, w.columns());
                 winograd::convolve_in_tiles(x, w, bias, out, &mut Self::spare(session).matrix(1, space));
@@ -90,11 +90,19 @@ impl Convolved for f32 {
 
     fn add_outer(method: Method, session: &Session, g: View<'_, f32>, x: Windows<'_, f32>, dw: ViewMut<'_, f32>) {
         match method {
-            Method::Direct => Self::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch)),
+            Method::Direct => add_outer_directly(session, g, x, dw),
             Method::Filtered => {
                 let space = winograd::space_of_sums(x.looks().channels, g.columns());
                 winograd::add_outer_in_tiles(g, x, dw, &mut Self::spare(session).matrix(1, space));
             }
         }
     }
+}
+
+fn directly<T: Tile>(x: Windows<'_, T>, w: &Packed<T>, bias: Option<&[f32]>, out: ViewMut<'_, T>) {
+    convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out);
+}
+
+fn add_outer_directly<T: Tile>(session: &Session, g: View<'_, T>, x: Windows<'_, T>, dw: ViewMut<'_, f32>) {
+    T::spare(session).with_scratch(|scratch| add_outer_windows(g, x, dw, scratch));
 }
