@@ -11,7 +11,7 @@ mod workers;
 use crate::State;
 use crate::adjoint::{Reverse, Reversed};
 use crate::error::{OdeError, Result};
-use crate::field::Fallback;
+use crate::field::{Fallback, draw};
 use crate::forward::{Finished, Forward, Wanted};
 use crate::scaling::AdjointScaling;
 use crate::stats::Counters;
@@ -45,9 +45,11 @@ impl Tiles {
         state.tensors().iter().all(|x| x.dims().first() == Some(&rows)).then_some(rows)
     }
 
-    /// Rows of a tile where none are asked for; the same on every machine, since it decides the order of sums.
+    /// Rows of a tile where none are asked for; the same on every machine, since it decides the order of sums. Tiles are a
+    /// power of two, so that threads have as many each.
     pub(crate) fn default_rows(state: &State, batch: usize) -> usize {
-        (Self::ELEMENTS * batch / state.numel().max(1)).max(1)
+        let rows = (Self::ELEMENTS * batch / state.numel().max(1)).max(1);
+        batch.div_ceil(batch.div_ceil(rows).next_power_of_two()).max(1)
     }
 
     /// Threads that can run at once.
@@ -84,7 +86,7 @@ impl Tiles {
             let (index, first, rows) = (n as u64, start as u64, (end - start) as u64);
             let _span =
                 tracing::debug_span!(target: "candle_ode", parent: &solve, "tile", index, first, rows).entered();
-            job(n)
+            draw::from_row(start, || job(n))
         };
         workers::each(self.threads, self.count(), job).into_iter().collect()
     }
@@ -240,5 +242,9 @@ mod tests {
         assert_eq!(Tiles::default_rows(&state(&[1024, 64]), 1024), 128);
         assert_eq!(Tiles::default_rows(&state(&[16, 32, 16, 16]), 16), 1);
         assert_eq!(Tiles::default_rows(&state(&[4, 100_000]), 4), 1);
+        assert_eq!(Tiles::default_rows(&state(&[256, 65]), 256), 64);
+        assert_eq!(Tiles::default_rows(&state(&[5, 8192]), 5), 1);
+        assert_eq!(Tiles::default_rows(&state(&[5, 2]), 5), 5);
+        assert_eq!(Tiles::default_rows(&state(&[0, 2]), 0), 1);
     }
 }

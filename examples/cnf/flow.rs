@@ -109,6 +109,13 @@ impl Tangent for Velocity {
         }
     }
 
+    fn tangents(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Hyper(flow) => flow.tangents(t, z, v),
+            Self::Mlp(mlp) => mlp.tangents(t, z, v),
+        }
+    }
+
     fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
         match self {
             Self::Hyper(flow) => flow.trace(t, z),

@@ -6,7 +6,6 @@
 use crate::cli::{AdjointName, Config, PrecisionName, SolverName, TraceName};
 use crate::draws::{Purpose, draws};
 use crate::flow::{Velocity, base_nll};
-use crate::stop::Stop;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarMap;
 use candle_ode::field::divergence::{LogDensity, Trace};
@@ -14,7 +13,6 @@ use candle_ode::prelude::*;
 use candle_ode::{Result, optim};
 use rand::Rng;
 use rand_distr::StandardNormal;
-use std::ops::ControlFlow;
 
 /// Points that go through the flow together where nothing is trained.
 const CHUNK: usize = 2048;
@@ -55,7 +53,8 @@ impl Flow {
             device,
             move |vb| Ok(LogDensity::new(Velocity::new(dim, vb)?, trace)),
             |flow, t, state| flow.eval(t, state),
-        )?;
+        )?
+        .row_wise();
         let precision = match config.precision {
             PrecisionName::F32 => Precision::F32,
             PrecisionName::Bf16 => Precision::BF16,
@@ -89,21 +88,13 @@ impl Flow {
         self.precision
     }
 
-    /// The loss of a batch `(rows, dim)`; `None` if `stop` ended the solve before its time.
+    /// The loss of a batch `(rows, dim)`.
     ///
     /// # Errors
     /// Those of the solve.
-    pub fn loss(&self, values: &[f32], seed: u64, stop: &Stop) -> Result<Option<Loss>> {
-        let stop = stop.clone();
-        let watch = move |_: candle_ode::StepInfo<'_>| {
-            if stop.at_once() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        };
-        let ode = self.ode.clone().span(DATA, BASE).seed(seed).on_step(watch);
-        let solution = ode.solve(self.start(values)?)?;
-        if solution.end() != BASE {
-            return Ok(None);
-        }
-        Ok(Some(Loss { nll: nll(&solution)?.mean_all()?, solution }))
+    pub fn loss(&self, values: &[f32], seed: u64) -> Result<Loss> {
+        let solution = self.ode.clone().span(DATA, BASE).seed(seed).solve(self.start(values)?)?;
+        Ok(Loss { nll: nll(&solution)?.mean_all()?, solution })
     }
 
     /// −log p of every row of `values`, `(rows, dim)`, in nats and the model's coordinates.

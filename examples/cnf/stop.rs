@@ -1,4 +1,4 @@
-//! Ctrl-C: the run ends at the next step of a solve, saves and says so. A second one ends it at once.
+//! Ctrl-C: the run ends after the iteration at hand, saves and says so. A second one ends it at once.
 
 use candle_ode::{OdeError, Result};
 use std::sync::Arc;
@@ -39,10 +39,5 @@ impl Stop {
     /// Whether a run with that many iterations behind it stops here.
     pub fn reached(&self, iteration: u64) -> bool {
         iteration >= self.0.load(Ordering::SeqCst)
-    }
-
-    /// Whether to stop in the middle of an iteration, which then counts for nothing.
-    pub fn at_once(&self) -> bool {
-        self.reached(0)
     }
 }

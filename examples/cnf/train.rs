@@ -114,11 +114,11 @@ impl Run {
         outcome: &mut Outcome,
     ) -> Result<()> {
         while self.iteration < self.config.iters {
-            let step = if stop.reached(self.iteration) { None } else { self.step(stop, outcome)? };
-            let Some(mut row) = step else {
+            if stop.reached(self.iteration) {
                 outcome.stopped = true;
                 return Ok(());
-            };
+            }
+            let mut row = self.step(outcome)?;
             if self.iteration.is_multiple_of(PAUSE) || self.iteration == self.config.iters {
                 row.val_nll = Some(self.validate()?);
                 self.save(out)?;
@@ -129,13 +129,13 @@ impl Run {
         Ok(())
     }
 
-    /// One iteration: everything is as before unless all of it succeeds. `None` if it was stopped.
-    fn step(&mut self, stop: &Stop, outcome: &mut Outcome) -> Result<Option<Row>> {
+    /// One iteration: everything is as before unless all of it succeeds.
+    fn step(&mut self, outcome: &mut Outcome) -> Result<Row> {
         let iteration = self.iteration + 1;
         self.meter.reset_peak()?;
         let start = Instant::now();
         let batch = self.source.batch(self.config.seed, iteration, self.config.batch as usize);
-        let Some(loss) = self.flow.loss(&batch.values, self.solve_seed(iteration), stop)? else { return Ok(None) };
+        let loss = self.flow.loss(&batch.values, self.solve_seed(iteration))?;
         let train_nll = loss.nll.to_dtype(DType::F64)?.to_scalar::<f64>()? - batch.log_det;
         let forward_s = start.elapsed().as_secs_f64();
         if !train_nll.is_finite() {
@@ -164,16 +164,7 @@ impl Run {
         outcome.last = stats;
         let scale = (-f64::from(self.flow.scaling().headroom())).exp2();
         let val_nll = None;
-        Ok(Some(Row {
-            iter: iteration,
-            train_nll,
-            val_nll,
-            forward_s,
-            backward_s,
-            peak_bytes,
-            trajectory_bytes,
-            scale,
-        }))
+        Ok(Row { iter: iteration, train_nll, val_nll, forward_s, backward_s, peak_bytes, trajectory_bytes, scale })
     }
 
     /// Mean NLL of the validation points in the data's coordinates, by the flow in the precision of the run.
@@ -201,9 +192,7 @@ impl Run {
             profiler = profiler.set(name, value.clone());
         }
         let recording = profiler.span_limit(8192).install()?;
-        if let Some(loss) = self.flow.loss(&batch.values, self.solve_seed(iteration), &Stop::after(u64::MAX))? {
-            loss.nll.backward()?;
-        }
+        self.flow.loss(&batch.values, self.solve_seed(iteration))?.nll.backward()?;
         recording.finish()
     }
 

@@ -5,10 +5,10 @@
 //! solve.
 
 use super::Tangent;
-use super::draw::Stream;
+use super::draw::{Stream, first_row};
 use crate::error::OdeError;
 use crate::{State, Time};
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 /// How the trace of ∂f/∂y is found.
@@ -56,13 +56,14 @@ pub struct LogDensity<M> {
     model: M,
     trace: Trace,
     stream: Stream,
-    directions: Mutex<Option<Vec<Tensor>>>,
+    /// For the rows from that one on.
+    directions: Mutex<Option<(usize, Tensor)>>,
 }
 
 impl<M: Tangent> LogDensity<M> {
     /// `model` with its log-density.
     pub fn new(model: M, trace: Trace) -> Self {
-        Self { model, trace, stream: Stream::next(), directions: Mutex::new(None) }
+        Self { model, trace, stream: Stream::next().by_row(), directions: Mutex::new(None) }
     }
 
     /// (f(t, z), −tr ∂f/∂z) at a state (z, log p).
@@ -91,51 +92,41 @@ impl<M: Tangent> LogDensity<M> {
         {
             return Ok(known);
         }
-        let mut value = None;
-        let mut parts = vec![];
-        for (n, v) in self.directions(z)?.iter().enumerate() {
-            let (f, along) = self.model.tangent(t, z, v)?;
-            value.get_or_insert(f);
-            parts.push(match self.trace {
-                Trace::Exact => along.narrow(D::Minus1, n, 1)?,
-                _ => (along * v)?,
-            });
-        }
-        match value {
-            Some(f) => Ok((f, row_sum(&Tensor::cat(&parts, D::Minus1)?)?)),
-            None => candle_core::bail!("a log-density needs at least one dimension, z has shape {:?}", z.dims()),
-        }
+        let v = self.directions(z)?;
+        let (f, along) = self.model.tangents(t, z, &v)?;
+        let trace = row_sum(&(along * &v)?)?.sum(0)?.to_dtype(z.dtype())?;
+        Ok((f, trace))
     }
 
-    /// What to take tangents along: ε, or the unit vectors. Made once per shape, dtype and device.
-    fn directions(&self, z: &Tensor) -> Result<Vec<Tensor>> {
+    /// What to take tangents along, `(k, batch, dim)`: ε, or the unit vectors. Made once per shape, dtype and device.
+    fn directions(&self, z: &Tensor) -> Result<Tensor> {
         let mut kept = self.directions.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |v: &Tensor| v.dims() == z.dims() && v.dtype() == z.dtype() && v.device().same_device(z.device());
-        if let Some(known) = kept.as_ref().filter(|known| known.first().is_some_and(fits)) {
+        let like_z =
+            |v: &Tensor| v.dims()[1..] == *z.dims() && v.dtype() == z.dtype() && v.device().same_device(z.device());
+        let first = first_row();
+        if let Some((_, known)) = kept.as_ref().filter(|(from, v)| *from == first && like_z(v)) {
             return Ok(known.clone());
         }
         let (shape, dtype, device) = (z.shape(), z.dtype(), z.device());
         let made = match self.trace {
-            Trace::Gaussian => vec![self.stream.normal(shape, dtype, device)?],
-            Trace::Rademacher => vec![self.stream.rademacher(shape, dtype, device)?],
+            Trace::Gaussian => self.stream.normal(shape, dtype, device)?.unsqueeze(0)?,
+            Trace::Rademacher => self.stream.rademacher(shape, dtype, device)?.unsqueeze(0)?,
             Trace::Exact => {
                 let (batch, dim) = z.dims2()?;
-                let unit = |n: usize| {
-                    let unit: Vec<f32> = (0..dim).map(|m| if m == n { 1.0 } else { 0.0 }).collect();
-                    Tensor::new(unit, device)?.to_dtype(dtype)?.broadcast_as((batch, dim))?.contiguous()
-                };
-                (0..dim).map(unit).collect::<Result<_>>()?
+                if dim == 0 {
+                    candle_core::bail!("a log-density needs at least one dimension, z has shape {shape:?}")
+                }
+                let units: Vec<f32> = (0..dim * dim).map(|n| if n % (dim + 1) == 0 { 1.0 } else { 0.0 }).collect();
+                let units = Tensor::from_vec(units, (dim, 1, dim), device)?.to_dtype(dtype)?;
+                units.broadcast_as((dim, batch, dim))?.contiguous()?
             }
         };
-        Ok(kept.insert(made).clone())
+        Ok(kept.insert((first, made)).1.clone())
     }
 }
 
 /// The sum over the last dimension, in F32 for half dtypes.
 fn row_sum(x: &Tensor) -> Result<Tensor> {
-    use candle_core::DType::{BF16, F16, F32};
-    match x.dtype() {
-        half @ (F16 | BF16) => x.to_dtype(F32)?.sum(D::Minus1)?.to_dtype(half),
-        _ => x.sum(D::Minus1),
-    }
+    let wide = if matches!(x.dtype(), DType::F16 | DType::BF16) { DType::F32 } else { x.dtype() };
+    x.to_dtype(wide)?.sum(D::Minus1)
 }

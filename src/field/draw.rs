@@ -10,6 +10,7 @@ use std::cell::Cell;
 
 thread_local! {
     static SCOPE: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    static FIRST_ROW: Cell<usize> = const { Cell::new(0) };
 }
 
 /// One source of draws: the same stream always gives the same numbers.
@@ -17,6 +18,7 @@ thread_local! {
 pub struct Stream {
     seed: u64,
     index: u64,
+    by_row: bool,
 }
 
 impl Stream {
@@ -24,12 +26,18 @@ impl Stream {
     pub fn next() -> Self {
         let (seed, index) = SCOPE.get();
         SCOPE.set((seed, index + 1));
-        Self { seed, index }
+        Self { seed, index, by_row: false }
     }
 
     /// A stream of a seed of one's own.
     pub fn from_seed(seed: u64) -> Self {
-        Self { seed, index: 0 }
+        Self { seed, index: 0, by_row: false }
+    }
+
+    /// The same stream for tensors with a row for each of the batch (dimension 0): where a field sees a tile of the batch
+    /// alone, the draws are those of its rows, so that noise for each row makes no field less row-wise.
+    pub fn by_row(self) -> Self {
+        Self { by_row: true, ..self }
     }
 
     /// The generator, at its start.
@@ -39,12 +47,22 @@ impl Stream {
         rng
     }
 
+    /// The generator where the draws for a tensor of that shape begin, for so many words each.
+    fn rng_for(self, shape: &Shape, words: usize) -> ChaCha8Rng {
+        let mut rng = self.rng();
+        if self.by_row {
+            let row: usize = shape.dims().iter().skip(1).product();
+            rng.set_word_pos((FIRST_ROW.get() * row * words) as u128);
+        }
+        rng
+    }
+
     /// Signs: −1 or 1 with equal probability, exact in every dtype.
     ///
     /// # Errors
     /// When the device fails to hold them.
     pub fn rademacher(self, shape: &Shape, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut rng = self.rng();
+        let mut rng = self.rng_for(shape, 1);
         let signs = (0..shape.elem_count()).map(|_| if rng.random::<bool>() { 1.0_f32 } else { -1.0 });
         Tensor::from_iter(signs, device)?.reshape(shape)?.to_dtype(dtype)
     }
@@ -54,7 +72,7 @@ impl Stream {
     /// # Errors
     /// When the device fails to hold them.
     pub fn normal(self, shape: &Shape, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut rng = self.rng();
+        let mut rng = self.rng_for(shape, 4);
         let draws = (0..shape.elem_count()).map(|_| {
             let (u, v): (f64, f64) = (rng.random(), rng.random());
             (-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()
@@ -67,7 +85,7 @@ impl Stream {
     /// # Errors
     /// When the device fails to hold them.
     pub fn bernoulli(self, keep: f64, shape: &Shape, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut rng = self.rng();
+        let mut rng = self.rng_for(shape, 2);
         let draws = (0..shape.elem_count()).map(|_| if rng.random::<f64>() < keep { 1.0_f32 } else { 0.0 });
         Tensor::from_iter(draws, device)?.reshape(shape)?.to_dtype(dtype)
     }
@@ -85,5 +103,51 @@ struct Outer((u64, u64));
 impl Drop for Outer {
     fn drop(&mut self) {
         SCOPE.set(self.0);
+    }
+}
+
+/// Runs `pass` over rows of a batch of which the first is row `first`.
+pub(crate) fn from_row<T>(first: usize, pass: impl FnOnce() -> T) -> T {
+    let _before = Before(FIRST_ROW.replace(first));
+    pass()
+}
+
+/// The first row of those that this thread sees.
+pub(crate) fn first_row() -> usize {
+    FIRST_ROW.get()
+}
+
+/// The row before, put back however the pass ends.
+struct Before(usize);
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        FIRST_ROW.set(self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn by_row_a_part_of_the_batch_draws_what_the_whole_does() {
+        type Draw = fn(Stream, &Shape) -> Result<Tensor>;
+        let draws: [Draw; 3] = [
+            |stream, shape| stream.rademacher(shape, DType::F64, &Device::Cpu),
+            |stream, shape| stream.normal(shape, DType::F64, &Device::Cpu),
+            |stream, shape| stream.bernoulli(0.3, shape, DType::F64, &Device::Cpu),
+        ];
+        for draw in draws {
+            let values = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            for stream in [Stream::from_seed(7), seeded(3, || [Stream::next(), Stream::next()][1])] {
+                let whole = values(draw(stream.by_row(), &Shape::from((9, 5, 3))).unwrap());
+                assert_eq!(whole, values(draw(stream, &Shape::from((9, 5, 3))).unwrap()));
+                let part = |stream| from_row(4, || values(draw(stream, &Shape::from((3, 5, 3))).unwrap()));
+                assert_eq!(part(stream.by_row()), whole[4 * 15..7 * 15]);
+                assert_eq!(part(stream), whole[..3 * 15]);
+            }
+        }
+        assert_eq!(first_row(), 0);
     }
 }

@@ -39,6 +39,16 @@ pub trait Tangent {
     /// Whatever the ops report; [`OdeError::NoTangent`](crate::OdeError::NoTangent) from a part that has none.
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)>;
 
+    /// f(t, y) and ∂f/∂y · v for k directions at once: v is `(k, …)`, each `v[n]` of the shape of y, and so is what comes
+    /// out, with the shape of f(t, y). By default one direction after another; a field that shares the work between them
+    /// says so here.
+    ///
+    /// # Errors
+    /// As [`tangent`](Self::tangent); no direction.
+    fn tangents(&self, t: &Time, y: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        one_by_one(v, |v| self.tangent(t, y, v))
+    }
+
     /// (f(t, y), tr ∂f/∂y) with the trace per sample, shape `(batch,)`, for fields that know it in closed form.
     ///
     /// # Errors
@@ -46,6 +56,19 @@ pub trait Tangent {
     fn trace(&self, t: &Time, y: &Tensor) -> candle_core::Result<Option<(Tensor, Tensor)>> {
         let _ = (t, y);
         Ok(None)
+    }
+}
+
+/// f and the tangents along every `v[n]`, one after another.
+pub(crate) fn one_by_one(
+    v: &Tensor,
+    tangent: impl Fn(&Tensor) -> candle_core::Result<(Tensor, Tensor)>,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let (values, along): (Vec<_>, Vec<_>) =
+        (0..v.dim(0)?).map(|n| tangent(&v.get(n)?)).collect::<candle_core::Result<Vec<_>>>()?.into_iter().unzip();
+    match values.into_iter().next() {
+        Some(value) => Ok((value, Tensor::stack(&along, 0)?)),
+        None => candle_core::bail!("tangents along no direction: v has shape {:?}", v.shape()),
     }
 }
 

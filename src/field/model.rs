@@ -167,7 +167,8 @@ impl ModelField {
     ///
     /// On a CPU a solve then takes the batch in tiles of rows, each on a thread of its own and in that core's cache:
     /// see [`Ode::tile`](crate::Ode::tile); the model is built for each tile and pass. What couples rows (a batch norm, a
-    /// mean over the batch) or depends on their number (a dropout mask, noise) is found at the first evaluation and is
+    /// mean over the batch) or depends on their number (a dropout mask, noise that is not drawn
+    /// [`by_row`](draw::Stream::by_row)) is found at the first evaluation and is
     /// [`OdeError::NotRowWise`]; inputs with a row for each do not fit a tile.
     ///
     /// ```

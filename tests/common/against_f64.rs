@@ -1,6 +1,23 @@
 //! Fields in every precision against themselves in F64, where layers of `ops` run one by one.
 
 use super::*;
+use candle_ode::ops::Activation;
+
+/// All of them.
+pub const ACTIVATIONS: [Activation; 12] = [
+    Activation::Identity,
+    Activation::Tanh,
+    Activation::Sigmoid,
+    Activation::Softplus,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::Elu(1.0),
+    Activation::Elu(-0.5),
+    Activation::Sin,
+    Activation::Cos,
+    Activation::LogCosh,
+];
 
 pub type Gradients = BTreeMap<String, Tensor>;
 

@@ -59,15 +59,32 @@ impl Mlp {
         MlpBuilder { sizes: sizes.to_vec(), activation, in_time: false }
     }
 
-    fn run(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
-        let layers = self.layers.iter().enumerate().flat_map(|(n, layer)| {
+    fn layers(&self) -> impl Iterator<Item = &dyn Linked> {
+        self.layers.iter().enumerate().flat_map(|(n, layer)| {
             let layer: &dyn Linked = match layer {
                 Stage::Plain(layer) => layer,
                 Stage::InTime(layer) => layer,
             };
             (n > 0).then_some(&self.activation as &dyn Linked).into_iter().chain([layer])
-        });
-        chain::run(layers, t, x)
+        })
+    }
+
+    fn run(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
+        chain::run(self.layers(), t, x)
+    }
+
+    fn push(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (mut y, mut v) = (y.clone(), v.clone());
+        for (n, layer) in self.layers.iter().enumerate() {
+            if n > 0 {
+                (y, v) = self.activation.tangent(t, &y, &v)?;
+            }
+            (y, v) = match layer {
+                Stage::Plain(layer) => layer.tangent(t, &y, &v)?,
+                Stage::InTime(layer) => layer.tangent(t, &y, &v)?,
+            };
+        }
+        Ok((y, v))
     }
 }
 
@@ -112,19 +129,14 @@ impl Timed for Mlp {
     }
 }
 
+/// Inside a solve, with kernels of ours, all layers and all directions are one op.
 impl Tangent for Mlp {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (mut y, mut v) = (y.clone(), v.clone());
-        for (n, layer) in self.layers.iter().enumerate() {
-            if n > 0 {
-                (y, v) = self.activation.tangent(t, &y, &v)?;
-            }
-            (y, v) = match layer {
-                Stage::Plain(layer) => layer.tangent(t, &y, &v)?,
-                Stage::InTime(layer) => layer.tangent(t, &y, &v)?,
-            };
-        }
-        Ok((y, v))
+        chain::tangent(self.layers(), t, y, v, |v| self.push(t, y, v))
+    }
+
+    fn tangents(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        chain::tangents(self.layers(), t, y, v, |v| self.push(t, y, v))
     }
 }
 

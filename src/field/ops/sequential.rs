@@ -77,8 +77,16 @@ impl Sequential {
         self
     }
 
+    fn linked(&self) -> impl Iterator<Item = &dyn Linked> {
+        self.layers.iter().map(|layer| layer.as_linked())
+    }
+
     fn run(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
-        chain::run(self.layers.iter().map(|layer| layer.as_linked()), t, x)
+        chain::run(self.linked(), t, x)
+    }
+
+    fn push(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.layers.iter().try_fold((y.clone(), v.clone()), |(y, v), layer| layer.push(t, &y, &v))
     }
 }
 
@@ -101,9 +109,14 @@ impl Timed for Sequential {
     }
 }
 
+/// Inside a solve, with kernels of ours, linear layers and activations alone are one op, and so are all directions.
 impl Tangent for Sequential {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.layers.iter().try_fold((y.clone(), v.clone()), |(y, v), layer| layer.push(t, &y, &v))
+        chain::tangent(self.linked(), t, y, v, |v| self.push(t, y, v))
+    }
+
+    fn tangents(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        chain::tangents(self.linked(), t, y, v, |v| self.push(t, y, v))
     }
 }
 

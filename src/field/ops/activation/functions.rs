@@ -17,6 +17,12 @@ pub(super) trait Function: Copy + Send + Sync + 'static {
         self.slope(kept)
     }
 
+    /// f″(x) from the same.
+    #[inline(always)]
+    fn curvature_of_kept<R: Real>(self, kept: R) -> R {
+        self.curvature(kept)
+    }
+
     /// The derivative of order 0, 1 or 2.
     #[inline(always)]
     fn order<R: Real, const ORDER: u32>(self, x: R) -> R {
@@ -48,6 +54,11 @@ impl Function for Tanh {
     fn slope_of_kept<R: Real>(self, y: R) -> R {
         (R::ONE - y) * (R::ONE + y)
     }
+    /// −2 y (1 − y²)
+    #[inline(always)]
+    fn curvature_of_kept<R: Real>(self, y: R) -> R {
+        R::of(-2.0) * y * self.slope_of_kept(y)
+    }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
         R::of(-2.0) * self.value(x) * self.slope(x)
@@ -75,6 +86,11 @@ impl Function for Sigmoid {
     fn slope_of_kept<R: Real>(self, y: R) -> R {
         y * (R::ONE - y)
     }
+    /// y (1 − y) (1 − 2 y)
+    #[inline(always)]
+    fn curvature_of_kept<R: Real>(self, y: R) -> R {
+        self.slope_of_kept(y) * (R::ONE - R::of(2.0) * y)
+    }
     /// s (1 − s) (1 − 2 s), where 1 − 2 s = −tanh(x / 2)
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
@@ -98,6 +114,12 @@ impl Function for Softplus {
     #[inline(always)]
     fn slope_of_kept<R: Real>(self, y: R) -> R {
         -(-y).exp_m1_negative()
+    }
+    /// (1 − e⁻ʸ) e⁻ʸ
+    #[inline(always)]
+    fn curvature_of_kept<R: Real>(self, y: R) -> R {
+        let less = (-y).exp_m1_negative();
+        -less * (R::ONE + less)
     }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {
@@ -203,6 +225,11 @@ impl Function for Elu {
         } else {
             kept + alpha
         }
+    }
+    /// As f′ where that is not 1.
+    #[inline(always)]
+    fn curvature_of_kept<R: Real>(self, kept: R) -> R {
+        if kept > R::ZERO { R::ZERO } else { self.slope_of_kept(kept) }
     }
     #[inline(always)]
     fn curvature<R: Real>(self, x: R) -> R {

@@ -29,7 +29,7 @@ impl Activation {
     /// x ← f(x)
     pub(crate) fn value_in_place(self, x: &mut [f32]) {
         if self != Self::Identity {
-            with_function!(self, f => vectorised(InPlace::<_, false> { x, f }));
+            with_function!(self, f => vectorised(InPlace::<_, 0> { x, f }));
         }
     }
 
@@ -40,26 +40,35 @@ impl Activation {
 
     /// f′(x) in place of what [`keeps`](Self::keeps) says: of y = f(x), or of x.
     pub(crate) fn slope_in_place(self, kept: &mut [f32]) {
-        with_function!(self, f => vectorised(InPlace::<_, true> { x: kept, f }));
+        with_function!(self, f => vectorised(InPlace::<_, 1> { x: kept, f }));
+    }
+
+    /// f″(x) in place of what [`keeps`](Self::keeps) says.
+    pub(crate) fn curvature_in_place(self, kept: &mut [f32]) {
+        with_function!(self, f => vectorised(InPlace::<_, 2> { x: kept, f }));
     }
 }
 
-/// x ← f(x), or f′ in place of what is kept if `SLOPE`.
-struct InPlace<'a, F, const SLOPE: bool> {
+/// x ← f(x), or the derivative of that order in place of what is kept.
+struct InPlace<'a, F, const ORDER: u32> {
     x: &'a mut [f32],
     f: F,
 }
 
-impl<F: Function, const SLOPE: bool> InPlace<'_, F, SLOPE> {
+impl<F: Function, const ORDER: u32> InPlace<'_, F, ORDER> {
     #[inline(always)]
     fn apply(f: F, x: &mut [f32]) {
         for x in x {
-            *x = if SLOPE { f.slope_of_kept(*x) } else { f.value(*x) };
+            *x = match ORDER {
+                0 => f.value(*x),
+                1 => f.slope_of_kept(*x),
+                _ => f.curvature_of_kept(*x),
+            };
         }
     }
 }
 
-impl<F: Function, const SLOPE: bool> Kernel for InPlace<'_, F, SLOPE> {
+impl<F: Function, const ORDER: u32> Kernel for InPlace<'_, F, ORDER> {
     type Output = ();
 
     #[inline(always)]
@@ -70,7 +79,7 @@ impl<F: Function, const SLOPE: bool> Kernel for InPlace<'_, F, SLOPE> {
             let before = &mut before[..x.len()];
             before.copy_from_slice(x);
             Self::apply(self.f, x);
-            beyond_turns(before, x, quarters + u32::from(SLOPE));
+            beyond_turns(before, x, quarters + ORDER);
         }
     }
 }
@@ -95,7 +104,7 @@ impl<F: Function> Kernel for TimesSlope<'_, F> {
         for (out, kept) in out.chunks_mut(CHUNK).zip(kept.chunks(CHUNK)) {
             let slopes = &mut slopes[..kept.len()];
             slopes.copy_from_slice(kept);
-            InPlace::<_, true> { x: slopes, f }.run();
+            InPlace::<_, 1> { x: slopes, f }.run();
             out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
         }
     }

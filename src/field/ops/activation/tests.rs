@@ -70,7 +70,7 @@ fn f32_values_are_within_five_ulp() {
 }
 
 #[test]
-fn in_place_gives_the_values_of_the_ops_and_the_slopes_of_what_is_kept() {
+fn in_place_gives_the_values_of_the_ops_and_the_derivatives_of_what_is_kept() {
     let xs: Vec<f32> = (-3000..=3000).map(|n| n as f32 * 4e-3).chain([0.0, -0.0, 1e-40, 1e30, -1e30, 2e6]).collect();
     let x = Tensor::new(xs.as_slice(), &Device::Cpu).unwrap();
     for activation in ALL.into_iter().chain([Activation::Elu(-0.5), Activation::Elu(0.0)]) {
@@ -82,10 +82,18 @@ fn in_place_gives_the_values_of_the_ops_and_the_slopes_of_what_is_kept() {
             Keeps::Nothing | Keeps::Value => y,
             Keeps::Input => xs.clone(),
         };
+        let mut curvatures = slopes.clone();
         activation.slope_in_place(&mut slopes);
         let exact = activation.derivative(&x).unwrap().to_vec1::<f32>().unwrap();
         for ((x, slope), exact) in xs.iter().zip(slopes).zip(exact) {
             assert!((slope - exact).abs() <= 3e-7, "{activation:?}′({x}) = {slope}, not {exact}");
+        }
+        if activation.keeps() != Keeps::Nothing {
+            activation.curvature_in_place(&mut curvatures);
+            let exact = super::scaled(activation, 2, &x, &[]).unwrap().to_vec1::<f32>().unwrap();
+            for ((x, curvature), exact) in xs.iter().zip(curvatures).zip(exact) {
+                assert!((curvature - exact).abs() <= 6e-7, "{activation:?}″({x}) = {curvature}, not {exact}");
+            }
         }
     }
 }

@@ -31,6 +31,34 @@ pub(in crate::field::ops) trait Compute {
     }
 }
 
+/// Runs `$body` with `$compute` standing for the compute dtype of tensors in `$dtype`. Tiles hold BF16 as it is where
+/// layers are wide.
+macro_rules! with_compute {
+    ($dtype:expr, $is_narrow:expr, $compute:ident => $body:expr) => {{
+        use crate::field::ops::chain::{AsStored, Widened};
+        match ($dtype, $is_narrow) {
+            (candle_core::DType::F32, _) => {
+                type $compute = AsStored<f32>;
+                $body
+            }
+            (candle_core::DType::F16, _) => {
+                type $compute = Widened<half::f16>;
+                $body
+            }
+            (candle_core::DType::BF16, true) => {
+                type $compute = Widened<half::bf16>;
+                $body
+            }
+            (candle_core::DType::BF16, false) => {
+                type $compute = AsStored<half::bf16>;
+                $body
+            }
+            (other, _) => Err(candle_core::Error::Msg(format!("no kernels for {other:?}"))),
+        }
+    }};
+}
+pub(in crate::field::ops) use with_compute;
+
 /// A tile that may lie elsewhere.
 pub(in crate::field::ops) enum Input<'a, T> {
     There(View<'a, T>),

@@ -6,6 +6,7 @@
 //! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer, unless the
 //! layers are narrow.
 
+mod along;
 mod compute;
 mod order;
 mod parameter;
@@ -15,13 +16,13 @@ use super::Activation;
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use pass::{Saved, Saves};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub(super) use compute::{AsStored, Compute, Widened};
+pub(super) use along::{tangent, tangents};
+pub(super) use compute::{AsStored, Compute, Widened, with_compute};
 pub(super) use order::Order;
 pub(super) use parameter::{Parameter, with_elements};
 
@@ -175,12 +176,7 @@ impl Layers {
     /// dL/dx; `x` is asked for unless all has been saved.
     fn pull_from(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
         let cotangent = cotangent.contiguous()?;
-        match value.dtype() {
-            DType::F16 => self.pull_in::<Widened<f16>>(x, value, &cotangent),
-            DType::BF16 if self.is_narrow => self.pull_in::<Widened<bf16>>(x, value, &cotangent),
-            DType::BF16 => self.pull_in::<AsStored<bf16>>(x, value, &cotangent),
-            _ => self.pull_in::<AsStored<f32>>(x, value, &cotangent),
-        }
+        with_compute!(value.dtype(), self.is_narrow, C => self.pull_in::<C>(x, value, &cotangent))
     }
 
     fn pull_in<C: Compute>(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
@@ -206,13 +202,10 @@ impl CustomOp1 for Layers {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
-        match x {
-            CpuStorage::F32(x) => self.value::<AsStored<f32>>(&x[from..to], layout.shape()),
-            CpuStorage::F16(x) => self.value::<Widened<f16>>(&x[from..to], layout.shape()),
-            CpuStorage::BF16(x) if self.is_narrow => self.value::<Widened<bf16>>(&x[from..to], layout.shape()),
-            CpuStorage::BF16(x) => self.value::<AsStored<bf16>>(&x[from..to], layout.shape()),
-            other => bail!("no kernels for {:?}", other.dtype()),
-        }
+        with_compute!(x.dtype(), self.is_narrow, C => {
+            let x = <C as Compute>::Stored::cpu_storage_as_slice(x)?;
+            self.value::<C>(&x[from..to], layout.shape())
+        })
     }
 }
 

@@ -137,7 +137,7 @@ fn back<C: Compute>(
     let rows = if order == Order::Rows { x.rows() } else { x.columns() };
     for (n, link) in links.iter().enumerate().skip(1).rev() {
         let input = saved.hidden[n - 1].view();
-        link.add_gradients(session, order, g.view(), input)?;
+        link.add_gradients(session, order, (g.view(), g.view()), input)?;
         let then = match kept(links, saved, n - 1, Some(input)) {
             Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
@@ -149,7 +149,7 @@ fn back<C: Compute>(
         g = out;
     }
     let first = &links[0];
-    first.add_gradients(session, order, g.view(), x)?;
+    first.add_gradients(session, order, (g.view(), g.view()), x)?;
     let packed = first.packed::<C::Held>(session, Side::Backward)?;
     Ok(C::stored(session, order, [rows, first.inputs], |out| {
         C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));
@@ -207,8 +207,14 @@ impl Link {
         Ok(Some(z))
     }
 
-    /// dW += gᵀ x and db += Σ g, for those of the two that are tracked.
-    fn add_gradients<T: Ordered>(&self, session: &Session, order: Order, g: View<'_, T>, x: View<'_, T>) -> Result<()> {
+    /// dW += gᵀ x and db += Σ g, for those of the two that are tracked; db of those rows of g that the bias was added to.
+    pub(super) fn add_gradients<T: Ordered>(
+        &self,
+        session: &Session,
+        order: Order,
+        (g, biased): (View<'_, T>, View<'_, T>),
+        x: View<'_, T>,
+    ) -> Result<()> {
         let tracked = |parameter: &&Parameter| parameter.is_tracked();
         let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
         if weight.is_none() && bias.is_none() {
@@ -216,7 +222,7 @@ impl Link {
         }
         let mut sums = f32::spare(session).matrix(1, self.outputs);
         sums.fill(0.0);
-        T::add_sums(order, g, &mut sums);
+        T::add_sums(order, biased, &mut sums);
         // A cotangent that is not finite shows in its sums.
         sink::note(sums.iter().all(|sum| sum.is_finite()));
         if let Some(weight) = weight {
@@ -236,7 +242,7 @@ impl Link {
     }
 
     /// W as the right-hand operand of the products on one side.
-    fn packed<T: Tile>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
+    pub(super) fn packed<T: Tile>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
         let Parameter { leaf, slot } = &self.weight;
         let key = (*slot, self.inputs, side);
         if let Some(packed) = session.seen(key) {
@@ -262,7 +268,7 @@ impl Link {
     }
 
     /// b + t w in F32, where w is the column beyond.
-    fn bias_in_f32(&self, session: &Session) -> Result<Option<Matrix<f32>>> {
+    pub(super) fn bias_in_f32(&self, session: &Session) -> Result<Option<Matrix<f32>>> {
         if self.bias.is_none() && self.beyond.is_none() {
             return Ok(None);
         }

@@ -10,15 +10,14 @@
 //! | dL/dx | of dL/dy, spread by the stride, in a frame of kernel − 1 − padding | w turned round, packed once per solve |
 //! | dL/dw, added in place to the F32 sums | of x, kept from the forward pass | dL/dy |
 
-use super::super::chain::{AsStored, Compute, Order, Parameter, Widened, with_elements};
+use super::super::chain::{Compute, Order, Parameter, with_compute, with_elements};
 use super::method::{Convolved, Method};
 use crate::field::ops::kernel::{Held, Looks, Packed, View, ViewMut, Windows, add_column_sums, transpose};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use candle_nn::Conv2dConfig;
-use half::{bf16, f16};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -298,20 +297,13 @@ impl CustomOp1 for Fused {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let Some((from, to)) = layout.contiguous_offsets() else { bail!("kernels of conv2d take a contiguous tensor") };
-        match x {
-            CpuStorage::F32(x) => self.value::<AsStored<f32>>(&x[from..to]),
-            CpuStorage::F16(x) => self.value::<Widened<f16>>(&x[from..to]),
-            CpuStorage::BF16(x) => self.value::<AsStored<bf16>>(&x[from..to]),
-            other => bail!("conv2d has no kernels for {:?}", other.dtype()),
-        }
+        with_compute!(x.dtype(), false, C => {
+            self.value::<C>(&<C as Compute>::Stored::cpu_storage_as_slice(x)?[from..to])
+        })
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.detach().contiguous()?;
-        match x.dtype() {
-            DType::F16 => self.pull::<Widened<f16>>(x, &grad),
-            DType::BF16 => self.pull::<AsStored<bf16>>(x, &grad),
-            _ => self.pull::<AsStored<f32>>(x, &grad),
-        }
+        with_compute!(x.dtype(), false, C => self.pull::<C>(x, &grad))
     }
 }

@@ -1,0 +1,346 @@
+//! A chain with its tangents: f(x) and J v for several directions v, as one op of Candle's graph.
+//!
+//! A tile holds x and, behind it, the directions, in blocks of as many rows; every product is made of all blocks at once.
+//! With z = x Wᵀ + b and ż = v Wᵀ a layer gives y = f(z) and ẏ = f′(z) ż for each direction, and pulls ȳ, ẏ̄ back by
+//!
+//! z̄ = f′(z) ȳ + f″(z) Σ ż ẏ̄,  ż̄ = f′(z) ẏ̄,  dW += z̄ᵀ x + Σ ż̄ᵀ v,  db += Σ z̄,  x̄ = z̄ W,  v̄ = ż̄ W
+
+use super::compute::{Compute, Input, with_compute};
+use super::order::{Order, Ordered};
+use super::{Chain, Link, Linked, with_elements};
+use crate::Time;
+use crate::field::one_by_one;
+use crate::field::ops::Activation;
+use crate::field::ops::activation::in_place::Keeps;
+use crate::field::ops::kernel::{Epilogue, Held, View, ViewMut};
+use crate::field::session::{Current, Matrix, Session, Side, Tile};
+use crate::field::sink;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The value of the layers at x and their tangents along v `(k, …)`, `(k, …)` too: as one op if they are one chain, else
+/// as `alone` makes them along each direction.
+pub(in crate::field::ops) fn tangents<'a>(
+    layers: impl IntoIterator<Item = &'a dyn Linked>,
+    t: &Time,
+    x: &Tensor,
+    v: &Tensor,
+    alone: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
+    match Along::new(layers, t, x, v) {
+        Some(along) => along.run(x, v),
+        None => one_by_one(v, alone),
+    }
+}
+
+/// [`tangents`] along a v of the shape of x.
+pub(in crate::field::ops) fn tangent<'a>(
+    layers: impl IntoIterator<Item = &'a dyn Linked>,
+    t: &Time,
+    x: &Tensor,
+    v: &Tensor,
+    alone: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
+    let one = v.unsqueeze(0)?;
+    match Along::new(layers, t, x, &one) {
+        Some(along) => along.run(x, &one).and_then(|(value, along)| Ok((value, along.squeeze(0)?))),
+        None => alone(v),
+    }
+}
+
+/// x and its directions.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    /// Of x, and of each direction.
+    rows: usize,
+    /// x and the directions.
+    blocks: usize,
+}
+
+impl Sizes {
+    /// Rows of a tile.
+    fn all(self) -> usize {
+        self.rows * self.blocks
+    }
+}
+
+struct Along {
+    session: Arc<Session>,
+    links: Vec<Link>,
+    is_narrow: bool,
+    sizes: Sizes,
+    tracked: bool,
+    /// What the pullback needs, a [`Passed`] for each layer; from the forward pass on.
+    passed: Mutex<Option<Box<dyn Any + Send + Sync>>>,
+}
+
+/// What the pullback of a layer needs.
+struct Passed<T> {
+    /// x and v.
+    input: Matrix<T>,
+    /// What f′ and f″ are functions of, and ż; nothing where nothing is activated.
+    activated: Option<Matrix<T>>,
+}
+
+impl Along {
+    /// The layers, if they are one chain that kernels of ours run with its tangents.
+    fn new<'a>(layers: impl IntoIterator<Item = &'a dyn Linked>, t: &Time, x: &Tensor, v: &Tensor) -> Option<Self> {
+        let fits = v.dtype() == x.dtype() && v.elem_count() > 0 && v.dims().get(1..) == Some(x.dims());
+        let mut chain = Chain::start(x).filter(|_| fits && x.device().is_cpu())?;
+        let links = layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain));
+        let Chain { current: Current { session, .. }, links } = Some(chain).filter(|_| links)?;
+        let sizes = Sizes { rows: x.elem_count() / links.first()?.inputs, blocks: 1 + v.dims()[0] };
+        let (is_narrow, tracked) = (Order::is_narrow(&links), x.track_op() || v.track_op());
+        Some(Self { session, links, is_narrow, sizes, tracked, passed: Mutex::default() })
+    }
+
+    fn run(self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (x, v, directions) = (x.contiguous()?, v.contiguous()?, self.sizes.blocks - 1);
+        let all = if self.tracked { x.apply_op2(&v, self) } else { x.apply_op2_no_bwd(&v, &self) }?;
+        Ok((all.get(0)?, all.narrow(0, 1, directions)?))
+    }
+
+    fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored]) -> Result<CpuStorage> {
+        let Self { session, links, sizes, .. } = self;
+        let order = Order::of(links, sizes.all());
+        let stored = [x, v].concat();
+        let mut input = C::held(session, order, &stored, sizes.all());
+        let Some((last, before)) = links.split_last() else { bail!("a chain of no layers") };
+        let mut passed = vec![];
+        for link in before {
+            let mut out = order.tile(session, sizes.all(), link.outputs);
+            let activated = link.push(session, order, *sizes, input.view(), &mut out)?;
+            let input = std::mem::replace(&mut input, Input::Here(out));
+            if self.tracked {
+                passed.push(Passed { input: input.own(session), activated });
+            }
+        }
+        let mut activated = Ok(None);
+        let value = C::stored(session, order, [sizes.all(), last.outputs], |out| {
+            activated = last.push(session, order, *sizes, input.view(), out);
+        });
+        let activated = activated?;
+        if self.tracked {
+            passed.push(Passed { input: input.own(session), activated });
+            *self.passed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(passed));
+        }
+        Ok(C::storage(value))
+    }
+
+    /// dL/dx and, if it is wanted, dL/dv, one behind the other.
+    fn pull<C: Compute>(&self, grad: &Tensor, of_directions: bool) -> Result<Vec<C::Stored>> {
+        let Self { session, links, sizes, .. } = self;
+        let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(passed) = passed.as_ref().and_then(|passed| passed.downcast_ref::<Vec<Passed<C::Held>>>()) else {
+            bail!("a chain pulls back what it has evaluated")
+        };
+        let (order, scale) = (Order::of(links, sizes.all()), sink::scale()?);
+        let mut g =
+            with_elements::<C::Stored, _>(grad, |grad| Ok(C::held(session, order, grad, sizes.all()).own(session)))?;
+        if scale != 1.0 {
+            g.iter_mut().for_each(|g| *g = C::Held::of(g.wide() / scale as f32));
+        }
+        for (n, (link, passed)) in links.iter().zip(passed).enumerate().rev() {
+            if let Some(activated) = &passed.activated {
+                pull_activated(link.then, order, *sizes, activated, &mut g);
+            }
+            let of_value = part(order, g.view(), 0..sizes.rows);
+            link.add_gradients(session, order, (g.view(), of_value), passed.input.view())?;
+            note_finite(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
+            if n > 0 {
+                let mut out = order.tile(session, sizes.all(), link.inputs);
+                let packed = link.packed::<C::Held>(session, Side::Backward)?;
+                let to = order.write(&mut out, sizes.all());
+                C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), to);
+                g = out;
+            }
+        }
+        let (first, wanted) = (&links[0], if of_directions { sizes.all() } else { sizes.rows });
+        let packed = first.packed::<C::Held>(session, Side::Backward)?;
+        Ok(C::stored(session, order, [wanted, first.inputs], |out| {
+            let g = part(order, g.view(), 0..wanted);
+            C::Held::multiply(order, g, &packed, &Epilogue::default(), order.write(out, wanted));
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
+            }
+        }))
+    }
+}
+
+impl CustomOp2 for Along {
+    fn name(&self) -> &'static str {
+        "layers-with-tangents"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, v: &CpuStorage, lv: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (Some((from, to)), Some((v_from, v_to))) = (lx.contiguous_offsets(), lv.contiguous_offsets()) else {
+            bail!("a chain takes contiguous tensors")
+        };
+        let mut dims = [&[self.sizes.blocks], lx.dims()].concat();
+        if let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) {
+            *last = link.outputs;
+        }
+        let value = with_compute!(x.dtype(), self.is_narrow, C => {
+            type Stored = <C as Compute>::Stored;
+            let (x, v) = (Stored::cpu_storage_as_slice(x)?, Stored::cpu_storage_as_slice(v)?);
+            self.value::<C>(&x[from..to], &v[v_from..v_to])
+        })?;
+        Ok((value, Shape::from(dims)))
+    }
+
+    fn bwd(&self, x: &Tensor, v: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.detach().contiguous()?;
+        with_compute!(x.dtype(), self.is_narrow, C => {
+            let mut pulled = self.pull::<C>(&grad, v.track_op())?;
+            let of_v = pulled.split_off(x.elem_count());
+            let of_v = v.track_op().then(|| Tensor::from_vec(of_v, v.shape(), v.device())).transpose()?;
+            let of_x = x.track_op().then(|| Tensor::from_vec(pulled, x.shape(), x.device())).transpose()?;
+            Ok((of_x, of_v))
+        })
+    }
+}
+
+impl Link {
+    /// y and ẏ; gives what their pullback needs.
+    fn push<T: Ordered>(
+        &self,
+        session: &Session,
+        order: Order,
+        sizes: Sizes,
+        x: View<'_, T>,
+        out: &mut [T],
+    ) -> Result<Option<Matrix<T>>> {
+        let packed = self.packed::<T>(session, Side::Forward)?;
+        let bias = self.bias_in_f32(session)?;
+        let multiply = |rows: Range<usize>, bias: Option<&[f32]>, to: &mut [T]| {
+            let (x, to) = (part(order, x, rows.clone()), part_mut(order, to, sizes.all(), rows));
+            T::multiply(order, x, &packed, &Epilogue { bias, ..Epilogue::default() }, to);
+        };
+        let multiply = |to: &mut [T]| {
+            multiply(0..sizes.rows, bias.as_deref(), to);
+            multiply(sizes.rows..sizes.all(), None, to);
+        };
+        if self.then == Activation::Identity {
+            multiply(out);
+            return Ok(None);
+        }
+        let mut z = order.tile(session, sizes.all(), self.outputs);
+        multiply(&mut z);
+        activate(self.then, order, sizes, &mut z, out);
+        Ok(Some(z))
+    }
+}
+
+/// Elements that are taken at a time, in F32.
+const CHUNK: usize = 256;
+
+/// Some elements of x; those of a direction are so many blocks behind.
+struct Piece {
+    at: Range<usize>,
+    /// From a block to the next.
+    apart: usize,
+}
+
+impl Piece {
+    fn of_direction(&self, n: usize) -> Range<usize> {
+        let behind = (1 + n) * self.apart;
+        self.at.start + behind..self.at.end + behind
+    }
+}
+
+/// The elements of a tile, piece by piece.
+fn pieces(order: Order, sizes: Sizes, elements: usize) -> impl Iterator<Item = Piece> {
+    let apart = match order {
+        Order::Rows => elements / sizes.blocks,
+        Order::Lanes => sizes.rows,
+    };
+    let line = apart * sizes.blocks;
+    (0..elements).step_by(line.max(1)).flat_map(move |first| {
+        (0..apart).step_by(CHUNK).map(move |at| Piece { at: first + at..first + apart.min(at + CHUNK), apart })
+    })
+}
+
+/// y = f(z) and ẏ = f′(z) ż; leaves in place of z what f′ is a function of.
+fn activate<T: Held>(then: Activation, order: Order, sizes: Sizes, z: &mut [T], out: &mut [T]) {
+    let (mut wide, mut slopes) = ([0.0; CHUNK], [0.0; CHUNK]);
+    for piece in pieces(order, sizes, z.len()) {
+        let (wide, slopes) = (&mut wide[..piece.at.len()], &mut slopes[..piece.at.len()]);
+        widen(&z[piece.at.clone()], wide);
+        then.value_in_place(wide);
+        narrow(wide, &mut out[piece.at.clone()]);
+        if then.keeps() == Keeps::Value {
+            z[piece.at.clone()].copy_from_slice(&out[piece.at.clone()]);
+        }
+        widen(&z[piece.at.clone()], slopes);
+        then.slope_in_place(slopes);
+        for n in 0..sizes.blocks - 1 {
+            let at = piece.of_direction(n);
+            for ((out, z), slope) in out[at.clone()].iter_mut().zip(&z[at]).zip(&*slopes) {
+                *out = T::of(slope * z.wide());
+            }
+        }
+    }
+}
+
+/// From ȳ and ẏ̄ to z̄ and ż̄, in place.
+fn pull_activated<T: Held>(then: Activation, order: Order, sizes: Sizes, z: &[T], g: &mut [T]) {
+    let (mut slopes, mut curvatures, mut sums) = ([0.0; CHUNK], [0.0; CHUNK], [0.0; CHUNK]);
+    for piece in pieces(order, sizes, z.len()) {
+        let count = piece.at.len();
+        let (slopes, curvatures, sums) = (&mut slopes[..count], &mut curvatures[..count], &mut sums[..count]);
+        widen(&z[piece.at.clone()], slopes);
+        curvatures.copy_from_slice(slopes);
+        then.slope_in_place(slopes);
+        then.curvature_in_place(curvatures);
+        sums.fill(0.0);
+        for n in 0..sizes.blocks - 1 {
+            let at = piece.of_direction(n);
+            for (((g, z), slope), sum) in g[at.clone()].iter_mut().zip(&z[at]).zip(&*slopes).zip(&mut *sums) {
+                *sum += z.wide() * g.wide();
+                *g = T::of(g.wide() * slope);
+            }
+        }
+        let factors = slopes.iter().zip(&*curvatures).zip(&*sums);
+        for (g, ((slope, curvature), sum)) in g[piece.at].iter_mut().zip(factors) {
+            *g = T::of(g.wide() * slope + curvature * sum);
+        }
+    }
+}
+
+fn widen<T: Held>(from: &[T], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
+}
+
+fn narrow<T: Held>(from: &[f32], to: &mut [T]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = T::of(*from));
+}
+
+/// Cotangents of directions are in no sum over the batch, where one that is not finite would show.
+fn note_finite<T: Ordered>(session: &Session, order: Order, g: View<'_, T>, features: usize) {
+    let mut sums = f32::spare(session).matrix(1, features);
+    sums.fill(0.0);
+    T::add_sums(order, g, &mut sums);
+    sink::note(sums.iter().all(|sum| sum.is_finite()));
+}
+
+/// Some rows of the batch in a tile.
+fn part<T>(order: Order, tile: View<'_, T>, rows: Range<usize>) -> View<'_, T> {
+    match order {
+        Order::Rows => tile.part(rows, 0..tile.columns()),
+        Order::Lanes => tile.part(0..tile.rows(), rows),
+    }
+}
+
+/// Some rows of the batch in a tile of so many, to be written.
+fn part_mut<T>(order: Order, tile: &mut [T], all: usize, rows: Range<usize>) -> ViewMut<'_, T> {
+    let features = tile.len() / all.max(1);
+    match order {
+        Order::Rows => {
+            ViewMut::new(&mut tile[rows.start * features..rows.end * features], rows.len(), features, features)
+        }
+        Order::Lanes => ViewMut::new(&mut tile[rows.start..], features, rows.len(), all),
+    }
+}
