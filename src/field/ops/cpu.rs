@@ -21,34 +21,80 @@ pub(super) trait Element: WithDType {
     fn widen(narrow: &[Self], wide: &mut [Self::Wide]);
     /// `narrow[i] = wide[i]`, rounded to nearest.
     fn narrow(wide: &[Self::Wide], narrow: &mut [Self]);
+    /// The same values: these, where they are wide, or `space`, as long as they are.
+    fn widened<'a>(narrow: &'a [Self], space: &'a mut [Self::Wide]) -> &'a [Self::Wide];
+    /// Lets `change` change the values, in `space` if they are not wide; rounded to nearest.
+    fn change(narrow: &mut [Self], space: &mut [Self::Wide], change: impl FnOnce(&mut [Self::Wide]));
+    /// Appends the values, rounded to nearest.
+    fn append(wide: &[Self::Wide], to: &mut Vec<Self>);
 }
 
-macro_rules! element {
-    ($element:ty, $wide:ty, $widen:expr, $narrow:expr) => {
+macro_rules! wide_element {
+    ($element:ty) => {
         impl Element for $element {
-            type Wide = $wide;
+            type Wide = $element;
 
             #[inline(always)]
-            fn widen(narrow: &[Self], wide: &mut [Self::Wide]) {
-                $widen(narrow, wide)
+            fn widen(narrow: &[Self], wide: &mut [Self]) {
+                wide.copy_from_slice(narrow);
             }
-
             #[inline(always)]
-            fn narrow(wide: &[Self::Wide], narrow: &mut [Self]) {
-                $narrow(wide, narrow)
+            fn narrow(wide: &[Self], narrow: &mut [Self]) {
+                narrow.copy_from_slice(wide);
+            }
+            #[inline(always)]
+            fn widened<'a>(narrow: &'a [Self], _: &'a mut [Self]) -> &'a [Self] {
+                narrow
+            }
+            #[inline(always)]
+            fn change(narrow: &mut [Self], _: &mut [Self], change: impl FnOnce(&mut [Self])) {
+                change(narrow);
+            }
+            #[inline(always)]
+            fn append(wide: &[Self], to: &mut Vec<Self>) {
+                to.extend_from_slice(wide);
             }
         }
     };
 }
+wide_element!(f32);
+wide_element!(f64);
 
-element!(f32, f32, |from: &[f32], to: &mut [f32]| to.copy_from_slice(from), |from: &[f32], to: &mut [f32]| to
-    .copy_from_slice(from));
-element!(f64, f64, |from: &[f64], to: &mut [f64]| to.copy_from_slice(from), |from: &[f64], to: &mut [f64]| to
-    .copy_from_slice(from));
-element!(f16, f32, |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [f16]| to
-    .convert_from_f32_slice(from));
-element!(bf16, f32, |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [bf16]| to
-    .convert_from_f32_slice(from));
+macro_rules! half_element {
+    ($element:ty) => {
+        impl Element for $element {
+            type Wide = f32;
+
+            #[inline(always)]
+            fn widen(narrow: &[Self], wide: &mut [f32]) {
+                narrow.convert_to_f32_slice(wide);
+            }
+            #[inline(always)]
+            fn narrow(wide: &[f32], narrow: &mut [Self]) {
+                narrow.convert_from_f32_slice(wide);
+            }
+            #[inline(always)]
+            fn widened<'a>(narrow: &'a [Self], space: &'a mut [f32]) -> &'a [f32] {
+                Self::widen(narrow, space);
+                space
+            }
+            #[inline(always)]
+            fn change(narrow: &mut [Self], space: &mut [f32], change: impl FnOnce(&mut [f32])) {
+                Self::widen(narrow, space);
+                change(space);
+                Self::narrow(space, narrow);
+            }
+            #[inline(always)]
+            fn append(wide: &[f32], to: &mut Vec<Self>) {
+                let before = to.len();
+                to.resize(before + wide.len(), <$element>::ZERO);
+                Self::narrow(wide, &mut to[before..]);
+            }
+        }
+    };
+}
+half_element!(f16);
+half_element!(bf16);
 
 /// The dtype that sums over a batch are made in.
 pub(super) fn wide_dtype(dtype: DType) -> DType {
@@ -161,7 +207,14 @@ pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
                 *lane += f(a, b);
             }
         }
-        total += lanes.into_iter().fold(rest, |sum, lane| sum + lane);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for n in 0..half {
+                lanes[n] += lanes[n + half];
+            }
+            half /= 2;
+        }
+        total += lanes[0] + rest;
     }
     total
 }
@@ -187,9 +240,7 @@ impl<T: Element> Kernel for ColumnSums<'_, T> {
         for rows in self.matrix.chunks(width * BLOCK) {
             block.fill(Real::ZERO);
             for row in rows.chunks(width) {
-                let wide = &mut wide[..row.len()];
-                T::widen(row, wide);
-                for (sum, &value) in block.iter_mut().zip(wide.iter()) {
+                for (sum, &value) in block.iter_mut().zip(T::widened(row, &mut wide[..row.len()])) {
                     *sum += value;
                 }
             }
@@ -231,12 +282,12 @@ impl<T: Element> Kernel for AddPattern<'_, T> {
         };
         for period in self.y.chunks_mut(pattern.len()) {
             for (y, pattern) in period.chunks_mut(CHUNK).zip(pattern.chunks(CHUNK)) {
-                let wide = &mut wide[..y.len()];
-                T::widen(y, wide);
-                for (value, &add) in wide.iter_mut().zip(pattern) {
-                    *value += add;
-                }
-                T::narrow(wide, y);
+                let count = y.len();
+                T::change(y, &mut wide[..count], |y| {
+                    for (value, &add) in y.iter_mut().zip(pattern) {
+                        *value += add;
+                    }
+                });
             }
         }
     }

@@ -17,8 +17,9 @@ use super::real::Real;
 use crate::Time;
 use crate::field::Tangent;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Module, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Result, Shape, Tensor};
 use functions::{Function, with_function};
+use in_place::Keeps;
 
 /// A scalar function applied to every element.
 ///
@@ -208,9 +209,29 @@ impl CustomOp1 for Apply {
 
     hand_over!(ready, 1);
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let order = differentiated(self.label(), self.order)?;
+        let of_value = self.order == 0 && self.activation.keeps() == Keeps::Value;
+        if of_value && x.dtype() == DType::F32 && x.device().is_cpu() {
+            // In F32 f′ is made of y = f(x) without another exponential.
+            return value.apply_op2_no_bwd(grad, &OfValue(self.activation)).map(Some);
+        }
         Ok(Some(scaled(self.activation, order, x, &[grad])?))
+    }
+}
+
+/// (y, g) ↦ f′ g, f′ of y = f(x).
+struct OfValue(Activation);
+
+impl CustomOp2 for OfValue {
+    fn name(&self) -> &'static str {
+        self.0.label()
+    }
+
+    fn cpu_fwd(&self, y: &CpuStorage, ly: &Layout, g: &CpuStorage, lg: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (y, mut g) = (dense::<f32>(y, ly)?, dense::<f32>(g, lg)?.into_owned());
+        self.0.times_slope(&y, &mut g);
+        Ok((CpuStorage::F32(g), ly.shape().clone()))
     }
 }
 
@@ -339,25 +360,21 @@ impl<T: Element, F: Function, const ORDER: u32> Kernel for Map<'_, T, F, ORDER> 
     #[inline(always)]
     fn run(self) -> Vec<T> {
         let (mut wide, mut y, mut factor) = ([T::Wide::ZERO; CHUNK], [T::Wide::ZERO; CHUNK], [T::Wide::ZERO; CHUNK]);
-        let mut narrow = [T::from_f64(0.0); CHUNK];
         let mut out = Vec::with_capacity(self.x.len());
         for (n, x) in self.x.chunks(CHUNK).enumerate() {
             let (start, len) = (n * CHUNK, x.len());
-            T::widen(x, &mut wide[..len]);
-            for (y, &x) in y.iter_mut().zip(&wide) {
+            let (x, y) = (T::widened(x, &mut wide[..len]), &mut y[..len]);
+            for (y, &x) in y.iter_mut().zip(x) {
                 *y = self.f.order::<_, ORDER>(x);
             }
             if let Some(quarters) = F::SINE {
-                beyond_turns(&wide[..len], &mut y[..len], quarters + ORDER);
+                beyond_turns(x, y, quarters + ORDER);
             }
             for by in self.by {
-                T::widen(&by[start..start + len], &mut factor[..len]);
-                for (y, &factor) in y.iter_mut().zip(&factor) {
-                    *y *= factor;
-                }
+                let factor = T::widened(&by[start..start + len], &mut factor[..len]);
+                y.iter_mut().zip(factor).for_each(|(y, &factor)| *y *= factor);
             }
-            T::narrow(&y[..len], &mut narrow[..len]);
-            out.extend_from_slice(&narrow[..len]);
+            T::append(y, &mut out);
         }
         out
     }
