@@ -32,9 +32,8 @@ impl Tiles {
     /// then fit in a core's own cache.
     const ELEMENTS: usize = 8192;
 
-    /// Tiles of at most `rows` rows of `start`, on `threads` threads. `None` if one holds it all.
-    pub(crate) fn new(batch: usize, rows: usize, threads: usize) -> Option<Self> {
-        let count = batch.div_ceil(rows.max(1));
+    /// So many tiles of a batch, on `threads` threads. `None` if one holds it all.
+    pub(crate) fn new(batch: usize, count: usize, threads: usize) -> Option<Self> {
         let tiles = (0..count).map(|n| batch * n / count..batch * (n + 1) / count).collect();
         (count > 1).then_some(Self { tiles, threads: threads.clamp(1, count) })
     }
@@ -45,11 +44,11 @@ impl Tiles {
         state.tensors().iter().all(|x| x.dims().first() == Some(&rows)).then_some(rows)
     }
 
-    /// Rows of a tile where none are asked for; the same on every machine, since it decides the order of sums. Tiles are a
-    /// power of two, so that threads have as many each.
-    pub(crate) fn default_rows(state: &State, batch: usize) -> usize {
+    /// How many tiles where no rows are asked for; the same on every machine, since it decides the order of sums. A power of
+    /// two, if there are so many rows: two threads, or four, then have as many each.
+    pub(crate) fn default_count(state: &State, batch: usize) -> usize {
         let rows = (Self::ELEMENTS * batch / state.numel().max(1)).max(1);
-        batch.div_ceil(batch.div_ceil(rows).next_power_of_two()).max(1)
+        batch.div_ceil(rows).next_power_of_two().min(batch)
     }
 
     /// Threads that can run at once.
@@ -191,26 +190,26 @@ impl Cut {
             let hint = "tiles need at least one thread";
             return Err(OdeError::Setting { setting: "threads", value: "0".into(), hint });
         }
-        let (batch, rows) = match (self.rows, batch) {
+        let (batch, count) = match (self.rows, batch) {
             (Some(0), _) => {
                 let hint = "a tile has at least one row";
                 return Err(OdeError::Setting { setting: "tile", value: "0".into(), hint });
             }
             (Some(usize::MAX), None) => return Ok(None),
             (Some(_), None) => return refuse("of a state whose tensors have no common rows", NO_TILE),
-            (Some(rows), Some(batch)) => (batch, rows),
-            (None, Some(batch)) if row_wise && on_cpu => (batch, Tiles::default_rows(start, batch)),
+            (Some(rows), Some(batch)) => (batch, batch.div_ceil(rows)),
+            (None, Some(batch)) if row_wise && on_cpu => (batch, Tiles::default_count(start, batch)),
             (None, _) => return Ok(None),
         };
-        if self.rows.is_some() && !row_wise && rows < batch {
+        if self.rows.is_some() && !row_wise && count > 1 {
             return refuse("of a field that is not declared row-wise", "declare it with .row_wise(), if it is");
         }
         match against {
-            Some(_) if self.rows.is_none() || rows >= batch => Ok(None),
+            Some(_) if self.rows.is_none() || count <= 1 => Ok(None),
             Some(what) => refuse(what, NO_TILE),
             None => {
                 let threads = if on_cpu { self.threads.unwrap_or_else(Tiles::threads) } else { 1 };
-                Ok(Tiles::new(batch, rows, threads))
+                Ok(Tiles::new(batch, count, threads))
             }
         }
     }
@@ -225,26 +224,32 @@ mod tests {
 
     #[test]
     fn tiles_are_even_and_cover_the_batch() {
-        for (batch, rows, count) in [(1024, 128, 8), (130, 128, 2), (7, 3, 3), (5, 1, 5)] {
-            let tiles = Tiles::new(batch, rows, 2).unwrap();
+        for (batch, count) in [(1024, 8), (130, 2), (7, 3), (5, 5)] {
+            let tiles = Tiles::new(batch, count, 2).unwrap();
             assert_eq!(tiles.count(), count);
             assert_eq!((tiles.tiles[0].start, tiles.tiles[count - 1].end), (0, batch));
             assert!(tiles.tiles.windows(2).all(|pair| pair[0].end == pair[1].start));
             let sizes: Vec<usize> = tiles.tiles.iter().map(Range::len).collect();
             assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1, "{sizes:?}");
         }
-        assert!(Tiles::new(128, 128, 2).is_none());
+        assert!(Tiles::new(128, 1, 2).is_none());
     }
 
     #[test]
     fn the_default_depends_on_the_state_alone() {
         let state = |shape: &[usize]| State::from(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap());
-        assert_eq!(Tiles::default_rows(&state(&[1024, 64]), 1024), 128);
-        assert_eq!(Tiles::default_rows(&state(&[16, 32, 16, 16]), 16), 1);
-        assert_eq!(Tiles::default_rows(&state(&[4, 100_000]), 4), 1);
-        assert_eq!(Tiles::default_rows(&state(&[256, 65]), 256), 64);
-        assert_eq!(Tiles::default_rows(&state(&[5, 8192]), 5), 1);
-        assert_eq!(Tiles::default_rows(&state(&[5, 2]), 5), 5);
-        assert_eq!(Tiles::default_rows(&state(&[0, 2]), 0), 1);
+        let cases: [(&[usize], usize); 8] = [
+            (&[1024, 64], 8),
+            (&[16, 32, 16, 16], 16),
+            (&[4, 100_000], 4),
+            (&[256, 65], 4),
+            (&[100, 1024], 16),
+            (&[5, 8192], 5),
+            (&[5, 2], 1),
+            (&[0, 2], 0),
+        ];
+        for (shape, count) in cases {
+            assert_eq!(Tiles::default_count(&state(shape), shape[0]), count, "{shape:?}");
+        }
     }
 }

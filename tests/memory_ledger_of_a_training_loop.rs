@@ -17,9 +17,10 @@ static HEAP: TrackingAllocator = TrackingAllocator::system();
 
 /// The user's own, for the whole recording.
 const DATA: usize = 4 << 20;
-/// Threads of tiles are not always at the same place, and the last state of a solve is in the books as found in the field
-/// until the next begins.
+/// The last state of a solve is in the books as found in the field until the next begins.
 const STATE: i64 = 512 * 64 * 4;
+/// Threads of tiles are not always at the same place: what a tile takes may be in the field or on its way back.
+const TILE: i64 = STATE;
 
 fn step(ode: &Ode, y0: &Tensor) {
     let loss = ode.solve(y0).unwrap().last().sqr().unwrap().mean_all().unwrap();
@@ -71,11 +72,12 @@ fn the_thirtieth_step_is_told_like_the_first() {
         step(&ode.clone().steps(12));
         let (live, late) = recorded(&ode, y0.as_tensor(), 30);
         let (_, alone) = recorded(&ode, y0.as_tensor(), 0);
+        let within = STATE + if name == "tiles" { TILE } else { 0 };
         println!("{name}");
         for (part, bytes) in late.iter().filter(|(part, _)| *part != Part::Baseline) {
             let (live, alone) = (live.of(part), alone.of(part));
             println!("  {:12} after 30 steps {live:9}, peak {bytes:9}, alone {alone:9}", part.name());
-            assert!((bytes - alone).abs() <= STATE, "{name}: {part} {bytes} at the peak, {alone} alone");
+            assert!((bytes - alone).abs() <= within, "{name}: {part} {bytes} at the peak, {alone} alone");
             let expected = match part {
                 Part::Field | Part::Pullback | Part::Other => 0,
                 Part::Outside => DATA as i64,

@@ -6,7 +6,8 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Mlp, Timed};
+use candle_ode::field::draw::Stream;
+use candle_ode::ops::{Activation, Dropout, Mlp, Timed};
 use candle_ode::prelude::*;
 use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, States};
 use common::*;
@@ -286,4 +287,22 @@ fn coupled_rows_are_found() {
         fill(&vars, 1, 2.0);
         Ode::new(&field).span(0.0, 0.1).steps(2).precision(precision).tile(4).solve(&alike).unwrap();
     }
+}
+
+/// Drawn by row, a mask is the same in whatever tile a row lies.
+#[test]
+fn dropout_by_row_in_tiles_is_that_of_the_whole() {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| {
+        let mask = Dropout::from_stream(0.4, Stream::next().by_row())?;
+        Ok((Mlp::new(&[6, 20, 6], Activation::Tanh, vb)?, mask))
+    };
+    let eval = |(mlp, mask): &(Mlp, Dropout), _: &Time, y: &Tensor| mask.forward(&mlp.forward(y)?);
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+    fill(&vars, 3, 1.0);
+    let y0 = [variable(1, &[38, 6], DType::F32)];
+    let ode = |field: &ModelField| Ode::new(field).span(0.0, 1.0).steps(3).seed(5);
+    let whole = outcome(&ode(&field), &vars, &y0);
+    let tiled = outcome(&ode(&field.row_wise()).tile(8).threads(2), &vars, &y0);
+    assert!(largest_difference(&whole, &tiled) < 1e-5);
 }

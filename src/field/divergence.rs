@@ -5,16 +5,16 @@
 //! solve.
 
 use super::Tangent;
-use super::draw::{Stream, first_row};
+use super::draw::{Kept, Stream};
 use crate::error::OdeError;
 use crate::{State, Time};
 use candle_core::{D, DType, Result, Tensor};
-use std::sync::{Mutex, PoisonError};
 
 /// How the trace of ∂f/∂y is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trace {
-    /// All of it: [`Tangent::trace`] where the field knows it, else one tangent per dimension, d times the cost.
+    /// All of it: [`Tangent::trace`] where the field knows it, else one tangent per dimension, d times the cost. Eight of them
+    /// are taken at once ([`Tangent::tangents`]).
     #[default]
     Exact,
     /// Hutchinson's estimator with one ε of random signs per solve.
@@ -26,7 +26,8 @@ pub enum Trace {
 /// A velocity field together with the log-density it transports: (z, log p) ↦ (f, −tr ∂f/∂z).
 ///
 /// Shapes: z is `(batch, dim)`, log p is `(batch,)`. Build it inside a [`ModelField`](crate::ModelField), so that its ε
-/// is drawn from the seed of the solve.
+/// is drawn from the seed of the solve. Each row has an ε of its own, the same in whatever tile it lies: over a model that
+/// treats rows independently the field may be declared [`row_wise`](crate::ModelField::row_wise).
 ///
 /// # Reference
 /// Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, *FFJORD*, arXiv 1810.01367.
@@ -56,14 +57,13 @@ pub struct LogDensity<M> {
     model: M,
     trace: Trace,
     stream: Stream,
-    /// For the rows from that one on.
-    directions: Mutex<Option<(usize, Tensor)>>,
+    directions: Kept,
 }
 
 impl<M: Tangent> LogDensity<M> {
     /// `model` with its log-density.
     pub fn new(model: M, trace: Trace) -> Self {
-        Self { model, trace, stream: Stream::next().by_row(), directions: Mutex::new(None) }
+        Self { model, trace, stream: Stream::next().by_row(), directions: Kept::default() }
     }
 
     /// (f(t, z), −tr ∂f/∂z) at a state (z, log p).
@@ -93,36 +93,50 @@ impl<M: Tangent> LogDensity<M> {
             return Ok(known);
         }
         let v = self.directions(z)?;
-        let (f, along) = self.model.tangents(t, z, &v)?;
-        let trace = row_sum(&(along * &v)?)?.sum(0)?.to_dtype(z.dtype())?;
-        Ok((f, trace))
+        let (mut value, mut trace) = (None, None);
+        for first in (0..v.dim(0)?).step_by(Self::AT_ONCE) {
+            let v = v.narrow(0, first, Self::AT_ONCE.min(v.dim(0)? - first))?;
+            let (f, along) = self.model.tangents(t, z, &v)?;
+            value.get_or_insert(f);
+            let parts = match self.trace {
+                Trace::Exact => diagonal(&along, first)?,
+                _ => (along * &v)?,
+            };
+            let part = row_sum(&parts)?.sum(0)?;
+            trace = Some(match trace {
+                None => part,
+                Some(trace) => (trace + part)?,
+            });
+        }
+        match value.zip(trace) {
+            Some((f, trace)) => Ok((f, trace.to_dtype(z.dtype())?)),
+            None => candle_core::bail!("a log-density needs at least one dimension, z has shape {:?}", z.dims()),
+        }
     }
 
-    /// What to take tangents along, `(k, batch, dim)`: ε, or the unit vectors. Made once per shape, dtype and device.
+    /// Directions that are taken together: what a field holds of them at once is that of so many.
+    const AT_ONCE: usize = 8;
+
+    /// What to take tangents along, `(k, batch, dim)`: ε, or the unit vectors.
     fn directions(&self, z: &Tensor) -> Result<Tensor> {
-        let mut kept = self.directions.lock().unwrap_or_else(PoisonError::into_inner);
-        let like_z =
-            |v: &Tensor| v.dims()[1..] == *z.dims() && v.dtype() == z.dtype() && v.device().same_device(z.device());
-        let first = first_row();
-        if let Some((_, known)) = kept.as_ref().filter(|(from, v)| *from == first && like_z(v)) {
-            return Ok(known.clone());
-        }
         let (shape, dtype, device) = (z.shape(), z.dtype(), z.device());
-        let made = match self.trace {
-            Trace::Gaussian => self.stream.normal(shape, dtype, device)?.unsqueeze(0)?,
-            Trace::Rademacher => self.stream.rademacher(shape, dtype, device)?.unsqueeze(0)?,
+        self.directions.like(z, || match self.trace {
+            Trace::Gaussian => self.stream.normal(shape, dtype, device)?.unsqueeze(0),
+            Trace::Rademacher => self.stream.rademacher(shape, dtype, device)?.unsqueeze(0),
             Trace::Exact => {
                 let (batch, dim) = z.dims2()?;
-                if dim == 0 {
-                    candle_core::bail!("a log-density needs at least one dimension, z has shape {shape:?}")
-                }
                 let units: Vec<f32> = (0..dim * dim).map(|n| if n % (dim + 1) == 0 { 1.0 } else { 0.0 }).collect();
                 let units = Tensor::from_vec(units, (dim, 1, dim), device)?.to_dtype(dtype)?;
-                units.broadcast_as((dim, batch, dim))?.contiguous()?
+                units.broadcast_as((dim, batch, dim))?.contiguous()
             }
-        };
-        Ok(kept.insert((first, made)).1.clone())
+        })
     }
+}
+
+/// Of what lies along unit vectors from the one of dimension `first` on, that dimension of each: `(k, batch, 1)`.
+fn diagonal(along: &Tensor, first: usize) -> Result<Tensor> {
+    let of = |n: usize| along.narrow(0, n, 1)?.narrow(D::Minus1, first + n, 1);
+    Tensor::cat(&(0..along.dim(0)?).map(of).collect::<Result<Vec<_>>>()?, 0)
 }
 
 /// The sum over the last dimension, in F32 for half dtypes.

@@ -3,15 +3,15 @@
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
-use crate::field::draw::Stream;
+use crate::field::draw::{Kept, Stream};
 use candle_core::{Module, Result, Tensor};
-use std::sync::{Mutex, PoisonError};
 
 /// Dropout that is a pure function of its input, as a vector field must be: each mask is drawn once from the layer's
 /// [`Stream`] and kept, one per shape, dtype and device.
 ///
 /// Built inside a solve (by the constructor of a model), its draws come from the solve's seed, the same ones in the
-/// forward and the backward pass.
+/// forward and the backward pass. On rows of a batch, in a field that is declared row-wise, give it a stream
+/// [`by_row`](Stream::by_row).
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -26,7 +26,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Dropout {
     drop: f64,
     stream: Stream,
-    masks: Mutex<Vec<Tensor>>,
+    masks: Kept,
 }
 
 impl Dropout {
@@ -44,25 +44,18 @@ impl Dropout {
     /// [`OdeError::Setting`] unless 0 ≤ `drop` < 1.
     pub fn from_stream(drop: f64, stream: Stream) -> crate::Result<Self> {
         if (0.0..1.0).contains(&drop) {
-            return Ok(Self { drop, stream, masks: Mutex::default() });
+            return Ok(Self { drop, stream, masks: Kept::default() });
         }
         let hint = "the probability of dropping an element must be at least 0 and less than 1";
         Err(OdeError::Setting { setting: "Dropout probability", value: drop.to_string(), hint })
     }
 
     fn mask(&self, x: &Tensor) -> Result<Tensor> {
-        let fits = |mask: &&Tensor| {
-            mask.shape() == x.shape() && mask.dtype() == x.dtype() && mask.device().same_device(x.device())
-        };
-        let mut masks = self.masks.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mask) = masks.iter().find(fits) {
-            return Ok(mask.clone());
-        }
-        let keep = 1.0 - self.drop;
-        let ones = self.stream.bernoulli(keep, x.shape(), candle_core::DType::F32, x.device())?;
-        let mask = (ones / keep)?.to_dtype(x.dtype())?;
-        masks.push(mask.clone());
-        Ok(mask)
+        self.masks.like(x, || {
+            let keep = 1.0 - self.drop;
+            let ones = self.stream.bernoulli(keep, x.shape(), candle_core::DType::F32, x.device())?;
+            (ones / keep)?.to_dtype(x.dtype())
+        })
     }
 }
 

@@ -129,7 +129,8 @@ impl Timed for Mlp {
     }
 }
 
-/// Inside a solve, with kernels of ours, all layers and all directions are one op.
+/// Inside a solve, with kernels of ours, all layers and all directions are one op; as with the layers' values, the field
+/// itself makes no backward pass through it.
 impl Tangent for Mlp {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         chain::tangent(self.layers(), t, y, v, |v| self.push(t, y, v))

@@ -77,7 +77,7 @@ impl Sequential {
         self
     }
 
-    fn linked(&self) -> impl Iterator<Item = &dyn Linked> {
+    pub(super) fn linked(&self) -> impl Iterator<Item = &dyn Linked> {
         self.layers.iter().map(|layer| layer.as_linked())
     }
 
@@ -109,7 +109,8 @@ impl Timed for Sequential {
     }
 }
 
-/// Inside a solve, with kernels of ours, linear layers and activations alone are one op, and so are all directions.
+/// Inside a solve, with kernels of ours, linear layers and activations alone are one op, and so are all directions; as
+/// with other layers, the field itself makes no backward pass through it.
 impl Tangent for Sequential {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         chain::tangent(self.linked(), t, y, v, |v| self.push(t, y, v))

@@ -1,7 +1,7 @@
 //! A chain with its tangents: f(x) and J v for several directions v, as one op of Candle's graph.
 //!
-//! A tile holds x and, behind it, the directions, in blocks of as many rows; every product is made of all blocks at once.
-//! With z = x Wᵀ + b and ż = v Wᵀ a layer gives y = f(z) and ẏ = f′(z) ż for each direction, and pulls ȳ, ẏ̄ back by
+//! A tile holds x and, behind it, the directions, in blocks of as many rows, whose products are made together (on the way
+//! forward those of x by themselves, since the bias is theirs). With z = x Wᵀ + b and ż = v Wᵀ a layer gives y = f(z) and ẏ = f′(z) ż for each direction, and pulls ȳ, ẏ̄ back by
 //!
 //! z̄ = f′(z) ȳ + f″(z) Σ ż ẏ̄,  ż̄ = f′(z) ẏ̄,  dW += z̄ᵀ x + Σ ż̄ᵀ v,  db += Σ z̄,  x̄ = z̄ W,  v̄ = ż̄ W
 
@@ -12,6 +12,7 @@ use crate::Time;
 use crate::field::one_by_one;
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
+use crate::field::ops::cpu::CHUNK;
 use crate::field::ops::kernel::{Epilogue, Held, View, ViewMut};
 use crate::field::session::{Current, Matrix, Session, Side, Tile};
 use crate::field::sink;
@@ -44,11 +45,8 @@ pub(in crate::field::ops) fn tangent<'a>(
     v: &Tensor,
     alone: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
 ) -> Result<(Tensor, Tensor)> {
-    let one = v.unsqueeze(0)?;
-    match Along::new(layers, t, x, &one) {
-        Some(along) => along.run(x, &one).and_then(|(value, along)| Ok((value, along.squeeze(0)?))),
-        None => alone(v),
-    }
+    let (value, along) = tangents(layers, t, x, &v.unsqueeze(0)?, alone)?;
+    Ok((value, along.squeeze(0)?))
 }
 
 /// x and its directions.
@@ -90,8 +88,10 @@ impl Along {
     fn new<'a>(layers: impl IntoIterator<Item = &'a dyn Linked>, t: &Time, x: &Tensor, v: &Tensor) -> Option<Self> {
         let fits = v.dtype() == x.dtype() && v.elem_count() > 0 && v.dims().get(1..) == Some(x.dims());
         let mut chain = Chain::start(x).filter(|_| fits && x.device().is_cpu())?;
-        let links = layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain));
-        let Chain { current: Current { session, .. }, links } = Some(chain).filter(|_| links)?;
+        if !layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain)) {
+            return None;
+        }
+        let Chain { current: Current { session, .. }, links } = chain;
         let sizes = Sizes { rows: x.elem_count() / links.first()?.inputs, blocks: 1 + v.dims()[0] };
         let (is_narrow, tracked) = (Order::is_narrow(&links), x.track_op() || v.track_op());
         Some(Self { session, links, is_narrow, sizes, tracked, passed: Mutex::default() })
@@ -99,8 +99,13 @@ impl Along {
 
     fn run(self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (x, v, directions) = (x.contiguous()?, v.contiguous()?, self.sizes.blocks - 1);
-        let all = if self.tracked { x.apply_op2(&v, self) } else { x.apply_op2_no_bwd(&v, &self) }?;
-        Ok((all.get(0)?, all.narrow(0, 1, directions)?))
+        if self.tracked {
+            let all = x.apply_op2(&v, self)?;
+            return Ok((all.get(0)?, all.narrow(0, 1, directions)?));
+        }
+        // A slope lives longer than the tangents: it is not to hold their memory.
+        let all = x.apply_op2_no_bwd(&v, &self)?;
+        Ok((all.get(0)?.copy()?, all.narrow(0, 1, directions)?))
     }
 
     fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored]) -> Result<CpuStorage> {
@@ -149,7 +154,9 @@ impl Along {
             }
             let of_value = part(order, g.view(), 0..sizes.rows);
             link.add_gradients(session, order, (g.view(), of_value), passed.input.view())?;
-            note_finite(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
+            if link.is_tracked() {
+                note_finite(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
+            }
             if n > 0 {
                 let mut out = order.tile(session, sizes.all(), link.inputs);
                 let packed = link.packed::<C::Held>(session, Side::Backward)?;
@@ -234,9 +241,6 @@ impl Link {
     }
 }
 
-/// Elements that are taken at a time, in F32.
-const CHUNK: usize = 256;
-
 /// Some elements of x; those of a direction are so many blocks behind.
 struct Piece {
     at: Range<usize>,
@@ -269,12 +273,13 @@ fn activate<T: Held>(then: Activation, order: Order, sizes: Sizes, z: &mut [T], 
     for piece in pieces(order, sizes, z.len()) {
         let (wide, slopes) = (&mut wide[..piece.at.len()], &mut slopes[..piece.at.len()]);
         widen(&z[piece.at.clone()], wide);
+        slopes.copy_from_slice(wide);
         then.value_in_place(wide);
         narrow(wide, &mut out[piece.at.clone()]);
         if then.keeps() == Keeps::Value {
+            slopes.copy_from_slice(wide);
             z[piece.at.clone()].copy_from_slice(&out[piece.at.clone()]);
         }
-        widen(&z[piece.at.clone()], slopes);
         then.slope_in_place(slopes);
         for n in 0..sizes.blocks - 1 {
             let at = piece.of_direction(n);
@@ -342,5 +347,43 @@ fn part_mut<T>(order: Order, tile: &mut [T], all: usize, rows: Range<usize>) -> 
             ViewMut::new(&mut tile[rows.start * features..rows.end * features], rows.len(), features, features)
         }
         Order::Lanes => ViewMut::new(&mut tile[rows.start..], features, rows.len(), all),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::field::ops::{LayerNorm, Linear};
+    use crate::field::session::Call;
+    use candle_core::{DType, Device, Var};
+
+    /// Whether layers on an x of that dtype, with a norm among them or not, are one op along v.
+    fn fused(dtype: DType, t: &Time, v: &[usize], norm: bool) -> bool {
+        let ones = |shape: &[usize]| Var::ones(shape, dtype, &Device::Cpu).unwrap();
+        let (weight, x, v) = (ones(&[3, 3]), ones(&[5, 3]), Tensor::zeros(v, dtype, &Device::Cpu).unwrap());
+        let linear = Linear::new(weight.as_tensor().clone(), None);
+        let norm = norm.then(|| LayerNorm::new_no_bias(ones(&[3]).as_tensor().clone(), 1e-5));
+        let layers = || -> Vec<&dyn Linked> { vec![&linear, &Activation::Tanh, &linear] };
+        assert!(Along::new(layers(), t, &x, &v).is_none(), "outside of a solve");
+        let session = Session::new(&[weight.as_tensor().clone()], Arc::default(), true);
+        let open = || match &norm {
+            None => Along::new(layers(), t, &x, &v).is_some(),
+            Some(norm) => {
+                let sequence = crate::ops::seq().add(linear.clone()).add(norm.clone());
+                Along::new(sequence.linked(), t, &x, &v).is_some()
+            }
+        };
+        session.open(Call::Graph, open).0
+    }
+
+    #[test]
+    fn a_chain_and_its_tangents_are_one_op() {
+        let t = Time::new(0.5, &Device::Cpu);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            assert!(fused(dtype, &t, &[2, 5, 3], false) && fused(dtype, &t, &[1, 5, 3], false), "{dtype:?}");
+            assert!(!fused(dtype, &t, &[2, 5, 3], true));
+            assert!(!fused(dtype, &t, &[0, 5, 3], false) && !fused(dtype, &t, &[5, 3], false));
+        }
+        assert!(!fused(DType::F64, &t, &[2, 5, 3], false));
     }
 }

@@ -21,9 +21,13 @@ impl Order {
     /// Features that do not fill a vector.
     const FEW: usize = 16;
 
-    /// Whether some layer is too narrow to fill a vector with features.
+    /// Whether vectors of features would be half empty, or more so, in what is multiplied on the way forward and back.
     pub(super) fn is_narrow(links: &[Link]) -> bool {
-        links.iter().any(|link| link.inputs.min(link.outputs) < Self::FEW)
+        let filled = |features: usize| features.next_multiple_of(Self::FEW);
+        let (needed, made) = links.iter().fold((0, 0), |(needed, made), Link { inputs, outputs, .. }| {
+            (needed + 3 * inputs * outputs, made + inputs * filled(*outputs) + 2 * outputs * filled(*inputs))
+        });
+        made > 2 * needed
     }
 
     /// The faster order.

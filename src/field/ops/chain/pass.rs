@@ -5,6 +5,7 @@ use super::order::{Order, Ordered};
 use super::{Link, Parameter, with_elements};
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
+use crate::field::ops::cpu::CHUNK;
 use crate::field::ops::kernel::{Epilogue, Held, Packed, Then, View, ViewMut};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
@@ -194,7 +195,6 @@ impl Link {
             T::multiply(order, x, &packed, &Epilogue { bias, then }, order.write(out, rows));
             return Ok(None);
         }
-        const CHUNK: usize = 256;
         let mut z = order.tile(session, rows, self.outputs);
         T::multiply(order, x, &packed, &Epilogue { bias, then: Then::Nothing }, order.write(&mut z, rows));
         let mut wide = [0.0; CHUNK];
@@ -239,6 +239,11 @@ impl Link {
             Some(bias) => bias.add(&sums),
             None => Ok(()),
         }
+    }
+
+    /// Whether a gradient of it is wanted.
+    pub(super) fn is_tracked(&self) -> bool {
+        self.weight.is_tracked() || self.bias.as_ref().is_some_and(Parameter::is_tracked)
     }
 
     /// W as the right-hand operand of the products on one side.

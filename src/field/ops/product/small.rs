@@ -4,6 +4,7 @@ use crate::field::ops::cpu::{Kernel, sum, vectorised};
 use crate::field::ops::kernel::{Epilogue, Held, Packed, Scratch, View, ViewMut, add_outer, multiply, transpose};
 use candle_core::{CpuStorage, Layout, Result};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use half::vec::HalfFloatVecExt;
 
 /// Multiplications up to which a product is small: about 40 µs on one thread.
@@ -28,7 +29,8 @@ pub(super) fn product(a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) 
         }
         (CpuStorage::F16(a), CpuStorage::F16(b)) if m >= ROWS => {
             let Some(a) = rows(a, la) else { return Ok(None) };
-            let wide: Vec<f32> = (0..m).flat_map(|row| a.row(row)).map(|a| a.to_f32()).collect();
+            let mut wide = vec![0.0; m * k];
+            wide.chunks_exact_mut(k).enumerate().for_each(|(row, wide)| a.row(row).convert_to_f32_slice(wide));
             let product = dots_or_packed(View::new(&wide, m, k, k), n, |i, j| b[at(lb, i, j)].to_f32());
             Some(CpuStorage::F16(Vec::<f16>::from_f32_slice(&product)))
         }
