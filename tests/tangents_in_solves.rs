@@ -9,7 +9,7 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_ode::field::divergence::{LogDensity, Trace};
 use candle_ode::ops::{self, Activation, Mlp};
 use candle_ode::prelude::*;
-use candle_ode::{OdeError, Tangent};
+use candle_ode::{OdeError, States, Tangent};
 use common::against_f64::*;
 use common::*;
 
@@ -178,6 +178,33 @@ fn flows_in_tiles_are_those_of_the_whole() {
                 let size = whole.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
                 let worst = whole.iter().zip(&tiled).fold(0.0, |most: f64, (a, b)| most.max((a - b).abs()));
                 assert!(worst <= bound * size, "{trace:?} in {precision:?}: {worst:e} of {size:e}");
+            }
+        }
+    }
+}
+
+/// Where f is evaluated and where it is linearised it is the same, to the bit, whatever is kept of it.
+#[test]
+fn what_is_kept_of_a_flow_changes_no_bit() {
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        for trace in [Trace::Exact, Trace::Rademacher] {
+            let (vars, field, start) = flow(DType::F32, trace);
+            let of = |adjoint: Discrete| {
+                let ode = Ode::new(&field).span(1.0, 0.0).steps(4).precision(precision).seed(11).adjoint(adjoint);
+                outcome(&ode, &vars, &start)
+            };
+            let exact = || Discrete::default().codec(States(DType::F32));
+            for (kept, other) in [
+                (Discrete::default(), Discrete::default().stage_memory(StageMemory::One)),
+                (exact(), exact().checkpoints(1)),
+                (exact(), exact().keep_linearizations()),
+            ] {
+                let (kept, other) = (of(kept), of(other));
+                assert_eq!(
+                    (&kept.states, &kept.gradients),
+                    (&other.states, &other.gradients),
+                    "{precision:?} {trace:?}"
+                );
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What the ops share on the CPU: dense views of storages, arithmetic in F32 or F64 whatever the dtype, and loops
 //! compiled for the widest vectors at hand.
 
+use super::kernel::Held;
 use super::real::Real;
 use crate::error::OdeError;
 use candle_core::backend::BackendStorage;
@@ -61,17 +62,17 @@ wide_element!(f32);
 wide_element!(f64);
 
 macro_rules! half_element {
-    ($element:ty) => {
+    ($element:ty, $widen:expr, $narrow:expr) => {
         impl Element for $element {
             type Wide = f32;
 
             #[inline(always)]
             fn widen(narrow: &[Self], wide: &mut [f32]) {
-                narrow.convert_to_f32_slice(wide);
+                $widen(narrow, wide)
             }
             #[inline(always)]
             fn narrow(wide: &[f32], narrow: &mut [Self]) {
-                narrow.convert_from_f32_slice(wide);
+                $narrow(wide, narrow)
             }
             #[inline(always)]
             fn widened<'a>(narrow: &'a [Self], space: &'a mut [f32]) -> &'a [f32] {
@@ -93,8 +94,14 @@ macro_rules! half_element {
         }
     };
 }
-half_element!(f16);
-half_element!(bf16);
+half_element!(f16, |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [f16]| to
+    .convert_from_f32_slice(from));
+// Without a branch for each element, these loops become vector code.
+half_element!(
+    bf16,
+    |from: &[bf16], to: &mut [f32]| to.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide()),
+    |from: &[f32], to: &mut [bf16]| to.iter_mut().zip(from).for_each(|(to, from)| *to = Held::of(*from))
+);
 
 /// The dtype that sums over a batch are made in.
 pub(super) fn wide_dtype(dtype: DType) -> DType {
