@@ -133,7 +133,8 @@ impl Timed for Mlp {
 /// itself makes no backward pass through it.
 impl Tangent for Mlp {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        chain::tangent(self.layers(), t, y, v, |v| self.push(t, y, v))
+        let (value, along) = self.tangents(t, y, &v.unsqueeze(0)?)?;
+        Ok((value, along.squeeze(0)?))
     }
 
     fn tangents(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {

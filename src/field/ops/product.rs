@@ -123,10 +123,16 @@ mod tests {
                 let turned = |x: &Tensor| cast(x).t().unwrap().contiguous().unwrap().t().unwrap();
                 let wider = |x: &Tensor| Tensor::cat(&[&cast(x); 2], 1).unwrap().narrow(1, 0, x.dims()[1]).unwrap();
                 let forms = |x: &Tensor| [cast(x), turned(x), wider(x)];
-                for a in forms(&a) {
-                    for b in forms(&b) {
-                        let error = distance(&matmul(&a, &b).unwrap(), &exact);
+                // What the kernels of layers leave to others has the bits of Candle's.
+                let is_theirs = dtype == DType::F64 || dtype != DType::BF16 && m < 16;
+                for (i, a) in forms(&a).iter().enumerate() {
+                    for (j, b) in forms(&b).iter().enumerate() {
+                        let product = matmul(a, b).unwrap();
+                        let error = distance(&product, &exact);
                         assert!(error < bound, "{dtype:?} {m} × {k} × {n}: {error:e}");
+                        if is_theirs && i.max(j) < 2 {
+                            assert_eq!(values(&product), values(&a.matmul(b).unwrap()), "{dtype:?} {m} × {k} × {n}");
+                        }
                     }
                 }
             }

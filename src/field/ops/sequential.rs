@@ -113,7 +113,8 @@ impl Timed for Sequential {
 /// with other layers, the field itself makes no backward pass through it.
 impl Tangent for Sequential {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        chain::tangent(self.linked(), t, y, v, |v| self.push(t, y, v))
+        let (value, along) = self.tangents(t, y, &v.unsqueeze(0)?)?;
+        Ok((value, along.squeeze(0)?))
     }
 
     fn tangents(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {

@@ -7,6 +7,7 @@
 
 use super::compute::{Compute, Input, with_compute};
 use super::order::{Order, Ordered};
+use super::pass::noted_sums;
 use super::{Chain, Link, Linked, with_elements};
 use crate::Time;
 use crate::field::one_by_one;
@@ -14,7 +15,7 @@ use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::CHUNK;
 use crate::field::ops::kernel::{Epilogue, Held, View, ViewMut};
-use crate::field::session::{Current, Matrix, Session, Side, Tile};
+use crate::field::session::{Current, Matrix, Session, Side};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
@@ -35,18 +36,6 @@ pub(in crate::field::ops) fn tangents<'a>(
         Some(along) => along.run(x, v),
         None => one_by_one(v, alone),
     }
-}
-
-/// [`tangents`] along a v of the shape of x.
-pub(in crate::field::ops) fn tangent<'a>(
-    layers: impl IntoIterator<Item = &'a dyn Linked>,
-    t: &Time,
-    x: &Tensor,
-    v: &Tensor,
-    alone: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
-) -> Result<(Tensor, Tensor)> {
-    let (value, along) = tangents(layers, t, x, &v.unsqueeze(0)?, alone)?;
-    Ok((value, along.squeeze(0)?))
 }
 
 /// x and its directions.
@@ -155,7 +144,8 @@ impl Along {
             let of_value = part(order, g.view(), 0..sizes.rows);
             link.add_gradients(session, order, (g.view(), of_value), passed.input.view())?;
             if link.is_tracked() {
-                note_finite(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
+                // Directions are in no sum of the bias.
+                noted_sums(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
             }
             if n > 0 {
                 let mut out = order.tile(session, sizes.all(), link.inputs);
@@ -321,14 +311,6 @@ fn widen<T: Held>(from: &[T], to: &mut [f32]) {
 
 fn narrow<T: Held>(from: &[f32], to: &mut [T]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to = T::of(*from));
-}
-
-/// Cotangents of directions are in no sum over the batch, where one that is not finite would show.
-fn note_finite<T: Ordered>(session: &Session, order: Order, g: View<'_, T>, features: usize) {
-    let mut sums = f32::spare(session).matrix(1, features);
-    sums.fill(0.0);
-    T::add_sums(order, g, &mut sums);
-    sink::note(sums.iter().all(|sum| sum.is_finite()));
 }
 
 /// Some rows of the batch in a tile.

@@ -21,7 +21,7 @@ use pass::{Saved, Saves};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub(super) use along::{tangent, tangents};
+pub(super) use along::tangents;
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
 pub(super) use order::Order;
 pub(super) use parameter::{Parameter, with_elements};

@@ -174,6 +174,15 @@ fn kept<'a, T: Tile>(
     }
 }
 
+/// Σ g over its rows; notes whether they are finite, as they are not where a cotangent is not.
+pub(super) fn noted_sums<T: Ordered>(session: &Session, order: Order, g: View<'_, T>, features: usize) -> Matrix<f32> {
+    let mut sums = f32::spare(session).matrix(1, features);
+    sums.fill(0.0);
+    T::add_sums(order, g, &mut sums);
+    sink::note(sums.iter().all(|sum| sum.is_finite()));
+    sums
+}
+
 impl Link {
     /// f(x W[:, ..inputs]ᵀ + b + t w), and what was activated where f′ is a function of that.
     fn value<T: Ordered>(
@@ -220,11 +229,7 @@ impl Link {
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
-        let mut sums = f32::spare(session).matrix(1, self.outputs);
-        sums.fill(0.0);
-        T::add_sums(order, biased, &mut sums);
-        // A cotangent that is not finite shows in its sums.
-        sink::note(sums.iter().all(|sum| sum.is_finite()));
+        let sums = noted_sums(session, order, biased, self.outputs);
         if let Some(weight) = weight {
             let columns = self.inputs + usize::from(self.beyond.is_some());
             sink::add_in_place(&weight.leaf, |dw| {
