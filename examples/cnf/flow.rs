@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_ode::ops::{Activation, Mlp, affine};
+use candle_ode::ops::{Activation, Mlp, Planar};
 use candle_ode::{Tangent, Time};
 
 /// The reference flow: f(z, t) = mean over j of u_j tanh(w_j·z + b_j).
@@ -12,7 +12,7 @@ use candle_ode::{Tangent, Time};
 /// w_j, b_j and u_j = v_j σ(g_j) are functions of t, the output of a hypernetwork 1 → 32 → 32 → (3 dim + 1) width with
 /// tanh between its layers. Its divergence is known: mean over j of (1 − tanh²) u_j·w_j.
 ///
-/// Shapes: z and f are `(batch, dim)`; W `(width, dim)`, b `(width)`, U `(dim, width)`.
+/// Shapes: z and f are `(batch, dim)`; W, V and G `(width, dim)`, b `(width)`.
 ///
 /// # Reference
 /// The continuous normalizing flow of Celledoni, Owren, Ruthotto, Yang, arXiv 2510.23498.
@@ -26,13 +26,6 @@ pub struct HyperFlow {
 /// Units of each hidden layer of the hypernetwork.
 const HIDDEN: usize = 32;
 
-/// The weights at one time.
-struct Weights {
-    w: Tensor,
-    b: Tensor,
-    u: Tensor,
-}
-
 impl HyperFlow {
     /// A flow of `dim` dimensions that is `width` units wide; parameters `hyper.0.weight`, `hyper.0.bias` …
     ///
@@ -43,38 +36,23 @@ impl HyperFlow {
         Ok(Self { hyper: Mlp::new(&sizes, Activation::Tanh, vb.pp("hyper"))?, dim, width })
     }
 
-    fn weights(&self, t: &Time, z: &Tensor) -> Result<Weights> {
+    /// The units at one time, with weights in the dtype of z.
+    fn units(&self, t: &Time, z: &Tensor) -> Result<Planar> {
         let Self { dim, width, .. } = *self;
         let all = self.hyper.forward(&t.like(z)?)?.flatten_all()?;
-        let block = |n: usize| all.narrow(0, n * dim * width, dim * width);
-        let gate = Activation::Sigmoid.forward(&block(2)?)?;
-        Ok(Weights {
-            w: block(0)?.reshape((width, dim))?,
-            b: all.narrow(0, 3 * dim * width, width)?,
-            u: (block(1)? * gate)?.reshape((dim, width))?,
-        })
-    }
-
-    /// The mean over the units: activations `(batch, width)` times weights `(outputs, width)`, over the width.
-    fn mean(&self, activations: &Tensor, weights: &Tensor) -> Result<Tensor> {
-        affine(activations, weights, None)? / self.width as f64
+        let block = |n: usize| all.narrow(0, n * dim * width, dim * width)?.reshape((width, dim));
+        let u = (block(1)? * Activation::Sigmoid.forward(&block(2)?)?)?;
+        Planar::new(&block(0)?, &all.narrow(0, 3 * dim * width, width)?, &u, Activation::Tanh)
     }
 }
 
 impl Tangent for HyperFlow {
     fn tangent(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let Weights { w, b, u } = self.weights(t, z)?;
-        let (units, along) = Activation::Tanh.tangent(t, &affine(z, &w, Some(&b))?, &affine(v, &w, None)?)?;
-        Ok((self.mean(&units, &u)?, self.mean(&along, &u)?))
+        self.units(t, z)?.tangent(t, z, v)
     }
 
     fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-        let Weights { w, b, u } = self.weights(t, z)?;
-        let units = affine(z, &w, Some(&b))?;
-        let f = self.mean(&Activation::Tanh.forward(&units)?, &u)?;
-        let along = (u * w.t()?)?.sum_keepdim(0)?;
-        let trace = self.mean(&Activation::Tanh.derivative(&units)?, &along)?;
-        Ok(Some((f, trace.squeeze(1)?)))
+        self.units(t, z)?.trace(t, z)
     }
 }
 

@@ -10,6 +10,7 @@
 //! | [`linear()`], [`linear_no_bias`], [`affine`] | x Wᵀ + b | F16 sums over the batch stop at 2048; F16 products with one row or column lose digits |
 //! | [`concat_linear`] | [x, t] Wᵀ + b | makes no copy of x |
 //! | [`hyper_linear`], [`concat_squash_linear`] | x W(t)ᵀ + b(t) | weights made of the time; sums as in `linear` |
+//! | [`Planar`] | mean of uⱼ h(wⱼ·z + bⱼ), and its divergence | one pass, keeps nothing of the width |
 //! | [`add_bias`] | x + b along a dimension | as `linear` |
 //! | [`conv2d`], [`conv2d_no_bias`] | x ∗ w + b | no BF16 on the CPU; sums as in `linear`; an error in the backward pass of some strided convolutions of oblong images |
 //! | [`layer_norm`], [`layer_norm_no_bias`], [`rms_norm`] | (x − mean) / std · w + b | no backward pass for contiguous input; no F32 weights on F16 input |
@@ -43,6 +44,7 @@ mod linear;
 mod minimax;
 mod mlp;
 mod norm;
+mod planar;
 mod precomputed;
 mod product;
 mod real;
@@ -63,5 +65,6 @@ pub use mlp::{Mlp, MlpBuilder};
 pub use norm::{
     GroupNorm, InstanceNorm, LayerNorm, group_norm, instance_norm, layer_norm, layer_norm_no_bias, rms_norm,
 };
+pub use planar::Planar;
 pub use sequential::{Sequential, Timed, seq};
 pub use softmax::{Softmax, softmax};

@@ -1,8 +1,9 @@
-//! Activations on F32 slices in place, for kernels that hold tiles: the same functions and the same bits as the ops.
+//! Activations on slices in place, for kernels that hold tiles: the same functions and the same bits as the ops.
 
 use super::functions::{Function, with_function};
 use super::{Activation, beyond_turns};
 use crate::field::ops::cpu::{CHUNK, Kernel, vectorised};
+use crate::field::ops::real::Real;
 
 /// What a pullback needs of an activation's forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,9 +28,9 @@ impl Activation {
     }
 
     /// x ← f(x)
-    pub(crate) fn value_in_place(self, x: &mut [f32]) {
+    pub(in crate::field::ops) fn value_in_place<R: Real>(self, x: &mut [R]) {
         if self != Self::Identity {
-            with_function!(self, f => vectorised(InPlace::<_, 0> { x, f }));
+            with_function!(self, f => vectorised(InPlace::<_, _, 0> { x, f }));
         }
     }
 
@@ -39,25 +40,25 @@ impl Activation {
     }
 
     /// f′(x) in place of what [`keeps`](Self::keeps) says: of y = f(x), or of x.
-    pub(crate) fn slope_in_place(self, kept: &mut [f32]) {
-        with_function!(self, f => vectorised(InPlace::<_, 1> { x: kept, f }));
+    pub(in crate::field::ops) fn slope_in_place<R: Real>(self, kept: &mut [R]) {
+        with_function!(self, f => vectorised(InPlace::<_, _, 1> { x: kept, f }));
     }
 
     /// f″(x) in place of what [`keeps`](Self::keeps) says.
-    pub(crate) fn curvature_in_place(self, kept: &mut [f32]) {
-        with_function!(self, f => vectorised(InPlace::<_, 2> { x: kept, f }));
+    pub(in crate::field::ops) fn curvature_in_place<R: Real>(self, kept: &mut [R]) {
+        with_function!(self, f => vectorised(InPlace::<_, _, 2> { x: kept, f }));
     }
 }
 
 /// x ← f(x), or the derivative of that order in place of what is kept.
-struct InPlace<'a, F, const ORDER: u32> {
-    x: &'a mut [f32],
+struct InPlace<'a, R, F, const ORDER: u32> {
+    x: &'a mut [R],
     f: F,
 }
 
-impl<F: Function, const ORDER: u32> InPlace<'_, F, ORDER> {
+impl<R: Real, F: Function, const ORDER: u32> InPlace<'_, R, F, ORDER> {
     #[inline(always)]
-    fn apply(f: F, x: &mut [f32]) {
+    fn apply(f: F, x: &mut [R]) {
         for x in x {
             *x = match ORDER {
                 0 => f.value(*x),
@@ -68,13 +69,13 @@ impl<F: Function, const ORDER: u32> InPlace<'_, F, ORDER> {
     }
 }
 
-impl<F: Function, const ORDER: u32> Kernel for InPlace<'_, F, ORDER> {
+impl<R: Real, F: Function, const ORDER: u32> Kernel for InPlace<'_, R, F, ORDER> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
         let Some(quarters) = F::SINE else { return Self::apply(self.f, self.x) };
-        let mut before = [0.0; CHUNK];
+        let mut before = [R::ZERO; CHUNK];
         for x in self.x.chunks_mut(CHUNK) {
             let before = &mut before[..x.len()];
             before.copy_from_slice(x);
@@ -104,7 +105,7 @@ impl<F: Function> Kernel for TimesSlope<'_, F> {
         for (out, kept) in out.chunks_mut(CHUNK).zip(kept.chunks(CHUNK)) {
             let slopes = &mut slopes[..kept.len()];
             slopes.copy_from_slice(kept);
-            InPlace::<_, 1> { x: slopes, f }.run();
+            InPlace::<_, _, 1> { x: slopes, f }.run();
             out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
         }
     }
