@@ -1,14 +1,18 @@
-//! A training step of a flow with its log-density, whose layers run as one op with their tangents, beside the same layers
-//! one by one in the same run. `cargo bench --bench flows`
+//! A training step of a flow with its log-density, whose layers run as one op with their tangents, and of the reference flow,
+//! beside the same made of ops one by one in the same run. `cargo bench --bench flows`
 #![allow(missing_docs)]
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::field::divergence::{LogDensity, Trace};
-use candle_ode::ops::{Activation, ConcatLinear, Mlp, concat_linear};
+use candle_ode::ops::{Activation, ConcatLinear, Mlp, affine, concat_linear};
 use candle_ode::prelude::*;
 use candle_ode::{State, Tangent};
 use std::time::Instant;
+
+#[path = "../examples/cnf/flow.rs"]
+#[allow(dead_code)]
+mod flow;
 
 const ROWS: usize = 256;
 const STEPS: usize = 4;
@@ -35,6 +39,38 @@ impl Tangent for OneByOne {
     }
 }
 
+/// The reference flow in the plane, of ops that know nothing of each other.
+struct Units(Mlp);
+
+impl Units {
+    const WIDTH: usize = 128;
+
+    fn new(vb: VarBuilder) -> Result<Self> {
+        Mlp::new(&[1, 32, 32, 7 * Self::WIDTH], Activation::Tanh, vb.pp("hyper")).map(Self)
+    }
+
+    fn mean(values: &Tensor, weights: &Tensor) -> Result<Tensor> {
+        affine(values, weights, None)? / Self::WIDTH as f64
+    }
+}
+
+impl Tangent for Units {
+    fn tangent(&self, _: &Time, _: &Tensor, _: &Tensor) -> Result<(Tensor, Tensor)> {
+        unreachable!("the trace is known")
+    }
+
+    fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        let all = self.0.forward(&t.like(z)?)?.flatten_all()?;
+        let block = |n: usize| all.narrow(0, 2 * n * Self::WIDTH, 2 * Self::WIDTH)?.reshape((Self::WIDTH, 2));
+        let (w, u) = (block(0)?, (block(1)? * Activation::Sigmoid.forward(&block(2)?)?)?);
+        let units = affine(z, &w, Some(&all.narrow(0, 6 * Self::WIDTH, Self::WIDTH)?))?;
+        let f = Self::mean(&Activation::Tanh.forward(&units)?, &u.t()?)?;
+        let along = (u * w)?.sum_keepdim(1)?;
+        let trace = Self::mean(&Activation::Tanh.derivative(&units)?, &along.t()?)?;
+        Ok(Some((f, trace.squeeze(1)?)))
+    }
+}
+
 /// Milliseconds of the fastest of a few training steps over (z, log p), on one thread.
 fn milliseconds<M: Tangent + Send + Sync + 'static>(
     build: impl Fn(VarBuilder<'static>) -> Result<M> + Send + Sync + 'static,
@@ -57,21 +93,28 @@ fn milliseconds<M: Tangent + Send + Sync + 'static>(
     Ok(fastest)
 }
 
+fn print(what: &str, precision: Precision, alone: f64, fused: f64) {
+    let (dtype, ratio) = (precision.compute_dtype(), fused / alone);
+    println!("  {what}, {dtype:?}: one by one {alone:.1} ms, as one op {fused:.1} ms, {ratio:.2} ×");
+}
+
 fn main() -> candle_ode::Result<()> {
+    let precisions = [Precision::F32, Precision::BF16, Precision::F16];
     println!("{ROWS} rows, MLP dim–{HIDDEN}–{HIDDEN}–dim in time with softplus, RK4, {STEPS} steps, one thread");
     for (dim, trace) in [(2, Trace::Exact), (64, Trace::Rademacher)] {
-        for precision in [Precision::F32, Precision::BF16, Precision::F16] {
+        for precision in precisions {
             let case = (dim, trace, precision);
             let alone = milliseconds(move |vb| OneByOne::new(dim, vb), case)?;
             let sizes = [dim, HIDDEN, HIDDEN, dim];
             let build = move |vb: VarBuilder<'static>| Mlp::builder(&sizes, Activation::Softplus).in_time().build(vb);
-            let fused = milliseconds(build, case)?;
-            println!(
-                "  dim {dim}, {trace:?}, {:?}: one by one {alone:.1} ms, as one op {fused:.1} ms, {:.2} ×",
-                precision.compute_dtype(),
-                fused / alone,
-            );
+            print(&format!("dim {dim}, {trace:?}"), precision, alone, milliseconds(build, case)?);
         }
+    }
+    println!("{ROWS} rows, the reference flow, {} planar units of a hypernetwork's weights", Units::WIDTH);
+    for precision in precisions {
+        let case = (2, Trace::Exact, precision);
+        let alone = milliseconds(Units::new, case)?;
+        print("dim 2", precision, alone, milliseconds(|vb| flow::HyperFlow::new(2, Units::WIDTH, vb), case)?);
     }
     Ok(())
 }

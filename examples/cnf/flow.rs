@@ -39,7 +39,7 @@ impl HyperFlow {
     /// The units at one time, with weights in the dtype of z.
     fn units(&self, t: &Time, z: &Tensor) -> Result<Planar> {
         let Self { dim, width, .. } = *self;
-        let all = self.hyper.forward(&t.like(z)?)?.flatten_all()?;
+        let all = self.hyper.of_time(t, z)?;
         let block = |n: usize| all.narrow(0, n * dim * width, dim * width)?.reshape((width, dim));
         let u = (block(1)? * Activation::Sigmoid.forward(&block(2)?)?)?;
         Planar::new(&block(0)?, &all.narrow(0, 3 * dim * width, width)?, &u, Activation::Tanh)

@@ -207,23 +207,24 @@ pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
     let mut total = W::ZERO;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
         let mut lanes = [W::ZERO; LANES];
-        let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-        let rest = a.remainder().iter().zip(b.remainder()).fold(W::ZERO, |sum, (&a, &b)| sum + f(a, b));
-        for (a, b) in a.zip(b) {
-            for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-                *lane += f(a, b);
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        let rest = a_rest.iter().zip(b_rest).fold(W::ZERO, |sum, (&a, &b)| sum + f(a, b));
+        for (a, b) in a.iter().zip(b) {
+            for n in 0..LANES {
+                lanes[n] += f(a[n], b[n]);
             }
         }
-        let mut half = LANES / 2;
-        while half > 0 {
-            for n in 0..half {
-                lanes[n] += lanes[n + half];
-            }
-            half /= 2;
-        }
-        total += lanes[0] + rest;
+        total += by_halves(&lanes) + rest;
     }
     total
+}
+
+/// Apart from the loop before it, which the compiler would else split into pairs of lanes.
+#[inline(never)]
+fn by_halves<W: Real>(lanes: &[W; 16]) -> W {
+    let eight: [W; 8] = std::array::from_fn(|n| lanes[n] + lanes[n + 8]);
+    let four: [W; 4] = std::array::from_fn(|n| eight[n] + eight[n + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Sums over the rows of a `(rows, columns)` matrix, in F32 or F64, by blocks of rows.

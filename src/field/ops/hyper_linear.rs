@@ -62,7 +62,7 @@ pub fn hyper_linear(input: usize, output: usize, hidden: &[usize], vb: VarBuilde
 impl HyperLinear {
     /// W(t), `(output, input)`, and b(t), `(output)`, for x of this dtype.
     fn at(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let made = by_ops(|| self.hyper.forward(&column(t, x)?))?.flatten_all()?;
+        let made = self.hyper.of_time(t, x)?;
         let count = self.output * self.input;
         Ok((made.narrow(0, 0, count)?.reshape((self.output, self.input))?, made.narrow(0, count, self.output)?))
     }

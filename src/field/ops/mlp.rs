@@ -8,6 +8,7 @@ use super::sequential::Timed;
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
+use crate::field::session::Session;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -57,6 +58,22 @@ impl Mlp {
     /// Starts an MLP; by default it does not see the time.
     pub fn builder(sizes: &[usize], activation: Activation) -> MlpBuilder {
         MlpBuilder { sizes: sizes.to_vec(), activation, in_time: false }
+    }
+
+    /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype and on the device of `like`: for
+    /// networks that make weights of the time.
+    ///
+    /// Inside a solve, with kernels of ours, all layers are one op, which packs no weight.
+    ///
+    /// # Errors
+    /// As [`forward`](Module::forward).
+    pub fn of_time(&self, t: &Time, like: &Tensor) -> Result<Tensor> {
+        let column = t.like(like)?.reshape((1, 1))?;
+        let value = match chain::of_row(self.layers(), &column)? {
+            Some(value) => value,
+            None => Session::shut(|| self.forward(&column))?,
+        };
+        value.flatten_all()
     }
 
     fn layers(&self) -> impl Iterator<Item = &dyn Linked> {

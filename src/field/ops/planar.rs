@@ -306,10 +306,12 @@ impl<W: Real> Activated<W> {
     fn find(&mut self, activation: Activation, Unit { w, b, .. }: Unit<'_, W>, z: &Lanes<W>, curved: bool) {
         let Self { value, slope, curvature } = self;
         vectorised(Affine { w, b, z: &z.values, p: value });
-        slope.copy_from_slice(value);
-        activation.value_in_place(value);
         if activation.keeps() == Keeps::Value {
+            activation.value_in_place(value);
             slope.copy_from_slice(value);
+        } else {
+            slope.copy_from_slice(value);
+            activation.value_in_place(value);
         }
         if curved {
             curvature.copy_from_slice(slope);

@@ -8,6 +8,7 @@
 
 mod along;
 mod compute;
+mod of_time;
 mod order;
 mod parameter;
 mod pass;
@@ -23,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) use along::tangents;
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
+pub(super) use of_time::of_row;
 pub(super) use order::Order;
 pub(super) use parameter::{Parameter, with_elements};
 
