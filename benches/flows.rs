@@ -11,7 +11,7 @@ use candle_ode::{State, Tangent};
 use std::time::Instant;
 
 #[path = "../examples/cnf/flow.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unreachable_pub)]
 mod flow;
 
 const ROWS: usize = 256;

@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use candle_ode::ops::{self, Activation, Mlp, Timed, affine};
+use candle_ode::ops::{self, Activation, Mlp, Planar, Timed, affine};
 use candle_ode::prelude::*;
 use common::against_f64::*;
 use common::*;
@@ -60,6 +60,61 @@ fn layers_whose_weights_are_made_of_the_time() {
     }
     check("a hyper layer", |vb| ops::hyper_linear(6, 6, &[12], vb));
     check("a concat-squash layer", |vb| ops::concat_squash_linear(6, 6, vb));
+}
+
+/// Planar units whose weights a network makes of the time: dL/dy0, dL/dθ and dL/dt, whatever is frozen.
+#[test]
+fn a_network_of_the_time_makes_planar_units() {
+    const UNITS: usize = 9;
+    let field = |vars: &VarMap, activation| {
+        let build = move |vb| Mlp::new(&[1, 12, 5, 7 * UNITS], activation, vb);
+        model_field(vars, build, move |hyper: &Mlp, t, z| {
+            let made = hyper.of_time(t, z)?;
+            assert_eq!(made.dims(), [7 * UNITS]);
+            let part = |n: usize| made.narrow(0, 3 * n * UNITS, 3 * UNITS)?.reshape((UNITS, 3));
+            Planar::new(&part(0)?, &made.narrow(0, 6 * UNITS, UNITS)?, &part(1)?, activation)?.forward(z)
+        })
+    };
+    let y0 = start(2, &[9, 3]);
+    for activation in [Activation::Tanh, Activation::Silu, Activation::Identity] {
+        let vars = VarMap::new();
+        let field = field(&vars, activation);
+        against_f64(&field, &vars, &y0, &format!("planar units with {activation:?}"));
+        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+            let of = |memory| {
+                let adjoint = Discrete::default().stage_memory(memory);
+                let all = gradients(&ode(&field).precision(precision).adjoint(adjoint), &vars, &y0);
+                all.into_iter().map(|(name, x)| (name, bits(&x))).collect::<Vec<_>>()
+            };
+            assert_eq!(of(StageMemory::All), of(StageMemory::One), "{activation:?}, {precision:?}");
+        }
+        let all = gradients(&ode(&field), &vars, &y0);
+        for frozen in sorted(&vars).into_keys() {
+            let name = frozen.clone();
+            let some = field.clone().freeze(move |other| other == name);
+            let mut expected = all.clone();
+            expected.remove(&frozen);
+            compare(&gradients(&ode(&some), &vars, &y0), &expected, 1e-7, &frozen);
+        }
+        let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), &vars, &y0);
+        compare(&of_y0, &all.into_iter().filter(|(name, _)| name.starts_with('y')).collect(), 1e-7, "all frozen");
+    }
+    let vars = VarMap::new();
+    let field = field(&vars, Activation::Tanh);
+    let of_times = |precision| {
+        let ends = [0.1, 0.7].map(|t: f64| Var::new(t, &Device::Cpu).unwrap());
+        let ode = ode(&field).span_tensors(&ends[0], &ends[1]).precision(precision);
+        let solution = ode.solve(y0.as_tensor()).unwrap();
+        let grads = solution.last().sum_all().unwrap().backward().unwrap();
+        ends.map(|t| grads.get(&t).unwrap().to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap())
+    };
+    let exact = of_times(Precision::F64);
+    // BF16 rounds the times themselves to three digits.
+    for (precision, bound) in [BOUNDS[0], BOUNDS[1]] {
+        for (found, exact) in of_times(precision).into_iter().zip(exact) {
+            assert!((found - exact).abs() < bound * exact.abs(), "{precision:?}: {found} for {exact}");
+        }
+    }
 }
 
 /// An activation first, two in a row, one at the end, a closure between, layers without bias, a state of three dimensions.

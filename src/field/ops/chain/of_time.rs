@@ -4,14 +4,13 @@
 //! one of its parameters, since the time need not be tracked; dL/dW is added in place to the F32 sums. Half precision is held
 //! in F32 between the layers.
 
-use super::{Chain, Link, Linked, Order, with_elements};
+use super::{Chain, Compute, Link, Linked, Order, with_compute, with_elements};
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::session::{Call, Matrix, Session, Tile};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The value of the layers at x `(1, inputs)`, if they are one chain that kernels of ours run.
@@ -49,26 +48,6 @@ struct Passed {
     kept: Matrix<f32>,
 }
 
-/// Runs `$body` with `$element` standing for the Rust type of `$dtype`.
-macro_rules! with_stored {
-    ($dtype:expr, $element:ident => $body:expr) => {
-        match $dtype {
-            DType::F16 => {
-                type $element = f16;
-                $body
-            }
-            DType::BF16 => {
-                type $element = bf16;
-                $body
-            }
-            _ => {
-                type $element = f32;
-                $body
-            }
-        }
-    };
-}
-
 impl Row {
     fn vector(&self, len: usize) -> Matrix<f32> {
         f32::spare(&self.session).matrix(1, len)
@@ -91,8 +70,7 @@ impl Row {
                 Some(bias) => y.copy_from_slice(&bias),
                 None => y.fill(0.0),
             }
-            let w = link.weight.leaf.contiguous()?;
-            with_elements::<T, _>(&w, |w| Ok(vectorised(Products { w, x: &x, y: &mut y })))?;
+            link.with_weight(|w| vectorised(Products::<T> { w, x: &x, y: &mut y }))?;
             let input = (link.then.keeps() == Keeps::Input).then(|| self.copy(&y));
             link.then.value_in_place(&mut y);
             let kept = match link.then.keeps() {
@@ -124,8 +102,7 @@ impl Row {
             link.add_gradients(&self.session, Order::Rows, (g.view(), g.view()), x.view())?;
             let mut of_x = self.vector(link.inputs);
             of_x.fill(0.0);
-            let w = link.weight.leaf.contiguous()?;
-            with_elements::<T, _>(&w, |w| Ok(vectorised(Rows { w, g: &g, x: &mut of_x })))?;
+            link.with_weight(|w| vectorised(Rows::<T> { w, g: &g, x: &mut of_x }))?;
             g = of_x;
         }
         g.iter_mut().for_each(|g| *g *= scale as f32);
@@ -142,21 +119,29 @@ impl CustomOp2 for Row {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
-        let storage = with_stored!(x.dtype(), T => {
-            let value = self.value::<T>(&<T as WithDType>::cpu_storage_as_slice(x)?[from..to])?;
-            <T as WithDType>::to_cpu_storage_owned(value)
-        });
-        let outputs = self.links.last().map_or(0, |link| link.outputs);
-        Ok((storage, Shape::from((1, outputs))))
+        with_compute!(x.dtype(), true, C => {
+            type Stored = <C as Compute>::Stored;
+            let value = self.value(&Stored::cpu_storage_as_slice(x)?[from..to])?;
+            let shape = Shape::from((1, value.len()));
+            Ok((C::storage(value), shape))
+        })
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.detach().contiguous()?;
-        let of_x = with_stored!(x.dtype(), T => {
-            let of_x = with_elements::<T, _>(&grad, |grad| self.pull(grad))?;
-            x.track_op().then(|| Tensor::from_vec(of_x, x.shape(), x.device())).transpose()?
-        });
-        Ok((of_x, None))
+        with_compute!(x.dtype(), true, C => {
+            let of_x = with_elements::<<C as Compute>::Stored, _>(&grad, |grad| self.pull(grad))?;
+            Ok((x.track_op().then(|| Tensor::from_vec(of_x, x.shape(), x.device())).transpose()?, None))
+        })
+    }
+}
+
+impl Link {
+    fn with_weight<T: WithDType>(&self, with: impl FnOnce(&[T])) -> Result<()> {
+        with_elements(&self.weight.leaf.contiguous()?, |w| {
+            with(w);
+            Ok(())
+        })
     }
 }
 
