@@ -1,6 +1,6 @@
 //! Planar units with their divergence: f(z) = 1/M Σⱼ uⱼ h(wⱼ·z + bⱼ), tr ∂f/∂z = 1/M Σⱼ h′(wⱼ·z + bⱼ) uⱼ·wⱼ, j = 1 … M.
 //!
-//! On the CPU both are one node of Candle's graph, which keeps z and the weights, and of a batch never more than a unit of
+//! On the CPU, and on CUDA in few dimensions, both are one node of Candle's graph, which keeps z and the weights, and of a batch never more than a unit of
 //! some rows: with pⱼ = wⱼ·z + bⱼ, aⱼ = uⱼ·wⱼ and cotangents g of M f and t of M tr the pullback is
 //!
 //! p̄ⱼ = h′(pⱼ) uⱼ·g + h″(pⱼ) aⱼ t,  z̄ = Σⱼ wⱼ p̄ⱼ,
@@ -10,6 +10,7 @@ use super::Activation;
 use super::activation::in_place::Keeps;
 use super::cpu::{CHUNK, Element, Kernel, dense, dense_wide, sum, vectorised, with_element};
 use super::linear::affine;
+use super::precomputed::{Precomputed, hand_over};
 use super::real::Real;
 use super::weight::give;
 use crate::Time;
@@ -24,8 +25,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Module, Result, S
 /// they are what a hypernetwork makes of the time. F16, BF16, F32 and F64; the sums over units and batch are made in F32, and
 /// rounded once.
 ///
-/// Cost: on the CPU one pass for f and the divergence, and one for their pullback, which evaluates h again, so that nothing
-/// but z and the weights is kept. Elsewhere linear layers and activations.
+/// Cost: on the CPU, and on CUDA up to eight dimensions, one pass for f and the divergence, and one for their pullback, which
+/// evaluates h again, so that nothing but z and the weights is kept. Elsewhere linear layers and activations.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -81,12 +82,19 @@ impl Planar {
             let what = format!("the argument of planar units in {:?}", units.dtype());
             return Err(OdeError::UnsupportedDType { what, dtype: z.dtype(), hint }.into());
         }
-        if !z.device().is_cpu() {
-            return self.composed(z);
-        }
+        let Some(ready) = self.ready(z)? else { return self.composed(z) };
         let rows = z.elem_count() / last;
-        let both = z.apply_op2(units, PlanarOp { dim: *dim, activation: *activation })?;
+        let both = z.apply_op2(units, PlanarOp { dim: *dim, activation: *activation, ready })?;
         Ok((both.narrow(0, 0, rows * dim)?.reshape(z.shape())?, both.narrow(0, rows * dim, rows)?.reshape(batch)?))
+    }
+
+    /// What the op needs before it runs, if there are kernels for it.
+    fn ready(&self, z: &Tensor) -> Result<Option<Precomputed>> {
+        #[cfg(feature = "cuda")]
+        if let Some(value) = super::cuda::planar(z, &self.units, self.activation)? {
+            return Ok(Some(Precomputed::on_device(value)));
+        }
+        Ok(z.device().is_cpu().then(Precomputed::default))
     }
 
     /// The same made of other ops.
@@ -132,15 +140,35 @@ impl Tangent for Planar {
 struct PlanarOp {
     dim: usize,
     activation: Activation,
+    ready: Precomputed,
+}
+
+impl PlanarOp {
+    fn label(&self) -> &'static str {
+        "planar"
+    }
+
+    /// The cotangents of z, and of the units in F32 or F64.
+    fn pulled(&self, z: &Tensor, units: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if let Some(pulled) = super::cuda::pull_planar(z, units, self.activation, grad)? {
+            return Ok(pulled);
+        }
+        // Both come in one tensor, what belongs to the units behind the rest.
+        let both = z.apply_op3_no_bwd(units, grad, &Pulled(self))?;
+        let (points, elements) = (z.elem_count(), units.elem_count());
+        let of_z = both.narrow(0, 0, points)?.reshape(z.shape())?.to_dtype(z.dtype())?;
+        Ok((of_z, both.narrow(0, points, elements)?.reshape(units.shape())?))
+    }
 }
 
 impl CustomOp2 for PlanarOp {
     fn name(&self) -> &'static str {
-        "planar"
+        self.label()
     }
 
     fn cpu_fwd(&self, z: &CpuStorage, lz: &Layout, units: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
-        with_element!(units.dtype(), self.name(), T => {
+        with_element!(units.dtype(), self.label(), T => {
             let units = dense_wide::<<T as Element>::Wide>(units, lu)?;
             let both = self.value::<T>(&dense::<T>(z, lz)?, &units);
             let shape = Shape::from(both.len());
@@ -148,15 +176,12 @@ impl CustomOp2 for PlanarOp {
         })
     }
 
+    hand_over!(ready, 2);
+
     fn bwd(&self, z: &Tensor, units: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        // Both come in one tensor, what belongs to the units behind the rest.
-        let pulled = z.detach().apply_op3_no_bwd(&units.detach(), &grad.detach(), &Pulled(self))?;
-        let of_z = z.track_op().then(|| pulled.narrow(0, 0, z.elem_count())?.reshape(z.shape())?.to_dtype(z.dtype()));
-        let of_units = units.track_op().then(|| {
-            let of_units = pulled.narrow(0, z.elem_count(), units.elem_count())?.reshape(units.shape())?;
-            give(units, &of_units)
-        });
-        Ok((of_z.transpose()?, of_units.transpose()?.flatten()))
+        let (of_z, of_units) = self.pulled(&z.detach(), &units.detach(), &grad.detach())?;
+        let of_units = if units.track_op() { give(units, &of_units)? } else { None };
+        Ok((z.track_op().then_some(of_z), of_units))
     }
 }
 
@@ -165,7 +190,7 @@ struct Pulled<'a>(&'a PlanarOp);
 
 impl CustomOp3 for Pulled<'_> {
     fn name(&self) -> &'static str {
-        self.0.name()
+        self.0.label()
     }
 
     fn cpu_fwd(
@@ -177,7 +202,7 @@ impl CustomOp3 for Pulled<'_> {
         grad: &CpuStorage,
         lg: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        with_element!(units.dtype(), self.name(), T => {
+        with_element!(units.dtype(), self.0.label(), T => {
             type Wide = <T as Element>::Wide;
             let (units, grad) = (dense_wide::<Wide>(units, lu)?, dense::<T>(grad, lg)?);
             let pulled = self.0.pull::<T>(&dense::<T>(z, lz)?, &units, &grad);

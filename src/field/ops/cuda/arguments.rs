@@ -44,6 +44,7 @@ pub(super) enum Module {
     Sums,
     Combine,
     Convolution,
+    Planar,
 }
 
 /// A kernel and all that it is started with.
@@ -124,6 +125,11 @@ arguments! {
         from: u64, to: u64,
         images: u32, channels: u32, height: u32, width: u32, kernel_height: u32, kernel_width: u32,
         out_height: u32, out_width: u32, step: u32, padding: u32, dilation: u32,
+    }
+    /// Planar units.
+    Planar {
+        z: u64, units: u64, grad: u64, both: u64, of_z: u64, partial: u64,
+        rows: u32, dim: u32, count: u32, chunk: u32, function: i32, alpha: f32,
     }
 }
 
@@ -257,6 +263,40 @@ impl Windows {
     pub(super) fn to_images(self, element: Element) -> Launch<Self> {
         let count = self.images * self.channels * self.height * self.width;
         Launch::new(Module::Convolution, "from_columns", Some(element), self).over(count)
+    }
+}
+
+impl Planar {
+    /// Dimensions up to which there are kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(super) const MOST: usize = 8;
+
+    /// `count` units at z `(rows, dim)`.
+    pub(super) fn new(z: u64, units: u64, (rows, dim, count): (u32, u32, u32), activation: Activation) -> Self {
+        let (function, alpha) = function(activation);
+        let chunk = chunk(rows);
+        Self { z, units, grad: 0, both: 0, of_z: 0, partial: 0, rows, dim, count, chunk, function, alpha }
+    }
+
+    /// How many rows of partial sums there are.
+    pub(super) fn chunks(&self) -> u32 {
+        self.rows.div_ceil(self.chunk)
+    }
+
+    fn over(self, kernel: &str, element: Element, blocks: [u32; 3]) -> Launch<Self> {
+        Launch { blocks, threads: [32, 8, 1], ..Launch::new(Module::Planar, kernel, Some(element), self) }
+    }
+
+    pub(super) fn value_launch(self, element: Element) -> Launch<Self> {
+        self.over("planar", element, [self.rows.div_ceil(8), 1, 1])
+    }
+
+    pub(super) fn pull_points(self, element: Element) -> Launch<Self> {
+        self.over("pull_points", element, [self.rows.div_ceil(8), 1, 1])
+    }
+
+    pub(super) fn pull_units(self, element: Element) -> Launch<Self> {
+        self.over("pull_units", element, [self.count.div_ceil(32), self.chunks(), 1])
     }
 }
 

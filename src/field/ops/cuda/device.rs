@@ -30,6 +30,7 @@ fn module(module: Module) -> (&'static str, &'static str) {
         Module::Sums => ("candle_ode_sums", include_str!(concat!(env!("OUT_DIR"), "/sums.ptx"))),
         Module::Combine => ("candle_ode_combine", include_str!(concat!(env!("OUT_DIR"), "/combine.ptx"))),
         Module::Convolution => ("candle_ode_convolution", include_str!(concat!(env!("OUT_DIR"), "/convolution.ptx"))),
+        Module::Planar => ("candle_ode_planar", include_str!(concat!(env!("OUT_DIR"), "/planar.ptx"))),
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `sums.cu` | cotangent · f′ and its sums over the batch; sums over the channels of images; sums added to dL/dθ |
 //! | `combine.cu` | the kernels of [`combine`](super::combine): sums in mixed dtypes, flags, scales |
 //! | `convolution.cu` | images as columns of windows, and back |
+//! | `planar.cu` | planar units with their divergence, and back |
 //!
 //! What is launched for an op, on what and in which order, is written once against a [`Machine`](machine::Machine): a GPU
 //! ([`device`]), or the host in tests ([`host`]), which compiles the same kernels with a C++ compiler and multiplies as
@@ -28,6 +29,8 @@ mod host;
 mod layer;
 #[cfg(any(test, feature = "cuda"))]
 mod machine;
+#[cfg(any(test, feature = "cuda"))]
+mod planar;
 #[cfg(any(test, feature = "cuda"))]
 mod sums;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,6 @@
 //! Ops on tensors that lie on CUDA, outside any graph. `None` where kernels of ours do not take them.
 
-use super::arguments::{Activate, Element, Windows};
+use super::arguments::{Activate, Element, Planar, Windows};
 use super::convolution::Convolution;
 use super::device::{Gpu, LARGEST, Value, address, runs};
 use super::layer::Layer;
@@ -211,4 +211,43 @@ pub(in crate::field::ops) fn pull_weight(
     // SAFETY: dense tensors of these sizes on this device.
     unsafe { convolution.pull_weight(&gpu, address(&x)?, address(&grad)?, Sum::plain(address(&sum)?))? };
     Ok(Some(sum))
+}
+
+/// Planar units at z, if kernels of ours take them.
+fn planar_units(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<(Element, Planar)>> {
+    let (count, columns) = units.dims2()?;
+    let (dim, elements) = ((columns - 1) / 2, units.elem_count());
+    let fits = dim <= Planar::MOST && z.elem_count() + z.elem_count() / dim <= LARGEST && elements <= LARGEST / 64;
+    let Some(element) = element(z, &[units]).filter(|_| fits) else { return Ok(None) };
+    let sizes = ((z.elem_count() / dim) as u32, dim as u32, count as u32);
+    Ok(Some((element, Planar::new(address(z)?, address(units)?, sizes, activation))))
+}
+
+/// f of all rows and, behind it, their divergences; `units` `(count, 2 dim + 1)` are rows of w, b and u.
+pub(in crate::field::ops) fn planar(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<Value>> {
+    let (z, units) = (dense(z)?, dense(units)?);
+    let Some((element, call)) = planar_units(&z, &units, activation)? else { return Ok(None) };
+    let gpu = Gpu::of(&z)?;
+    let both = gpu.output(element, z.elem_count() + call.rows as usize)?;
+    // SAFETY: dense tensors of these sizes on this device.
+    unsafe { call.value(&gpu, element, both.at())? };
+    Ok(Some(both))
+}
+
+/// The cotangents of z, and of the units in F32, from that of both results.
+pub(in crate::field::ops) fn pull_planar(
+    z: &Tensor,
+    units: &Tensor,
+    activation: Activation,
+    grad: &Tensor,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (z, units, grad) = (dense(z)?, dense(units)?, dense(grad)?);
+    let Some((element, call)) = planar_units(&z, &units, activation)?.filter(|_| grad.dtype() == z.dtype()) else {
+        return Ok(None);
+    };
+    let gpu = Gpu::of(&z)?;
+    let (of_z, of_units) = (gpu.output(element, z.shape())?, gpu.zeros(units.shape())?);
+    // SAFETY: dense tensors of these sizes on this device.
+    unsafe { call.pull(&gpu, element, address(&grad)?, of_z.at(), address(&of_units)?)? };
+    Ok(Some((of_z.tensor(), of_units)))
 }

@@ -4,6 +4,7 @@ mod activations;
 mod combined;
 mod convolutions;
 mod layers;
+mod planar;
 
 use super::arguments::{Arguments, Element, Launch};
 use super::host::Host;
