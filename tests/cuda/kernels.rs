@@ -5,7 +5,7 @@ use crate::common::*;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::Conv2dConfig;
 use candle_ode::ops::combine::{self, Finite};
-use candle_ode::ops::{self, Activation, Conv2d, Linear};
+use candle_ode::ops::{self, Activation, Conv2d, Linear, Planar};
 
 /// Dtypes with kernels, and how far half precision may be off.
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 3e-6), (DType::F16, 2e-3), (DType::BF16, 1.5e-2)];
@@ -109,6 +109,28 @@ fn convolutions() {
             let args = [normal(1, &[images, 4, height, width], DType::F32), weight, normal(3, &[8], DType::F32)];
             let layer = |args: &[Tensor]| Conv2d::new(args[1].clone(), Some(args[2].clone()), config).forward(&args[0]);
             against_cpu(&gpu, dtype, 2.0 * bound, &layer, &args, &format!("{config:?} of {images}×{height}×{width}"));
+        }
+    }
+}
+
+/// Up to eight dimensions by kernels of ours, above by other ops.
+#[test]
+fn planar_units() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for (rows, count, dim) in [(1, 1, 1), (1000, 128, 2), (70_000, 33, 3), (513, 64, 8), (300, 40, 9)] {
+            let args = [
+                normal(1, &[rows, dim], DType::F32),
+                normal(2, &[count, dim], DType::F32),
+                normal(3, &[count], DType::F32),
+                normal(4, &[count, dim], DType::F32),
+            ];
+            let both = |args: &[Tensor]| {
+                let units = Planar::new(&args[1], &args[2], &args[3], Activation::Tanh)?;
+                let (f, divergence) = units.with_divergence(&args[0])?;
+                Tensor::cat(&[f, divergence.unsqueeze(1)?], 1)
+            };
+            against_cpu(&gpu, dtype, 2.0 * bound, &both, &args, &format!("{count} units at {rows}×{dim}"));
         }
     }
 }
