@@ -198,11 +198,13 @@ fn avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
+/// Partial sums of [`sum`].
+const LANES: usize = 16;
+
 /// Σ f(aᵢ, bᵢ) in a fixed order with many partial sums, so that its error grows slowly and it runs in vectors.
 /// `a` and `b` have the same length.
 #[inline(always)]
 pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
-    const LANES: usize = 16;
     const BLOCK: usize = 64 * LANES;
     let mut total = W::ZERO;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
@@ -219,9 +221,9 @@ pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
     total
 }
 
-/// Apart from the loop before it, which the compiler would else split into pairs of lanes.
+/// Their sum. Not inlined, and so no part of the kernel: the compiler would split the loop before it into pairs of lanes.
 #[inline(never)]
-fn by_halves<W: Real>(lanes: &[W; 16]) -> W {
+fn by_halves<W: Real>(lanes: &[W; LANES]) -> W {
     let eight: [W; 8] = std::array::from_fn(|n| lanes[n] + lanes[n + 8]);
     let four: [W; 4] = std::array::from_fn(|n| eight[n] + eight[n + 4]);
     (four[0] + four[2]) + (four[1] + four[3])

@@ -4,13 +4,13 @@
 //! are part of Candle's graph: what they are made of gets its gradient through them, after the sums over the batch.
 
 use super::activation::{Activation, sigmoid};
+use super::chain::{by_ops, column};
 use super::linear::{Linear, affine, linear};
 use super::mlp::Mlp;
 use super::sequential::Timed;
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
-use crate::field::session::Session;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -121,17 +121,6 @@ impl ConcatSquashLinear {
         let bias = (&self.bias * &gate)?.add(&shift)?;
         Ok((self.weight.broadcast_mul(&gate.unsqueeze(1)?)?, bias))
     }
-}
-
-/// The time as `(1, 1)` in the dtype of x.
-fn column(t: &Time, x: &Tensor) -> Result<Tensor> {
-    t.like(x)?.reshape((1, 1))
-}
-
-/// Layers on the time alone, op by op: a chain rounds in other places, and there is one where f is evaluated, not where it is
-/// linearised.
-fn by_ops(run: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-    Session::shut(run)
 }
 
 macro_rules! layer_of_time {

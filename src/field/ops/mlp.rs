@@ -8,7 +8,6 @@ use super::sequential::Timed;
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
-use crate::field::session::Session;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -60,18 +59,24 @@ impl Mlp {
         MlpBuilder { sizes: sizes.to_vec(), activation, in_time: false }
     }
 
-    /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype and on the device of `like`: for
-    /// networks that make weights of the time.
+    /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype of `like`: for networks that make weights
+    /// of the time.
     ///
-    /// Inside a solve, with kernels of ours, all layers are one op, which packs no weight.
+    /// Inside a solve, with kernels of ours, all layers are one op, which reads their weights where they lie.
     ///
     /// # Errors
-    /// As [`forward`](Module::forward).
+    /// [`OdeError::Setting`] from an MLP of more inputs, or one that was built to see the time beside them; else as
+    /// [`forward`](Module::forward).
     pub fn of_time(&self, t: &Time, like: &Tensor) -> Result<Tensor> {
-        let column = t.like(like)?.reshape((1, 1))?;
-        let value = match chain::of_row(self.layers(), &column)? {
+        if !matches!(self.layers.first(), Some(Stage::Plain(first)) if first.weight().dims()[1..] == [1]) {
+            let hint = "build it with sizes that begin with 1, without .in_time()";
+            let value = "an MLP of other inputs than one".to_owned();
+            return Err(OdeError::Setting { setting: "Mlp::of_time", value, hint }.into());
+        }
+        let t = chain::column(t, like)?;
+        let value = match chain::of_time(self.layers(), &t)? {
             Some(value) => value,
-            None => Session::shut(|| self.forward(&column))?,
+            None => chain::by_ops(|| self.forward(&t))?,
         };
         value.flatten_all()
     }
@@ -197,6 +202,19 @@ mod tests {
         for in_time in [false, true] {
             let (_vars, mlp) = mlp(in_time);
             check_tangent(&mlp, &|args| mlp.forward_at(&t, &args[0]), &noise(&[4, 3], 6));
+        }
+    }
+
+    #[test]
+    fn what_is_no_function_of_the_time_alone_is_refused() {
+        let t = Time::new(0.3, &Device::Cpu);
+        let like = noise(&[1], 1);
+        for (sizes, in_time) in [([3, 4], false), ([1, 4], true)] {
+            let vb = VarBuilder::zeros(DType::F64, &Device::Cpu);
+            let builder = Mlp::builder(&sizes, Activation::Tanh);
+            let mlp = if in_time { builder.in_time() } else { builder }.build(vb).unwrap();
+            let error = OdeError::from(mlp.of_time(&t, &like).unwrap_err());
+            assert!(matches!(error, OdeError::Setting { setting: "Mlp::of_time", .. }), "{error}");
         }
     }
 

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) use along::tangents;
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
-pub(super) use of_time::of_row;
+pub(super) use of_time::{by_ops, column, of_time};
 pub(super) use order::Order;
 pub(super) use parameter::{Parameter, with_elements};
 

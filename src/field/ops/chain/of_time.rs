@@ -1,10 +1,10 @@
-//! A chain on one row that is no row of the batch: a network of the time, which makes weights.
+//! A chain on the time alone: one row, which is no row of the batch, through a network that makes weights.
 //!
-//! Its weights are read where they lie, since packing them would take longer than the products. Candle's graph leads through
-//! one of its parameters, since the time need not be tracked; dL/dW is added in place to the F32 sums. Half precision is held
-//! in F32 between the layers.
+//! Its own weights are read where they lie, since packing them would take longer than the products; dL/dW is added in place to
+//! the F32 sums. Half precision is held in F32 between the layers.
 
 use super::{Chain, Compute, Link, Linked, Order, with_compute, with_elements};
+use crate::Time;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::session::{Call, Matrix, Session, Tile};
@@ -13,56 +13,63 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The value of the layers at x `(1, inputs)`, if they are one chain that kernels of ours run.
-pub(in crate::field::ops) fn of_row<'a>(
+/// The time as `(1, 1)` in the dtype of x.
+pub(in crate::field::ops) fn column(t: &Time, x: &Tensor) -> Result<Tensor> {
+    t.like(x)?.reshape((1, 1))
+}
+
+/// Runs layers on the time alone op by op: a chain on what is not tracked is there where f is evaluated, not where it is
+/// linearised, and rounds in other places.
+pub(in crate::field::ops) fn by_ops(run: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    Session::shut(run)
+}
+
+/// The value of the layers at the time `(1, 1)`, if they are one chain that kernels of ours run.
+pub(in crate::field::ops) fn of_time<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
-    x: &Tensor,
+    t: &Tensor,
 ) -> Result<Option<Tensor>> {
-    let Some(mut chain) = Chain::start(x).filter(|_| x.device().is_cpu()) else { return Ok(None) };
-    // Whether x is tracked does not matter.
+    let Some(mut chain) = Chain::start(t).filter(|_| t.device().is_cpu()) else { return Ok(None) };
+    // A chain takes tracked parameters only where Candle comes back to it through x; here it comes back through one of them.
     let call = std::mem::replace(&mut chain.current.call, Call::Value);
-    if !layers.into_iter().all(|layer| layer.link(None, x, &mut chain)) {
+    if !layers.into_iter().all(|layer| layer.link(None, t, &mut chain)) {
         return Ok(None);
     }
-    let x = x.contiguous()?;
-    let row = Row { session: chain.current.session, links: chain.links, passed: Mutex::default() };
-    let parameters = row.links.iter().flat_map(|link| std::iter::once(&link.weight).chain(&link.bias));
+    let parameters = chain.links.iter().flat_map(|link| std::iter::once(&link.weight).chain(&link.bias));
     let tracked = parameters.filter(|_| call == Call::Graph).find(|parameter| parameter.is_tracked());
-    let through = tracked.map_or_else(|| x.detach(), |parameter| parameter.leaf.clone());
-    let is_node = x.track_op() || through.track_op();
-    let value = if is_node { x.apply_op2(&through, row) } else { x.apply_op2_no_bwd(&through, &row) };
-    value.map(Some)
+    let through = tracked.map_or_else(|| t.detach(), |parameter| parameter.leaf.clone());
+    let is_node = t.track_op() || through.track_op();
+    let op = OfTime { session: chain.current.session, links: chain.links, is_node, saved: Mutex::default() };
+    let t = t.contiguous()?;
+    if is_node { t.apply_op2(&through, op) } else { t.apply_op2_no_bwd(&through, &op) }.map(Some)
 }
 
-struct Row {
+/// (t, a parameter) ↦ the value; nothing goes back to the parameter, whose gradient is in the open sums.
+struct OfTime {
     session: Arc<Session>,
     links: Vec<Link>,
-    /// By layer, what the pullback needs; from the forward pass on.
-    passed: Mutex<Vec<Passed>>,
+    is_node: bool,
+    /// What the pullback needs; from the forward pass on.
+    saved: Mutex<Option<Saved>>,
 }
 
-/// What the pullback of a layer needs.
-struct Passed {
-    x: Matrix<f32>,
-    /// What f′ is a function of.
-    kept: Matrix<f32>,
+#[derive(Default)]
+struct Saved {
+    /// The time and the results of the layers.
+    values: Vec<Matrix<f32>>,
+    /// By layer, what was activated, where f′ is a function of that.
+    inputs: Vec<Option<Matrix<f32>>>,
 }
 
-impl Row {
+impl OfTime {
     fn vector(&self, len: usize) -> Matrix<f32> {
         f32::spare(&self.session).matrix(1, len)
     }
 
-    fn copy(&self, of: &[f32]) -> Matrix<f32> {
-        let mut copy = self.vector(of.len());
-        copy.copy_from_slice(of);
-        copy
-    }
-
-    fn value<T: Element<Wide = f32>>(&self, x: &[T]) -> Result<Vec<T>> {
-        let mut y = self.vector(x.len());
-        T::widen(x, &mut y);
-        let mut passed = vec![];
+    fn value<T: Element<Wide = f32>>(&self, t: &[T]) -> Result<Vec<T>> {
+        let mut saved = Saved::default();
+        let mut y = self.vector(t.len());
+        T::widen(t, &mut y);
         for link in &self.links {
             let x = y;
             y = self.vector(link.outputs);
@@ -70,68 +77,72 @@ impl Row {
                 Some(bias) => y.copy_from_slice(&bias),
                 None => y.fill(0.0),
             }
-            link.with_weight(|w| vectorised(Products::<T> { w, x: &x, y: &mut y }))?;
-            let input = (link.then.keeps() == Keeps::Input).then(|| self.copy(&y));
+            link.with_weight(|w| vectorised(TimesWeight::<T> { w, x: &x, y: &mut y }))?;
+            let keeps_input = self.is_node && link.then.keeps() == Keeps::Input;
+            saved.inputs.push(keeps_input.then(|| {
+                let mut input = self.vector(y.len());
+                input.copy_from_slice(&y);
+                input
+            }));
             link.then.value_in_place(&mut y);
-            let kept = match link.then.keeps() {
-                Keeps::Value => self.copy(&y),
-                _ => input.unwrap_or_else(|| self.vector(0)),
-            };
-            passed.push(Passed { x, kept });
+            saved.values.push(x);
         }
-        *self.passed.lock().unwrap_or_else(PoisonError::into_inner) = passed;
         let mut value = vec![T::from_f64(0.0); y.len()];
         T::narrow(&y, &mut value);
+        if self.is_node {
+            saved.values.push(y);
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
+        }
         Ok(value)
     }
 
-    /// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx.
+    /// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dt.
     fn pull<T: Element<Wide = f32>>(&self, grad: &[T]) -> Result<Vec<T>> {
-        let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        if passed.is_empty() {
-            bail!("a chain pulls back what it has evaluated")
-        }
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Saved { values, inputs }) = &*saved else { bail!("a chain pulls back what it has evaluated") };
         let scale = sink::scale()?;
         let mut g = self.vector(grad.len());
         T::widen(grad, &mut g);
         g.iter_mut().for_each(|g| *g /= scale as f32);
-        for (link, Passed { x, kept }) in self.links.iter().zip(&*passed).rev() {
-            if link.then.keeps() != Keeps::Nothing {
-                link.then.times_slope(kept, &mut g);
+        for (n, link) in self.links.iter().enumerate().rev() {
+            match (link.then.keeps(), &inputs[n]) {
+                (Keeps::Value, _) => link.then.times_slope(&values[n + 1], &mut g),
+                (_, Some(input)) => link.then.times_slope(input, &mut g),
+                _ => {}
             }
-            link.add_gradients(&self.session, Order::Rows, (g.view(), g.view()), x.view())?;
+            link.add_gradients(&self.session, Order::Rows, (g.view(), g.view()), values[n].view())?;
             let mut of_x = self.vector(link.inputs);
             of_x.fill(0.0);
-            link.with_weight(|w| vectorised(Rows::<T> { w, g: &g, x: &mut of_x }))?;
+            link.with_weight(|w| vectorised(TimesTransposed::<T> { w, g: &g, x: &mut of_x }))?;
             g = of_x;
         }
         g.iter_mut().for_each(|g| *g *= scale as f32);
-        let mut of_x = vec![T::from_f64(0.0); g.len()];
-        T::narrow(&g, &mut of_x);
-        Ok(of_x)
+        let mut of_t = vec![T::from_f64(0.0); g.len()];
+        T::narrow(&g, &mut of_t);
+        Ok(of_t)
     }
 }
 
-impl CustomOp2 for Row {
+impl CustomOp2 for OfTime {
     fn name(&self) -> &'static str {
         "layers-of-time"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, t: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
-        with_compute!(x.dtype(), true, C => {
+        with_compute!(t.dtype(), true, C => {
             type Stored = <C as Compute>::Stored;
-            let value = self.value(&Stored::cpu_storage_as_slice(x)?[from..to])?;
+            let value = self.value(&Stored::cpu_storage_as_slice(t)?[from..to])?;
             let shape = Shape::from((1, value.len()));
             Ok((C::storage(value), shape))
         })
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, t: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.detach().contiguous()?;
-        with_compute!(x.dtype(), true, C => {
-            let of_x = with_elements::<<C as Compute>::Stored, _>(&grad, |grad| self.pull(grad))?;
-            Ok((x.track_op().then(|| Tensor::from_vec(of_x, x.shape(), x.device())).transpose()?, None))
+        with_compute!(t.dtype(), true, C => {
+            let of_t = with_elements::<<C as Compute>::Stored, _>(&grad, |grad| self.pull(grad))?;
+            Ok((t.track_op().then(|| Tensor::from_vec(of_t, t.shape(), t.device())).transpose()?, None))
         })
     }
 }
@@ -146,13 +157,13 @@ impl Link {
 }
 
 /// y += W x
-struct Products<'a, T> {
+struct TimesWeight<'a, T> {
     w: &'a [T],
     x: &'a [f32],
     y: &'a mut [f32],
 }
 
-impl<T: Element<Wide = f32>> Kernel for Products<'_, T> {
+impl<T: Element<Wide = f32>> Kernel for TimesWeight<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -165,13 +176,13 @@ impl<T: Element<Wide = f32>> Kernel for Products<'_, T> {
 }
 
 /// x += Wᵀ g
-struct Rows<'a, T> {
+struct TimesTransposed<'a, T> {
     w: &'a [T],
     g: &'a [f32],
     x: &'a mut [f32],
 }
 
-impl<T: Element<Wide = f32>> Kernel for Rows<'_, T> {
+impl<T: Element<Wide = f32>> Kernel for TimesTransposed<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -180,5 +191,40 @@ impl<T: Element<Wide = f32>> Kernel for Rows<'_, T> {
         for (g, w) in self.g.iter().zip(self.w.chunks_exact(self.x.len())) {
             self.x.iter_mut().zip(T::widened(w, &mut space)).for_each(|(x, w)| *x += g * w);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::field::ops::{Activation, Linear};
+    use candle_core::{DType, Device, Var};
+
+    /// Whether two layers of such parameters are one op on a time in `dtype`, and what it has packed.
+    fn fused(dtype: DType, weights: DType, bias: DType) -> (bool, usize) {
+        let ones = |shape: &[usize], dtype| Var::ones(shape, dtype, &Device::Cpu).unwrap().as_tensor().clone();
+        let leaves = [ones(&[3, 1], weights), ones(&[3], bias), ones(&[4, 3], weights)];
+        let first = Linear::new(leaves[0].clone(), Some(leaves[1].clone()));
+        let last = Linear::new(leaves[2].clone(), None);
+        let t = Tensor::zeros((1, 1), dtype, &Device::Cpu).unwrap();
+        let run = || of_time([&first as &dyn Linked, &Activation::Tanh, &last], &t).unwrap();
+        assert!(run().is_none(), "outside of a solve");
+        let packed = Arc::default();
+        let session = Session::new(&leaves, Arc::clone(&packed), true);
+        let in_graph = session.open(Call::Graph, run).0;
+        let alone = session.open(Call::Value, run).0;
+        assert_eq!(in_graph.is_some(), alone.is_some());
+        assert!(in_graph.as_ref().is_none_or(Tensor::track_op) && !alone.is_some_and(|value| value.track_op()));
+        (in_graph.is_some(), packed.bytes())
+    }
+
+    #[test]
+    fn layers_on_the_time_are_one_op_that_packs_nothing() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            assert_eq!(fused(dtype, dtype, dtype), (true, 0), "{dtype:?}");
+            assert_eq!(fused(dtype, dtype, DType::F32), (true, 0), "{dtype:?}");
+        }
+        assert_eq!(fused(DType::F64, DType::F64, DType::F64), (false, 0));
+        assert_eq!(fused(DType::F16, DType::F32, DType::F32), (false, 0));
     }
 }

@@ -126,8 +126,8 @@ arguments! {
         images: u32, channels: u32, height: u32, width: u32, kernel_height: u32, kernel_width: u32,
         out_height: u32, out_width: u32, step: u32, padding: u32, dilation: u32,
     }
-    /// Planar units.
-    Planar {
+    /// Planar units and their pullback.
+    PlanarUnits {
         z: u64, units: u64, grad: u64, both: u64, of_z: u64, partial: u64,
         rows: u32, dim: u32, count: u32, chunk: u32, function: i32, alpha: f32,
     }
@@ -266,16 +266,16 @@ impl Windows {
     }
 }
 
-impl Planar {
+impl PlanarUnits {
     /// Dimensions up to which there are kernels.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) const MOST: usize = 8;
 
-    /// `count` units at z `(rows, dim)`.
-    pub(super) fn new(z: u64, units: u64, (rows, dim, count): (u32, u32, u32), activation: Activation) -> Self {
+    /// Units at points, of sizes (rows, dim, count).
+    pub(super) fn new((rows, dim, count): (u32, u32, u32), activation: Activation) -> Self {
         let (function, alpha) = function(activation);
         let chunk = chunk(rows);
-        Self { z, units, grad: 0, both: 0, of_z: 0, partial: 0, rows, dim, count, chunk, function, alpha }
+        Self { z: 0, units: 0, grad: 0, both: 0, of_z: 0, partial: 0, rows, dim, count, chunk, function, alpha }
     }
 
     /// How many rows of partial sums there are.
@@ -283,11 +283,7 @@ impl Planar {
         self.rows.div_ceil(self.chunk)
     }
 
-    fn over(self, kernel: &str, element: Element, blocks: [u32; 3]) -> Launch<Self> {
-        Launch { blocks, threads: [32, 8, 1], ..Launch::new(Module::Planar, kernel, Some(element), self) }
-    }
-
-    pub(super) fn value_launch(self, element: Element) -> Launch<Self> {
+    pub(super) fn value(self, element: Element) -> Launch<Self> {
         self.over("planar", element, [self.rows.div_ceil(8), 1, 1])
     }
 
@@ -297,6 +293,10 @@ impl Planar {
 
     pub(super) fn pull_units(self, element: Element) -> Launch<Self> {
         self.over("pull_units", element, [self.count.div_ceil(32), self.chunks(), 1])
+    }
+
+    fn over(self, kernel: &str, element: Element, blocks: [u32; 3]) -> Launch<Self> {
+        Launch { blocks, threads: [32, 8, 1], ..Launch::new(Module::Planar, kernel, Some(element), self) }
     }
 }
 

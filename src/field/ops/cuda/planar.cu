@@ -3,7 +3,7 @@
 
 // z is (rows, dim), units (count, 2 dim + 1), a row w, b, u for each. `both` and its cotangent `grad` are (rows, dim) and,
 // behind it, (rows). `partial` is (chunks, count, 2 dim + 1), the sums over chunks of `chunk` rows.
-struct Planar {
+struct PlanarUnits {
   const void *z, *units, *grad;
   void *both, *of_z;
   float *partial;
@@ -15,7 +15,7 @@ struct Planar {
 template <class T, int DIM> struct Unit {
   float w[DIM], b, u[DIM], along;
 
-  __device__ Unit(const Planar &a, unsigned n) : b(load<T>(a.units, n * (2 * DIM + 1) + DIM)), along(0.0f) {
+  __device__ Unit(const PlanarUnits &a, unsigned n) : b(load<T>(a.units, n * (2 * DIM + 1) + DIM)), along(0.0f) {
     for (int d = 0; d < DIM; d++) {
       w[d] = load<T>(a.units, n * (2 * DIM + 1) + d);
       u[d] = load<T>(a.units, n * (2 * DIM + 1) + DIM + 1 + d);
@@ -31,7 +31,7 @@ template <class T, int DIM> struct Unit {
   }
 
   // The cotangent of w·z + b.
-  __device__ float pull(const Planar &a, float p, float slope, const float *g, float t) const {
+  __device__ float pull(const PlanarUnits &a, float p, float slope, const float *g, float t) const {
     float sum = along * t * curvature(a.function, a.alpha, p);
     for (int d = 0; d < DIM; d++) sum += u[d] * g[d] * slope;
     return sum;
@@ -57,7 +57,7 @@ __device__ float sum_of_row(float value) {
 }
 
 // Blocks of 8 rows, 32 threads for the units of each.
-template <class T, int DIM> __device__ void planar_of(const Planar &a) {
+template <class T, int DIM> __device__ void planar_of(const PlanarUnits &a) {
   unsigned row = blockIdx.x * 8 + threadIdx.y;
   bool is_row = row < a.rows;
   float z[DIM], f[DIM] = {}, divergence = 0.0f;
@@ -79,7 +79,7 @@ template <class T, int DIM> __device__ void planar_of(const Planar &a) {
 }
 
 // of_z, in blocks as above.
-template <class T, int DIM> __device__ void pull_points_of(const Planar &a) {
+template <class T, int DIM> __device__ void pull_points_of(const PlanarUnits &a) {
   unsigned row = blockIdx.x * 8 + threadIdx.y;
   bool is_row = row < a.rows;
   float z[DIM], g[DIM], of_z[DIM] = {};
@@ -100,7 +100,7 @@ template <class T, int DIM> __device__ void pull_points_of(const Planar &a) {
 }
 
 // partial: blocks of 32 units × 8 rows, on a chunk of rows each.
-template <class T, int DIM> __device__ void pull_units_of(const Planar &a) {
+template <class T, int DIM> __device__ void pull_units_of(const PlanarUnits &a) {
   __shared__ float sums[8][32];
   unsigned n = blockIdx.x * 32 + threadIdx.x, end = (blockIdx.y + 1) * a.chunk;
   float of_unit[2 * DIM + 1] = {};
@@ -131,9 +131,9 @@ template <class T, int DIM> __device__ void pull_units_of(const Planar &a) {
   }
 }
 
-// A kernel for the dimensions that fit into registers: `Planar::MOST` in arguments.rs.
+// A kernel for the dimensions that fit into registers: `PlanarUnits::MOST` in arguments.rs.
 #define FOR_EACH_DIM(name)                                                                                               \
-  template <class T> __device__ void name(const Planar &a) {                                                             \
+  template <class T> __device__ void name(const PlanarUnits &a) {                                                             \
     switch (a.dim) {                                                                                                     \
     case 1: return name##_of<T, 1>(a);                                                                                   \
     case 2: return name##_of<T, 2>(a);                                                                                   \
@@ -145,7 +145,7 @@ template <class T, int DIM> __device__ void pull_units_of(const Planar &a) {
     case 8: return name##_of<T, 8>(a);                                                                                   \
     }                                                                                                                    \
   }                                                                                                                      \
-  KERNELS(name, Planar)
+  KERNELS(name, PlanarUnits)
 FOR_EACH_DIM(planar)
 FOR_EACH_DIM(pull_points)
 FOR_EACH_DIM(pull_units)

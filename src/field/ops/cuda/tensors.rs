@@ -1,13 +1,13 @@
 //! Ops on tensors that lie on CUDA, outside any graph. `None` where kernels of ours do not take them.
 
-use super::arguments::{Activate, Element, Planar, Windows};
+use super::arguments::{Activate, Element, PlanarUnits, Windows};
 use super::convolution::Convolution;
 use super::device::{Gpu, LARGEST, Value, address, runs};
 use super::layer::Layer;
 use super::machine::{Machine, Matrix, Product};
 use super::sums::{Sum, add_channels};
 use crate::field::ops::Activation;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::Conv2dConfig;
 
 /// The dtype of a tensor that kernels of ours take, together with the others.
@@ -213,41 +213,46 @@ pub(in crate::field::ops) fn pull_weight(
     Ok(Some(sum))
 }
 
-/// Planar units at z, if kernels of ours take them.
-fn planar_units(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<(Element, Planar)>> {
+/// How planar units at z are launched, if kernels of ours take them; `units` `(count, 2 dim + 1)` are rows of w, b and u.
+fn planar_units(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<(Element, PlanarUnits)>> {
     let (count, columns) = units.dims2()?;
-    let (dim, elements) = ((columns - 1) / 2, units.elem_count());
-    let fits = dim <= Planar::MOST && z.elem_count() + z.elem_count() / dim <= LARGEST && elements <= LARGEST / 64;
+    let dim = (columns - 1) / 2;
+    let fits = dim <= PlanarUnits::MOST && z.elem_count() <= LARGEST / 2 && units.elem_count() <= LARGEST / 64;
     let Some(element) = element(z, &[units]).filter(|_| fits) else { return Ok(None) };
     let sizes = ((z.elem_count() / dim) as u32, dim as u32, count as u32);
-    Ok(Some((element, Planar::new(address(z)?, address(units)?, sizes, activation))))
+    Ok(Some((element, PlanarUnits::new(sizes, activation))))
 }
 
-/// f of all rows and, behind it, their divergences; `units` `(count, 2 dim + 1)` are rows of w, b and u.
+/// f of all rows and, behind it, their divergences.
 pub(in crate::field::ops) fn planar(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<Value>> {
-    let (z, units) = (dense(z)?, dense(units)?);
-    let Some((element, call)) = planar_units(&z, &units, activation)? else { return Ok(None) };
-    let gpu = Gpu::of(&z)?;
+    let Some((element, call)) = planar_units(z, units, activation)? else { return Ok(None) };
+    let (gpu, z, units) = (Gpu::of(z)?, dense(z)?, dense(units)?);
     let both = gpu.output(element, z.elem_count() + call.rows as usize)?;
+    let call = PlanarUnits { z: address(&z)?, units: address(&units)?, both: both.at(), ..call };
     // SAFETY: dense tensors of these sizes on this device.
-    unsafe { call.value(&gpu, element, both.at())? };
+    unsafe { gpu.launch(&call.value(element))? };
     Ok(Some(both))
 }
 
-/// The cotangents of z, and of the units in F32, from that of both results.
+/// The cotangents of z and, if it is wanted, of the units in F32, from that of both results.
 pub(in crate::field::ops) fn pull_planar(
     z: &Tensor,
     units: &Tensor,
     activation: Activation,
     grad: &Tensor,
-) -> Result<Option<(Tensor, Tensor)>> {
-    let (z, units, grad) = (dense(z)?, dense(units)?, dense(grad)?);
-    let Some((element, call)) = planar_units(&z, &units, activation)?.filter(|_| grad.dtype() == z.dtype()) else {
-        return Ok(None);
-    };
-    let gpu = Gpu::of(&z)?;
-    let (of_z, of_units) = (gpu.output(element, z.shape())?, gpu.zeros(units.shape())?);
+    of_units: bool,
+) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    let Some((element, call)) = planar_units(z, units, activation)? else { return Ok(None) };
+    if grad.dtype() != z.dtype() {
+        bail!("a cotangent in {:?} of planar units at points in {:?}", grad.dtype(), z.dtype())
+    }
+    let (gpu, z, units, grad) = (Gpu::of(z)?, dense(z)?, dense(units)?, dense(grad)?);
+    let of_z = gpu.output(element, z.shape())?;
+    let of_units = of_units.then(|| gpu.zeros(units.shape())).transpose()?;
+    let sum = of_units.as_ref().map(address).transpose()?;
+    let (at_z, at_units, grad) = (address(&z)?, address(&units)?, address(&grad)?);
+    let call = PlanarUnits { z: at_z, units: at_units, grad, of_z: of_z.at(), ..call };
     // SAFETY: dense tensors of these sizes on this device.
-    unsafe { call.pull(&gpu, element, address(&grad)?, of_z.at(), address(&of_units)?)? };
+    unsafe { call.pull(&gpu, element, sum)? };
     Ok(Some((of_z.tensor(), of_units)))
 }
