@@ -39,7 +39,7 @@ impl Tangent for OneByOne {
     }
 }
 
-/// The reference flow in the plane, of ops that know nothing of each other.
+/// The reference flow in the plane, its units made of ops that know nothing of each other.
 struct Units(Mlp);
 
 impl Units {
@@ -93,9 +93,9 @@ fn milliseconds<M: Tangent + Send + Sync + 'static>(
     Ok(fastest)
 }
 
-fn print(what: &str, precision: Precision, alone: f64, fused: f64) {
+fn print(what: &str, precision: Precision, alone: f64, (how, fused): (&str, f64)) {
     let (dtype, ratio) = (precision.compute_dtype(), fused / alone);
-    println!("  {what}, {dtype:?}: one by one {alone:.1} ms, as one op {fused:.1} ms, {ratio:.2} ×");
+    println!("  {what}, {dtype:?}: one by one {alone:.1} ms, {how} {fused:.1} ms, {ratio:.2} ×");
 }
 
 fn main() -> candle_ode::Result<()> {
@@ -107,14 +107,15 @@ fn main() -> candle_ode::Result<()> {
             let alone = milliseconds(move |vb| OneByOne::new(dim, vb), case)?;
             let sizes = [dim, HIDDEN, HIDDEN, dim];
             let build = move |vb: VarBuilder<'static>| Mlp::builder(&sizes, Activation::Softplus).in_time().build(vb);
-            print(&format!("dim {dim}, {trace:?}"), precision, alone, milliseconds(build, case)?);
+            print(&format!("dim {dim}, {trace:?}"), precision, alone, ("as one op", milliseconds(build, case)?));
         }
     }
     println!("{ROWS} rows, the reference flow, {} planar units of a hypernetwork's weights", Units::WIDTH);
     for precision in precisions {
         let case = (2, Trace::Exact, precision);
         let alone = milliseconds(Units::new, case)?;
-        print("dim 2", precision, alone, milliseconds(|vb| flow::HyperFlow::new(2, Units::WIDTH, vb), case)?);
+        let planar = milliseconds(|vb| flow::HyperFlow::new(2, Units::WIDTH, vb), case)?;
+        print("dim 2", precision, alone, ("as planar units", planar));
     }
     Ok(())
 }

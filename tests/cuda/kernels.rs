@@ -125,12 +125,15 @@ fn planar_units() {
                 normal(3, &[count], DType::F32),
                 normal(4, &[count, dim], DType::F32),
             ];
-            let both = |args: &[Tensor]| {
-                let units = Planar::new(&args[1], &args[2], &args[3], Activation::Tanh)?;
-                let (f, divergence) = units.with_divergence(&args[0])?;
-                Tensor::cat(&[f, divergence.unsqueeze(1)?], 1)
-            };
-            against_cpu(&gpu, dtype, 2.0 * bound, &both, &args, &format!("{count} units at {rows}×{dim}"));
+            for activation in [Activation::Tanh, Activation::Gelu] {
+                let both = |args: &[Tensor]| {
+                    let units = Planar::new(&args[1], &args[2], &args[3], activation)?;
+                    let (f, divergence) = units.with_divergence(&args[0].t()?.contiguous()?.t()?)?;
+                    Tensor::cat(&[f, divergence.unsqueeze(1)?], 1)
+                };
+                let what = format!("{count} units with {activation:?} at {rows}×{dim}");
+                against_cpu(&gpu, dtype, 2.0 * bound, &both, &args, &what);
+            }
         }
     }
 }
