@@ -29,7 +29,7 @@ pub(super) trait Real:
     const ONE: Self;
     /// eˣ is zero here and below, even after multiplication by −x.
     const LOWEST: Self;
-    /// Largest |x| for which [`sin_within`](Self::sin_within) holds.
+    /// Largest |x| for which [`sin_within`](Self::sin_within) holds; below 0, it holds for none.
     const TURNS: f64;
 
     fn of(value: f64) -> Self;
@@ -173,7 +173,7 @@ real!(f32, i32, u32, mantissa: 23, bias: 127, magic: 12_582_912.0,
 real!(f64, i64, u64, mantissa: 52, bias: 1023, magic: 6_755_399_441_055_744.0,
       ln2: (6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10), lowest: -800.0,
       exp: TAYLOR_EXP, log: TAYLOR_ARTANH,
-      turns: 0.0, forms: {
+      turns: -1.0, forms: {
     #[inline(always)]
     fn tanh(self) -> Self {
         let m = (self.abs() * -2.0).exp_m1_negative();

@@ -70,6 +70,20 @@ fn f32_values_are_within_five_ulp() {
 }
 
 #[test]
+fn f64_values_have_the_digits_of_f64_at_zero_too() {
+    let xs = [0.0, -0.0, 1e-12, -1e-12, 0.3, -2.5, 4.0];
+    let x = Tensor::new(&xs, &Device::Cpu).unwrap();
+    for activation in ALL {
+        for (x, got) in xs.iter().zip(values(&activation.forward(&x).unwrap())) {
+            let exact = exact(activation, *x);
+            assert!((got - exact).abs() < 1e-14, "{activation:?}({x}) = {got}, not {exact}");
+        }
+    }
+    let slope = |activation: Activation| values(&activation.derivative(&x).unwrap())[0];
+    assert_eq!((slope(Activation::Sin), slope(Activation::Cos)), (1.0, -0.0));
+}
+
+#[test]
 fn in_place_gives_the_values_of_the_ops_and_the_derivatives_of_what_is_kept() {
     let xs: Vec<f32> = (-3000..=3000).map(|n| n as f32 * 4e-3).chain([0.0, -0.0, 1e-40, 1e30, -1e30, 2e6]).collect();
     let x = Tensor::new(xs.as_slice(), &Device::Cpu).unwrap();
