@@ -43,6 +43,22 @@ pub enum OdeError {
         /// The value.
         value: f64,
     },
+    /// A finite parameter or input that its cast cannot hold.
+    #[error(
+        "`{name}` holds {value} at flat index {index}, which does not fit {dtype:?} (largest {largest:e}); keep a parameter in F32 with .keep_f32(..), or solve in Precision::BF16 or F32"
+    )]
+    CastOverflow {
+        /// Name in the `VarMap`, or `input N` for a declared input.
+        name: String,
+        /// Flat, row-major index of the first such value.
+        index: usize,
+        /// The value before the cast.
+        value: f64,
+        /// The dtype of the cast.
+        dtype: DType,
+        /// The largest number of that dtype.
+        largest: f64,
+    },
     /// A fixed-step solve with no steps.
     #[error("the solve has no steps; call .steps(n) with n >= 1, or .grid(&[t0, .., t1]) with at least two times")]
     NoSteps,

@@ -76,6 +76,26 @@ fn of_a_parameter_or_input_that_is_not_finite() {
 }
 
 #[test]
+fn of_a_parameter_or_input_that_its_cast_cannot_hold() {
+    let vars = VarMap::new();
+    let field = mlp_field(&vars, DType::F32, 3, 4);
+    let bias = Tensor::new(&[0f32, 1.0, -1e5, 3.0], &CPU).unwrap();
+    sorted(&vars)["in.bias"].set(&bias).unwrap();
+    let solve = |precision| Ode::new(&field).span(0.0, 1.0).steps(4).precision(precision).solve(ones());
+    says!(
+        solve(Precision::F16).unwrap_err(),
+        OdeError::CastOverflow { name, index: 2, value: -1e5, dtype: DType::F16, largest: 65504.0 } if name == "in.bias",
+    );
+    assert!(solve(Precision::BF16).is_ok());
+    let scaled = FnField::with_inputs(|_, y, inputs| Ok(State::from(y[0].broadcast_mul(&inputs[0])?)));
+    let inputs = [Tensor::new(&[1f32, 7e4, 0.0], &CPU).unwrap()];
+    says!(
+        Ode::new(&scaled).span(0.0, 1.0).steps(4).precision(Precision::F16).inputs(&inputs).solve(ones()).unwrap_err(),
+        OdeError::CastOverflow { name, index: 1, value: 7e4, .. } if name == "input 0",
+    );
+}
+
+#[test]
 fn of_times_that_make_no_grid() {
     let ode = || Ode::new(&decay());
     let solve = |ode: Ode| ode.solve(ones()).unwrap_err();

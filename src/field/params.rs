@@ -4,6 +4,7 @@ use super::ops::combine::{self, Finite};
 use super::session::{PackedWeights, Session};
 use crate::account::{Category, Owned};
 use crate::error::{OdeError, Result};
+use crate::precision::largest_finite;
 use candle_core::{DType, Device, Tensor, TensorId};
 use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
@@ -101,8 +102,15 @@ impl Params {
         }
         for (n, finite) in Finite::read(&checks)?.into_iter().enumerate() {
             if !finite {
+                let (name, dtype) = (casts.names[n].clone(), casts.leaves[n].dtype());
                 let (index, value) = first_non_finite(&casts.leaves[n])?;
-                return Err(OdeError::NonFiniteParameter { name: casts.names[n].clone(), index, value });
+                let source = self.sources(inputs).nth(n).map_or(Ok(value), |source| at(source.tensor, index))?;
+                return Err(match source.is_finite() {
+                    true => {
+                        OdeError::CastOverflow { name, index, value: source, dtype, largest: largest_finite(dtype) }
+                    }
+                    false => OdeError::NonFiniteParameter { name, index, value },
+                });
             }
         }
         casts.owned = (bytes > 0).then(|| Arc::new(Owned::new(Category::Casts, bytes)));
@@ -189,6 +197,11 @@ pub(crate) fn first_non_finite(x: &Tensor) -> Result<(usize, f64)> {
     let values = on_host(x)?.to_vec1::<f64>()?;
     let found = values.iter().position(|v| !v.is_finite());
     Ok(found.map_or((0, 0.0), |index| (index, values[index])))
+}
+
+/// The element at a flat, row-major index.
+fn at(x: &Tensor, index: usize) -> Result<f64> {
+    Ok(on_host(&x.flatten_all()?.narrow(0, index, 1)?)?.to_vec1::<f64>()?[0])
 }
 
 /// Parameters and inputs in the compute dtype, shared by the forward and the backward pass of one solve.

@@ -62,7 +62,8 @@ impl Mlp {
     /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype of `like`: for networks that make weights
     /// of the time.
     ///
-    /// Inside a solve, with kernels of ours, all layers are one op, which reads their weights where they lie.
+    /// Inside a solve, with kernels of ours, all layers are one op, which reads their weights where they lie; as with layers
+    /// on the state, the field itself makes no backward pass through it.
     ///
     /// # Errors
     /// [`OdeError::Setting`] from an MLP of more inputs, or one that was built to see the time beside them; else as

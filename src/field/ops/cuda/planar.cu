@@ -32,7 +32,8 @@ template <class T, int DIM> struct Unit {
 
   // The cotangent of w·z + b.
   __device__ float pull(const PlanarUnits &a, float p, float slope, const float *g, float t) const {
-    float sum = along * t * curvature(a.function, a.alpha, p);
+    // Where the divergence has no cotangent, u·w may be infinite.
+    float sum = t == 0.0f ? 0.0f : along * t * curvature(a.function, a.alpha, p);
     for (int d = 0; d < DIM; d++) sum += u[d] * g[d] * slope;
     return sum;
   }

@@ -207,7 +207,8 @@ impl<W: Real> Kernel for PullUnit<'_, W> {
         let Self { unit: Unit { w, u, along, .. }, at, z, g, t, of_z, of_unit } = self;
         let Activated { value, slope, curvature: p } = at;
         let rows = t.len();
-        p.iter_mut().zip(t).for_each(|(p, t)| *p *= along * *t);
+        // Where the divergence has no cotangent, u·w may be infinite.
+        p.iter_mut().zip(t).for_each(|(p, t)| *p *= if *t == W::ZERO { W::ZERO } else { along * *t });
         for (u, g) in u.iter().zip(g.chunks_exact(rows)) {
             p.iter_mut().zip(&*slope).zip(g).for_each(|((p, slope), g)| *p += *u * *g * *slope);
         }

@@ -323,6 +323,20 @@ mod tests {
         assert!(distance(&units.with_divergence(&z).unwrap().1, &trace) < 1e-14);
     }
 
+    /// An infinite u·w is no matter where the divergence is not asked for.
+    #[test]
+    fn a_divergence_that_overflows_spoils_no_gradient_of_f() {
+        for dtype in [DType::F32, DType::BF16] {
+            let of = |x: f64, shape: &[usize]| {
+                Var::from_tensor(&Tensor::full(x, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()).unwrap()
+            };
+            let (z, w, b, u) = (of(1.0, &[1, 1]), of(1e25, &[1, 1]), of(0.0, &[1]), of(1e25, &[1, 1]));
+            let grads = Planar::new(&w, &b, &u, Activation::Tanh).unwrap().forward(&z).unwrap().backward().unwrap();
+            let found = [&z, &w, &b, &u].map(|x| values(grads.get(x).unwrap())[0]);
+            assert_eq!(found, [0.0, 0.0, 0.0, 1.0], "{dtype:?}");
+        }
+    }
+
     #[test]
     fn narrower_dtypes_round_once() {
         for (dtype, bound) in [(DType::F32, 2e-6), (DType::F16, 2e-3), (DType::BF16, 1.6e-2)] {
