@@ -39,8 +39,18 @@ fn layers_that_see_the_time() {
     }
 }
 
-/// Where f is evaluated and where it is linearised their weights are the same, to the bit: all linearisations of a step or
-/// one at a time give the same gradients.
+/// All linearisations of a step or one at a time give the same gradients, to the bit.
+fn same_bits_evaluated_and_linearised(field: &ModelField, vars: &VarMap, y0: &Var, what: &str) {
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        let of = |memory| {
+            let adjoint = Discrete::default().stage_memory(memory);
+            let all = gradients(&ode(field).precision(precision).adjoint(adjoint), vars, y0);
+            all.into_iter().map(|(name, x)| (name, bits(&x))).collect::<Vec<_>>()
+        };
+        assert_eq!(of(StageMemory::All), of(StageMemory::One), "{what}, {precision:?}");
+    }
+}
+
 #[test]
 fn layers_whose_weights_are_made_of_the_time() {
     fn check<M: Timed + 'static>(
@@ -51,14 +61,7 @@ fn layers_whose_weights_are_made_of_the_time() {
         let field = model_field(&vars, build, |m: &M, t, y| m.forward_at(t, y)?.tanh());
         let y0 = start(2, &[9, 6]);
         against_f64(&field, &vars, &y0, name);
-        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
-            let of = |memory| {
-                let adjoint = Discrete::default().stage_memory(memory);
-                let all = gradients(&ode(&field).precision(precision).adjoint(adjoint), &vars, &y0);
-                all.into_iter().map(|(name, x)| (name, bits(&x))).collect::<Vec<_>>()
-            };
-            assert_eq!(of(StageMemory::All), of(StageMemory::One), "{name}, {precision:?}");
-        }
+        same_bits_evaluated_and_linearised(&field, &vars, &y0, name);
     }
     check("a hyper layer", |vb| ops::hyper_linear(6, 6, &[12], vb));
     check("a concat-squash layer", |vb| ops::concat_squash_linear(6, 6, vb));
@@ -82,14 +85,7 @@ fn a_network_of_the_time_makes_planar_units() {
         let vars = VarMap::new();
         let field = field(&vars, activation);
         against_f64(&field, &vars, &y0, &format!("planar units with {activation:?}"));
-        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
-            let of = |memory| {
-                let adjoint = Discrete::default().stage_memory(memory);
-                let all = gradients(&ode(&field).precision(precision).adjoint(adjoint), &vars, &y0);
-                all.into_iter().map(|(name, x)| (name, bits(&x))).collect::<Vec<_>>()
-            };
-            assert_eq!(of(StageMemory::All), of(StageMemory::One), "{activation:?}, {precision:?}");
-        }
+        same_bits_evaluated_and_linearised(&field, &vars, &y0, &format!("{activation:?}"));
         let all = gradients(&ode(&field), &vars, &y0);
         for frozen in sorted(&vars).into_keys() {
             let name = frozen.clone();

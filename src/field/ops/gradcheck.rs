@@ -1,9 +1,26 @@
 //! What the tests of the ops share: finite differences, dot products, half precision against F64.
 
+use super::Activation;
 use crate::Time;
 use crate::field::Tangent;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
+
+/// All of them, one with a negative parameter.
+pub(super) const ACTIVATIONS: [Activation; 12] = [
+    Activation::Tanh,
+    Activation::Sigmoid,
+    Activation::Softplus,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::Relu,
+    Activation::Elu(0.7),
+    Activation::Elu(-0.3),
+    Activation::Sin,
+    Activation::Cos,
+    Activation::LogCosh,
+    Activation::Identity,
+];
 
 pub(super) type Function<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 

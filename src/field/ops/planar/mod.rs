@@ -249,25 +249,10 @@ impl CustomOp3 for PullOp<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::gradcheck::{check, check_half, check_tangent, distance, gradients, noise, values};
+    use super::super::gradcheck::{ACTIVATIONS, check, check_half, check_tangent, distance, gradients, noise, values};
     use super::*;
     use crate::field::ops::cpu::CHUNK;
     use candle_core::{DType, Device, Var};
-
-    const ACTIVATIONS: [Activation; 12] = [
-        Activation::Tanh,
-        Activation::Sigmoid,
-        Activation::Softplus,
-        Activation::Silu,
-        Activation::Gelu,
-        Activation::Relu,
-        Activation::Elu(0.7),
-        Activation::Elu(-0.3),
-        Activation::Sin,
-        Activation::Cos,
-        Activation::LogCosh,
-        Activation::Identity,
-    ];
 
     /// z `(rows, dim)` and the weights of some units.
     fn arguments(rows: usize, dim: usize, count: usize) -> [Tensor; 4] {

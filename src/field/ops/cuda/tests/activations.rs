@@ -4,23 +4,8 @@ use super::{DTYPES, cast, element, run};
 use crate::field::ops::Activation;
 use crate::field::ops::cuda::arguments::Activate;
 use crate::field::ops::cuda::host::{Buffer, Host};
-use crate::field::ops::gradcheck::{distance, noise, values};
+use crate::field::ops::gradcheck::{ACTIVATIONS, distance, noise, values};
 use candle_core::{DType, Device, Module, Tensor, Var};
-
-const ACTIVATIONS: [Activation; 12] = [
-    Activation::Tanh,
-    Activation::Sigmoid,
-    Activation::Softplus,
-    Activation::Silu,
-    Activation::Gelu,
-    Activation::Relu,
-    Activation::Elu(0.7),
-    Activation::Elu(-0.3),
-    Activation::Sin,
-    Activation::Cos,
-    Activation::LogCosh,
-    Activation::Identity,
-];
 
 /// y = f⁽ⁿ⁾(x) · v, against the loops of the CPU.
 #[test]
