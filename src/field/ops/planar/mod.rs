@@ -26,8 +26,8 @@ use cpu::Units;
 ///
 /// Cost: on the CPU, and on CUDA up to eight dimensions, one pass for f and the divergence, which are always made both, and one
 /// for their pullback, which evaluates h again: nothing but z and the weights is kept, and sums over units and batch are made in
-/// F32 and rounded once. On other devices, and for tangents, linear layers and activations, which keep what is as wide as the
-/// units.
+/// F32, or F64 for F64, and rounded once. On other devices, and for tangents, linear layers and activations, which keep what is as
+/// wide as the units.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
