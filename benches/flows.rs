@@ -1,11 +1,12 @@
-//! A training step of a flow with its log-density, whose layers run as one op with their tangents, and of the reference flow,
-//! beside the same made of ops one by one in the same run. `cargo bench --bench flows`
+//! A training step of a flow with its log-density, whose layers run as one op with their tangents, of plain layers and of
+//! FFJORD's concat-squash layers, and of the reference flow, beside the same made of ops one by one in the same run.
+//! `cargo bench --bench flows`
 #![allow(missing_docs)]
 
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::field::divergence::{LogDensity, Trace};
-use candle_ode::ops::{Activation, ConcatLinear, Mlp, affine, concat_linear};
+use candle_ode::ops::{self, Activation, Mlp, affine, concat_linear, concat_squash_linear};
 use candle_ode::prelude::*;
 use candle_ode::{State, Tangent};
 use std::time::Instant;
@@ -18,17 +19,17 @@ const ROWS: usize = 256;
 const STEPS: usize = 4;
 const HIDDEN: usize = 128;
 
-/// The layers of an [`Mlp`] in time, which know nothing of each other.
-struct OneByOne([ConcatLinear; 3]);
+/// Three layers in time, which know nothing of each other.
+struct OneByOne<L>([L; 3]);
 
-impl OneByOne {
-    fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
-        let layer = |n: usize, input, output| concat_linear(input, output, vb.pp(n));
+impl<L> OneByOne<L> {
+    fn new(dim: usize, vb: VarBuilder, layer: impl Fn(usize, usize, VarBuilder) -> Result<L>) -> Result<Self> {
+        let layer = |n: usize, input, output| layer(input, output, vb.pp(n));
         Ok(Self([layer(0, dim, HIDDEN)?, layer(1, HIDDEN, HIDDEN)?, layer(2, HIDDEN, dim)?]))
     }
 }
 
-impl Tangent for OneByOne {
+impl<L: Tangent> Tangent for OneByOne<L> {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let [first, second, last] = &self.0;
         let (y, v) = first.tangent(t, y, v)?;
@@ -104,9 +105,25 @@ fn main() -> candle_ode::Result<()> {
     for (dim, trace) in [(2, Trace::Exact), (64, Trace::Rademacher)] {
         for precision in precisions {
             let case = (dim, trace, precision);
-            let alone = milliseconds(move |vb| OneByOne::new(dim, vb), case)?;
+            let alone = milliseconds(move |vb| OneByOne::new(dim, vb, concat_linear), case)?;
             let sizes = [dim, HIDDEN, HIDDEN, dim];
             let build = move |vb: VarBuilder<'static>| Mlp::builder(&sizes, Activation::Softplus).in_time().build(vb);
+            print(&format!("dim {dim}, {trace:?}"), precision, alone, ("as one op", milliseconds(build, case)?));
+        }
+    }
+    println!("the same of concat-squash layers");
+    for (dim, trace) in [(2, Trace::Exact), (64, Trace::Rademacher)] {
+        for precision in precisions {
+            let case = (dim, trace, precision);
+            let alone = milliseconds(move |vb| OneByOne::new(dim, vb, concat_squash_linear), case)?;
+            let build = move |vb: VarBuilder<'static>| {
+                Ok(ops::seq()
+                    .add_timed(concat_squash_linear(dim, HIDDEN, vb.pp(0))?)
+                    .add(Activation::Softplus)
+                    .add_timed(concat_squash_linear(HIDDEN, HIDDEN, vb.pp(1))?)
+                    .add(Activation::Softplus)
+                    .add_timed(concat_squash_linear(HIDDEN, dim, vb.pp(2))?))
+            };
             print(&format!("dim {dim}, {trace:?}"), precision, alone, ("as one op", milliseconds(build, case)?));
         }
     }

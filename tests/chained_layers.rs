@@ -67,6 +67,54 @@ fn layers_whose_weights_are_made_of_the_time() {
     check("a concat-squash layer", |vb| ops::concat_squash_linear(6, 6, vb));
 }
 
+/// A gated layer, one whose weights a network makes, one in time and a plain one as one op, its parameters in one another's
+/// way: values, gradients, what is frozen, gradients of times; the batch in rows and in the lanes of vectors.
+#[test]
+fn layers_of_the_time_in_a_chain_of_others() {
+    let field = |vars: &VarMap, [outer, inner]: [usize; 2], activation| {
+        let build = move |vb: VarBuilder<'static>| {
+            Ok(ops::seq()
+                .add_timed(ops::concat_squash_linear(outer, inner, vb.pp(0))?)
+                .add(activation)
+                .add_timed(ops::hyper_linear(inner, inner, &[5], vb.pp(1))?)
+                .add(activation)
+                .add_timed(ops::concat_linear(inner, inner, vb.pp(2))?)
+                .add(ops::linear(inner, inner, vb.pp(3))?)
+                .add(activation)
+                .add_timed(ops::concat_squash_linear(inner, outer, vb.pp(4))?))
+        };
+        model_field(vars, build, |m, t, y| m.forward_at(t, y))
+    };
+    for (sizes, rows) in [([6, 40], 9), ([3, 19], 37), ([2, 7], 300), ([1, 33], 1)] {
+        for activation in [Activation::Tanh, Activation::Softplus, Activation::Gelu] {
+            let vars = VarMap::new();
+            let field = field(&vars, sizes, activation);
+            let what = format!("{sizes:?} with {activation:?}, {rows} rows");
+            let y0 = start(2, &[rows, sizes[0]]);
+            // What the network of the second layer is given is made of two digits fewer: its sums over the batch cancel.
+            against_f64_within(3.0, &field, &vars, &y0, &what);
+            same_bits_evaluated_and_linearised(&field, &vars, &y0, &what);
+        }
+    }
+    let (vars, y0) = (VarMap::new(), start(2, &[9, 6]));
+    let field = field(&vars, [6, 20], Activation::Tanh);
+    let all = gradients(&ode(&field), &vars, &y0);
+    for frozen in sorted(&vars).into_keys() {
+        let name = frozen.clone();
+        let some = field.clone().freeze(move |other| other == name);
+        let mut expected = all.clone();
+        expected.remove(&frozen);
+        compare(&gradients(&ode(&some), &vars, &y0), &expected, 1e-7, &frozen);
+    }
+    let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), &vars, &y0);
+    compare(&of_y0, &all.clone().into_iter().filter(|(name, _)| name.starts_with('y')).collect(), 1e-7, "all frozen");
+    for scale in [1024.0, 0.25] {
+        let scaled = ode(&field).scaling(AdjointScaling::fixed(scale).unwrap());
+        compare(&gradients(&scaled, &vars, &y0), &all, 1e-6, "a fixed scale");
+    }
+    gradients_of_times(&field, &y0);
+}
+
 /// Planar units whose weights a network makes of the time: dL/dy0, dL/dθ and dL/dt, whatever is frozen.
 #[test]
 fn a_network_of_the_time_makes_planar_units() {
@@ -97,11 +145,14 @@ fn a_network_of_the_time_makes_planar_units() {
         let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), &vars, &y0);
         compare(&of_y0, &all.into_iter().filter(|(name, _)| name.starts_with('y')).collect(), 1e-7, "all frozen");
     }
-    let vars = VarMap::new();
-    let field = field(&vars, Activation::Tanh);
+    gradients_of_times(&field(&VarMap::new(), Activation::Tanh), &y0);
+}
+
+/// Gradients of both ends against those in F64.
+fn gradients_of_times(field: &ModelField, y0: &Var) {
     let of_times = |precision| {
         let ends = [0.1, 0.7].map(|t: f64| Var::new(t, &Device::Cpu).unwrap());
-        let ode = ode(&field).span_tensors(&ends[0], &ends[1]).precision(precision);
+        let ode = ode(field).span_tensors(&ends[0], &ends[1]).precision(precision);
         let solution = ode.solve(y0.as_tensor()).unwrap();
         let grads = solution.last().sum_all().unwrap().backward().unwrap();
         ends.map(|t| grads.get(&t).unwrap().to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap())
@@ -112,6 +163,32 @@ fn a_network_of_the_time_makes_planar_units() {
         for (found, exact) in of_times(precision).into_iter().zip(exact) {
             assert!((found - exact).abs() < bound * exact.abs(), "{precision:?}: {found} for {exact}");
         }
+    }
+}
+
+/// Weights behind a gate are summed in F32: F16 knows no 2048.5.
+#[test]
+fn gated_parameters_are_summed_without_rounding() {
+    let vars = VarMap::new();
+    let field = ModelField::new(
+        &vars,
+        &Device::Cpu,
+        |vb| ops::concat_squash_linear(1, 1, vb),
+        |layer, t, y| layer.forward_at(t, y),
+    )
+    .unwrap();
+    for (name, var) in sorted(&vars) {
+        // A gate of ½.
+        let value = if name.starts_with("gate") { 0.0 } else { 1.0 };
+        var.set(&(var.ones_like().unwrap() * value).unwrap()).unwrap();
+    }
+    let y0 = Tensor::ones((4097, 1), DType::F32, &Device::Cpu).unwrap();
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        let ode = Ode::new(&field).solver(Euler).span(0.0, 1.0).steps(1).precision(precision);
+        let grads = ode.solve(&y0).unwrap().last().sum_all().unwrap().backward().unwrap();
+        let vars = sorted(&vars);
+        let found = ["layer.weight", "layer.bias"].map(|name| values(grads.get(&vars[name]).unwrap()));
+        assert_eq!(found, [[2048.5], [2048.5]], "{precision:?}");
     }
 }
 

@@ -84,6 +84,33 @@ fn sequences_along_one_direction() {
     against_f64_within(2.0, &field, &vars, &start(2, &[3, 5, 8]), "a sequence");
 }
 
+/// Layers that the time gates, or whose weights a network makes of it: the batch in rows and in the lanes of vectors.
+#[test]
+fn layers_of_the_time() {
+    for (sizes, rows) in [([6, 40], 9), ([2, 7], 130)] {
+        let vars = VarMap::new();
+        let [outer, inner] = sizes;
+        let build = move |vb: VarBuilder<'static>| {
+            Ok(ops::seq()
+                .add_timed(ops::concat_squash_linear(outer, inner, vb.pp(0))?)
+                .add(Activation::Softplus)
+                .add_timed(ops::hyper_linear(inner, inner, &[5], vb.pp(1))?)
+                .add(Activation::Tanh)
+                .add_timed(ops::concat_squash_linear(inner, outer, vb.pp(2))?))
+        };
+        let field = model_field(&vars, build, along_two);
+        let y0 = start(2, &[rows, outer]);
+        against_f64_within(2.0, &field, &vars, &y0, &format!("{sizes:?}"));
+        let all = gradients(&ode(&field), &vars, &y0);
+        for frozen in ["0.layer.weight", "0.layer.bias", "0.gate.bias", "2.shift.weight", "1.hyper.1.weight"] {
+            let field = field.clone().freeze(move |name| name == frozen);
+            let mut expected = all.clone();
+            expected.remove(frozen);
+            compare(&gradients(&ode(&field), &vars, &y0), &expected, 1e-7, frozen);
+        }
+    }
+}
+
 /// With a norm among them they are no chain.
 #[test]
 fn sequences_that_are_no_chain() {

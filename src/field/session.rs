@@ -197,7 +197,7 @@ pub(crate) struct Shared<T> {
 }
 
 impl<T: Held> Shared<T> {
-    fn new(packed: Packed<T>) -> Arc<Self> {
+    pub(crate) fn new(packed: Packed<T>) -> Arc<Self> {
         let owned = Owned::new(Category::Scratch, packed.bytes());
         Arc::new(Self { packed, _owned: owned })
     }

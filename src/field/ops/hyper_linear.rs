@@ -1,13 +1,14 @@
 //! Linear layers whose weight and bias are functions of the time: y = x W(t)ᵀ + b(t).
 //!
 //! Shapes: x `(…, in)`, W(t) `(out, in)`, b(t) `(out)`, y `(…, out)`. Dtypes as [`linear`](super::linear()). W(t) and b(t)
-//! are part of Candle's graph: what they are made of gets its gradient through them, after the sums over the batch.
+//! are part of Candle's graph: what they are made of gets its gradient through them, after the sums over the batch. Inside
+//! a solve on the CPU the layers are part of chains.
 
 use super::activation::{Activation, sigmoid};
-use super::chain::{by_ops, column};
+use super::chain::{self, Chain, Linked, by_ops, column};
 use super::linear::{Linear, affine, linear};
 use super::mlp::Mlp;
-use super::sequential::Timed;
+use super::sequential::{Timed, no_time};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -66,11 +67,16 @@ impl HyperLinear {
         let count = self.output * self.input;
         Ok((made.narrow(0, 0, count)?.reshape((self.output, self.input))?, made.narrow(0, count, self.output)?))
     }
+
+    fn link_at(&self, t: &Time, x: &Tensor, chain: &mut Chain) -> bool {
+        chain.given(x, [self.output, self.input], || self.hyper.of_time(t, x))
+    }
 }
 
 /// A linear layer that the time opens and moves: y = (x Wᵀ + b) ∘ σ(t g + c) + t s, the "concat-squash" layer of FFJORD.
 ///
-/// As x (σ ∘ W)ᵀ + (σ ∘ b + t s), so that nothing of the batch's size is made beside y.
+/// As x (σ ∘ W)ᵀ + (σ ∘ b + t s), so that nothing of the batch's size is made beside y. The gradients of W and b are
+/// summed in F32 inside a solve on the CPU, and rounded to their dtype once per evaluation elsewhere.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -113,13 +119,25 @@ pub fn concat_squash_linear(input: usize, output: usize, vb: VarBuilder) -> Resu
 }
 
 impl ConcatSquashLinear {
-    /// σ ∘ W, `(output, input)`, and σ ∘ b + t s, `(output)`, for x of this dtype.
-    fn at(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// σ(t g + c) and t s, both `(output)`, for x of this dtype.
+    fn gate_and_shift(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let t = column(t, x)?;
         let gate = by_ops(|| sigmoid(&self.gate.forward(&t)?))?.flatten_all()?;
-        let shift = self.shift.broadcast_mul(&t)?.flatten_all()?;
+        Ok((gate, self.shift.broadcast_mul(&t)?.flatten_all()?))
+    }
+
+    /// σ ∘ W, `(output, input)`, and σ ∘ b + t s, `(output)`, for x of this dtype.
+    fn at(&self, t: &Time, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (gate, shift) = self.gate_and_shift(t, x)?;
         let bias = (&self.bias * &gate)?.add(&shift)?;
         Ok((self.weight.broadcast_mul(&gate.unsqueeze(1)?)?, bias))
+    }
+
+    fn link_at(&self, t: &Time, x: &Tensor, chain: &mut Chain) -> bool {
+        chain.gated(x, (&self.weight, &self.bias), || {
+            let (gate, shift) = self.gate_and_shift(t, x)?;
+            Tensor::cat(&[gate, shift], 0)
+        })
     }
 }
 
@@ -127,7 +145,17 @@ macro_rules! layer_of_time {
     ($layer:ty) => {
         impl Timed for $layer {
             fn forward_at(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
-                let (weight, bias) = self.at(t, x)?;
+                chain::run([self], Some(t), x)
+            }
+        }
+
+        impl Linked for $layer {
+            fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+                t.is_some_and(|t| self.link_at(t, x, chain))
+            }
+
+            fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
+                let (weight, bias) = self.at(t.ok_or_else(no_time)?, x)?;
                 affine(x, &weight, Some(&bias))
             }
         }
@@ -147,6 +175,7 @@ layer_of_time!(ConcatSquashLinear);
 mod tests {
     use super::super::gradcheck::{check, check_tangent, distance, noise, values};
     use super::*;
+    use crate::field::session::{Call, Session};
     use candle_core::{DType, Device};
     use std::collections::HashMap;
 
@@ -238,6 +267,37 @@ mod tests {
         let (hyper, squash) = (hyper(tensors(&HYPER)), squash(tensors(&SQUASH)));
         check_tangent(&hyper, &|args| hyper.forward_at(&t, &args[0]), &noise(&[5, 3], 3));
         check_tangent(&squash, &|args| squash.forward_at(&t, &args[0]), &noise(&[5, 3], 3));
+    }
+
+    /// Whether both layers, one behind the other, are one op on an x of that dtype: their parts of Candle's graph then
+    /// begin at weights, and no result of a layer lies between.
+    #[test]
+    fn inside_a_solve_they_are_one_op() {
+        for (dtype, is_one) in [(DType::F32, true), (DType::F16, true), (DType::BF16, true), (DType::F64, false)] {
+            let all: HashMap<_, _> = HYPER.into_iter().chain(SQUASH).collect::<Vec<_>>().into_iter().collect();
+            let leaves: HashMap<String, Tensor> = all
+                .into_iter()
+                .map(|(name, shape)| {
+                    let shape = if name == "layer.weight" { &[2, 2] } else { shape };
+                    let values = noise(shape, 1).to_dtype(dtype).unwrap();
+                    (name.to_owned(), candle_core::Var::from_tensor(&values).unwrap().as_tensor().clone())
+                })
+                .collect();
+            let vb = || from(leaves.clone(), dtype);
+            let layers = crate::ops::seq()
+                .add_timed(hyper_linear(3, 2, &[5], vb()).unwrap())
+                .add(Activation::Tanh)
+                .add_timed(concat_squash_linear(2, 2, vb()).unwrap());
+            let leaves: Vec<Tensor> = leaves.into_values().collect();
+            let t = Time::new(0.3, &Device::Cpu);
+            let x = candle_core::Var::from_tensor(&noise(&[5, 3], 9).to_dtype(dtype).unwrap()).unwrap();
+            let hidden = |y: &Tensor| y.sorted_nodes().iter().filter(|node| node.dims() == [5, 2]).count();
+            let count = || hidden(&layers.forward_at(&t, &x).unwrap());
+            let session = Session::new(&leaves, Default::default(), true);
+            // The value, and where layers run one by one the two results before it.
+            assert_eq!(session.open(Call::Graph, count).0, if is_one { 1 } else { 3 }, "{dtype:?}");
+            assert_eq!(count(), 3, "outside of a solve");
+        }
     }
 
     #[test]

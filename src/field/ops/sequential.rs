@@ -1,7 +1,7 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
 use super::chain::{self, Chain, Linked};
-use super::{Activation, ConcatLinear, Linear};
+use super::{Activation, ConcatLinear, ConcatSquashLinear, HyperLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -109,8 +109,8 @@ impl Timed for Sequential {
     }
 }
 
-/// Inside a solve, with kernels of ours, linear layers and activations alone are one op, and so are all directions; as
-/// with other layers, the field itself makes no backward pass through it.
+/// Inside a solve, with kernels of ours, linear layers (those of the time, too) and activations alone are one op, and so
+/// are all directions; as with other layers, the field itself makes no backward pass through it.
 impl Tangent for Sequential {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (value, along) = self.tangents(t, y, &v.unsqueeze(0)?)?;
@@ -157,7 +157,11 @@ struct InTime<L>(L);
 
 impl<L: Timed + Tangent + 'static> Linked for InTime<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        (&self.0 as &dyn Any).downcast_ref::<ConcatLinear>().is_some_and(|layer| layer.link(t, x, chain))
+        let layer = &self.0 as &dyn Any;
+        let concat = layer.downcast_ref::<ConcatLinear>().map(|layer| layer as &dyn Linked);
+        let hyper = || layer.downcast_ref::<HyperLinear>().map(|layer| layer as &dyn Linked);
+        let squash = || layer.downcast_ref::<ConcatSquashLinear>().map(|layer| layer as &dyn Linked);
+        concat.or_else(hyper).or_else(squash).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward_at(t.ok_or_else(no_time)?, x)

@@ -8,7 +8,8 @@
 use super::compute::{Compute, Input, with_compute};
 use super::order::{Order, Ordered};
 use super::pass::noted_sums;
-use super::{Chain, Link, Linked, with_elements};
+use super::weights::{Given, Run};
+use super::{Chain, Link, Linked, elements, with_elements};
 use crate::Time;
 use crate::field::one_by_one;
 use crate::field::ops::Activation;
@@ -18,7 +19,7 @@ use crate::field::ops::kernel::{Epilogue, Held, View, ViewMut};
 use crate::field::session::{Current, Matrix, Session, Side};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,6 +61,8 @@ struct Along {
     is_narrow: bool,
     sizes: Sizes,
     tracked: bool,
+    /// Weights that are no parameters.
+    given: Vec<Tensor>,
     /// What the pullback needs, a [`Passed`] for each layer; from the forward pass on.
     passed: Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
@@ -80,33 +83,38 @@ impl Along {
         if !layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain)) {
             return None;
         }
-        let Chain { current: Current { session, .. }, links } = chain;
+        let Chain { current: Current { session, .. }, links, given } = chain;
         let sizes = Sizes { rows: x.elem_count() / links.first()?.inputs, blocks: 1 + v.dims()[0] };
-        let (is_narrow, tracked) = (Order::is_narrow(&links), x.track_op() || v.track_op());
-        Some(Self { session, links, is_narrow, sizes, tracked, passed: Mutex::default() })
+        let (is_narrow, tracked) = (Order::is_narrow(&links), [x, v].into_iter().chain(&given).any(Tensor::track_op));
+        Some(Self { session, links, is_narrow, sizes, tracked, given, passed: Mutex::default() })
     }
 
     fn run(self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (x, v, directions) = (x.contiguous()?, v.contiguous()?, self.sizes.blocks - 1);
-        if self.tracked {
-            let all = x.apply_op2(&v, self)?;
-            return Ok((all.get(0)?, all.narrow(0, 1, directions)?));
-        }
+        let (tracked, given) = (self.tracked, Chain::all_given(&self.given)?);
+        let all = match given {
+            Some(given) if tracked => x.apply_op3(&v, &given, self),
+            Some(given) => x.apply_op3_no_bwd(&v, &given, &self),
+            None if tracked => x.apply_op2(&v, self),
+            None => x.apply_op2_no_bwd(&v, &self),
+        }?;
+        let value = all.get(0)?;
         // A slope lives longer than the tangents: it is not to hold their memory.
-        let all = x.apply_op2_no_bwd(&v, &self)?;
-        Ok((all.get(0)?.copy()?, all.narrow(0, 1, directions)?))
+        let value = if tracked { value } else { value.copy()? };
+        Ok((value, all.narrow(0, 1, directions)?))
     }
 
-    fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored]) -> Result<CpuStorage> {
+    fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored], given: Option<&[C::Stored]>) -> Result<CpuStorage> {
         let Self { session, links, sizes, .. } = self;
-        let order = Order::of(links, sizes.all());
+        let (order, given) = (Order::of(links, sizes.all()), Given::new(session, given));
+        let run = Run { session, order, given: &given };
         let stored = [x, v].concat();
         let mut input = C::held(session, order, &stored, sizes.all());
         let Some((last, before)) = links.split_last() else { bail!("a chain of no layers") };
         let mut passed = vec![];
         for link in before {
             let mut out = order.tile(session, sizes.all(), link.outputs);
-            let activated = link.push(session, order, *sizes, input.view(), &mut out)?;
+            let activated = link.push(run, *sizes, input.view(), &mut out)?;
             let input = std::mem::replace(&mut input, Input::Here(out));
             if self.tracked {
                 passed.push(Passed { input: input.own(session), activated });
@@ -114,7 +122,7 @@ impl Along {
         }
         let mut activated = Ok(None);
         let value = C::stored(session, order, [sizes.all(), last.outputs], |out| {
-            activated = last.push(session, order, *sizes, input.view(), out);
+            activated = last.push(run, *sizes, input.view(), out);
         });
         let activated = activated?;
         if self.tracked {
@@ -124,14 +132,16 @@ impl Along {
         Ok(C::storage(value))
     }
 
-    /// dL/dx and, if it is wanted, dL/dv, one behind the other.
-    fn pull<C: Compute>(&self, grad: &Tensor, of_directions: bool) -> Result<Vec<C::Stored>> {
+    /// dL/dx and, if it is wanted, dL/dv, one behind the other; dL/d(given), if there is such and it is wanted.
+    fn pull<C: Compute>(&self, grad: &Tensor, of_directions: bool, given: Option<&Tensor>) -> Result<Pulled<C>> {
         let Self { session, links, sizes, .. } = self;
         let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(passed) = passed.as_ref().and_then(|passed| passed.downcast_ref::<Vec<Passed<C::Held>>>()) else {
             bail!("a chain pulls back what it has evaluated")
         };
         let (order, scale) = (Order::of(links, sizes.all()), sink::scale()?);
+        let given = Given::to_pull::<C::Stored>(session, given)?;
+        let run = Run { session, order, given: &given };
         let mut g =
             with_elements::<C::Stored, _>(grad, |grad| Ok(C::held(session, order, grad, sizes.all()).own(session)))?;
         if scale != 1.0 {
@@ -142,30 +152,61 @@ impl Along {
                 pull_activated(link.then, order, *sizes, activated, &mut g);
             }
             let of_value = part(order, g.view(), 0..sizes.rows);
-            link.add_gradients(session, order, (g.view(), of_value), passed.input.view())?;
-            if link.is_tracked() {
+            link.add_gradients(run, (g.view(), of_value), passed.input.view())?;
+            if link.is_tracked(run) {
                 // Directions are in no sum of the bias.
                 noted_sums(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
             }
             if n > 0 {
                 let mut out = order.tile(session, sizes.all(), link.inputs);
-                let packed = link.packed::<C::Held>(session, Side::Backward)?;
+                let packed = link.packed::<C::Held>(run, Side::Backward)?;
                 let to = order.write(&mut out, sizes.all());
                 C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), to);
                 g = out;
             }
         }
         let (first, wanted) = (&links[0], if of_directions { sizes.all() } else { sizes.rows });
-        let packed = first.packed::<C::Held>(session, Side::Backward)?;
-        Ok(C::stored(session, order, [wanted, first.inputs], |out| {
+        let packed = first.packed::<C::Held>(run, Side::Backward)?;
+        let pulled = C::stored(session, order, [wanted, first.inputs], |out| {
             let g = part(order, g.view(), 0..wanted);
             C::Held::multiply(order, g, &packed, &Epilogue::default(), order.write(out, wanted));
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
             }
-        }))
+        });
+        Ok((pulled, given.into_cotangent(scale)))
+    }
+
+    fn on_cpu(&self, x: Operand<'_>, v: Operand<'_>, given: Option<Operand<'_>>) -> Result<(CpuStorage, Shape)> {
+        let mut dims = [&[self.sizes.blocks], x.1.dims()].concat();
+        if let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) {
+            *last = link.outputs;
+        }
+        let value = with_compute!(x.0.dtype(), self.is_narrow, C => {
+            let given = given.map(|(given, layout)| elements(given, layout)).transpose()?;
+            self.value::<C>(elements(x.0, x.1)?, elements(v.0, v.1)?, given)
+        })?;
+        Ok((value, Shape::from(dims)))
+    }
+
+    fn back(&self, x: &Tensor, v: &Tensor, given: Option<&Tensor>, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let grad = grad.detach().contiguous()?;
+        with_compute!(x.dtype(), self.is_narrow, C => {
+            let (mut pulled, of_given) = self.pull::<C>(&grad, v.track_op(), given)?;
+            let of_v = pulled.split_off(x.elem_count());
+            let of_v = v.track_op().then(|| Tensor::from_vec(of_v, v.shape(), v.device())).transpose()?;
+            let of_x = x.track_op().then(|| Tensor::from_vec(pulled, x.shape(), x.device())).transpose()?;
+            let of_given = of_given.zip(given).map(|(of, given)| Tensor::from_vec(of, given.shape(), given.device()));
+            Ok([of_x, of_v, of_given.transpose()?])
+        })
     }
 }
+
+/// An operand of an op on the CPU.
+type Operand<'a> = (&'a CpuStorage, &'a Layout);
+
+/// What a pullback gives.
+type Pulled<C> = (Vec<<C as Compute>::Stored>, Option<Vec<<C as Compute>::Stored>>);
 
 impl CustomOp2 for Along {
     fn name(&self) -> &'static str {
@@ -173,45 +214,50 @@ impl CustomOp2 for Along {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, v: &CpuStorage, lv: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (Some((from, to)), Some((v_from, v_to))) = (lx.contiguous_offsets(), lv.contiguous_offsets()) else {
-            bail!("a chain takes contiguous tensors")
-        };
-        let mut dims = [&[self.sizes.blocks], lx.dims()].concat();
-        if let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) {
-            *last = link.outputs;
-        }
-        let value = with_compute!(x.dtype(), self.is_narrow, C => {
-            type Stored = <C as Compute>::Stored;
-            let (x, v) = (Stored::cpu_storage_as_slice(x)?, Stored::cpu_storage_as_slice(v)?);
-            self.value::<C>(&x[from..to], &v[v_from..v_to])
-        })?;
-        Ok((value, Shape::from(dims)))
+        self.on_cpu((x, lx), (v, lv), None)
     }
 
     fn bwd(&self, x: &Tensor, v: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.detach().contiguous()?;
-        with_compute!(x.dtype(), self.is_narrow, C => {
-            let mut pulled = self.pull::<C>(&grad, v.track_op())?;
-            let of_v = pulled.split_off(x.elem_count());
-            let of_v = v.track_op().then(|| Tensor::from_vec(of_v, v.shape(), v.device())).transpose()?;
-            let of_x = x.track_op().then(|| Tensor::from_vec(pulled, x.shape(), x.device())).transpose()?;
-            Ok((of_x, of_v))
-        })
+        self.back(x, v, None, grad).map(|[of_x, of_v, _]| (of_x, of_v))
+    }
+}
+
+/// With weights that it is given.
+impl CustomOp3 for Along {
+    fn name(&self) -> &'static str {
+        CustomOp2::name(self)
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+        given: &CpuStorage,
+        lg: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.on_cpu((x, lx), (v, lv), Some((given, lg)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        v: &Tensor,
+        given: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        self.back(x, v, Some(given), grad).map(|[of_x, of_v, of_given]| (of_x, of_v, of_given))
     }
 }
 
 impl Link {
     /// y and ẏ; gives what their pullback needs.
-    fn push<T: Ordered>(
-        &self,
-        session: &Session,
-        order: Order,
-        sizes: Sizes,
-        x: View<'_, T>,
-        out: &mut [T],
-    ) -> Result<Option<Matrix<T>>> {
-        let packed = self.packed::<T>(session, Side::Forward)?;
-        let bias = self.bias_in_f32(session)?;
+    fn push<T: Ordered>(&self, run: Run<'_>, sizes: Sizes, x: View<'_, T>, out: &mut [T]) -> Result<Option<Matrix<T>>> {
+        let Run { session, order, .. } = run;
+        let packed = self.packed::<T>(run, Side::Forward)?;
+        let bias = self.bias_in_f32(run)?;
         let multiply = |rows: Range<usize>, bias: Option<&[f32]>, to: &mut [T]| {
             let (x, to) = (part(order, x, rows.clone()), part_mut(order, to, sizes.all(), rows));
             T::multiply(order, x, &packed, &Epilogue { bias, ..Epilogue::default() }, to);

@@ -1,6 +1,7 @@
 //! The compute dtypes of a chain: what tensors store and what tiles hold of it.
 
 use super::order::{Order, Ordered};
+use crate::field::ops::cpu::Element;
 use crate::field::ops::kernel::{View, transpose};
 use crate::field::session::{Matrix, Session};
 use candle_core::{CpuStorage, WithDType};
@@ -10,7 +11,7 @@ use std::marker::PhantomData;
 /// A compute dtype.
 pub(in crate::field::ops) trait Compute {
     /// What its tensors store.
-    type Stored: WithDType + Into<f32>;
+    type Stored: Element<Wide = f32> + Into<f32>;
     /// What tiles hold of it.
     type Held: Ordered;
 
@@ -101,7 +102,7 @@ fn whole<T>(stored: &[T], rows: usize) -> View<'_, T> {
 /// Tiles hold what tensors store.
 pub(in crate::field::ops) struct AsStored<T>(PhantomData<T>);
 
-impl<T: Ordered + WithDType + Into<f32>> Compute for AsStored<T> {
+impl<T: Ordered + Element<Wide = f32> + Into<f32>> Compute for AsStored<T> {
     type Stored = T;
     type Held = T;
 
@@ -129,7 +130,7 @@ impl<T: Ordered + WithDType + Into<f32>> Compute for AsStored<T> {
 /// Tiles hold half precision in F32.
 pub(in crate::field::ops) struct Widened<T>(PhantomData<T>);
 
-impl<T: WithDType + Into<f32>> Compute for Widened<T>
+impl<T: Element<Wide = f32> + Into<f32>> Compute for Widened<T>
 where
     [T]: HalfFloatSliceExt,
 {

@@ -1,10 +1,10 @@
 //! Linear layers with activations between them as one op of Candle's graph, on a tile of rows and one thread.
 //!
-//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16, the layers of this crate
-//! run in it: weights are packed once per solve, the activation is applied to the product while that is in registers, the
-//! pullback multiplies by fₙ′ there too, and dL/dW is added in place to the F32 sums. Between its first and its last
-//! tensor F16 is held in F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer, unless the
-//! layers are narrow.
+//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16,
+//! the layers of this crate run in it: parameters are packed once per solve, weights that are made of the time once per
+//! evaluation, the activation is applied to the product while that is in registers, the pullback multiplies by fₙ′ there
+//! too, and dL/dW is added in place to the F32 sums. Between its first and its last tensor F16 is held in F32, so that it is
+//! rounded once for the whole chain; BF16 is rounded after each layer, unless the layers are narrow.
 
 mod along;
 mod compute;
@@ -12,33 +12,34 @@ mod of_time;
 mod order;
 mod parameter;
 mod pass;
+mod weights;
 
 use super::Activation;
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
+use crate::field::sink;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use pass::{Saved, Saves};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
+use weights::Given;
 
 pub(super) use along::tangents;
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
 pub(super) use of_time::{by_ops, column, of_time};
 pub(super) use order::Order;
 pub(super) use parameter::{Parameter, with_elements};
+pub(super) use weights::Weights;
 
 /// A linear layer and what is done with its result.
 #[derive(Clone, Debug)]
 pub(super) struct Link {
-    pub(super) weight: Parameter,
-    pub(super) bias: Option<Parameter>,
+    pub(super) weights: Weights,
     /// Leading columns of W that the rows of x are multiplied with.
     pub(super) inputs: usize,
     /// Rows of W.
     pub(super) outputs: usize,
-    /// The time, which multiplies the one column beyond.
-    pub(super) beyond: Option<f64>,
     pub(super) then: Activation,
 }
 
@@ -82,6 +83,8 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
 pub(super) struct Chain {
     current: Current,
     links: Vec<Link>,
+    /// Weights that are no parameters, one tensor for each layer that has such.
+    given: Vec<Tensor>,
 }
 
 impl Chain {
@@ -93,24 +96,86 @@ impl Chain {
         #[cfg(not(feature = "cuda"))]
         let runs = x.device().is_cpu();
         let fits = runs && has_kernels && x.rank() > 0 && x.elem_count() > 0;
-        Some(Self { current: Session::current().filter(|_| fits)?, links: vec![] })
+        Some(Self { current: Session::current().filter(|_| fits)?, links: vec![], given: vec![] })
     }
 
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
     pub(super) fn linear(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, t: Option<&Time>) -> bool {
         let Ok((outputs, columns)) = weight.dims2() else { return false };
         let inputs = columns - usize::from(t.is_some()).min(columns);
-        let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
-        let fits = weight.dtype() == x.dtype() && before == Some(inputs) && inputs > 0 && outputs > 0;
         // On a GPU elements are counted in 32 bits.
         let rows = x.elem_count() / x.dims().last().copied().unwrap_or(1).max(1);
         let is_small = x.device().is_cpu() || rows.max(inputs) * outputs <= 1 << 31;
-        if !(fits && is_small) || t.is_some_and(Time::is_tracked) {
+        let fits = weight.dtype() == x.dtype() && self.takes(x, inputs, outputs) && is_small;
+        if !fits || t.is_some_and(Time::is_tracked) {
             return false;
         }
         let Some((weight, bias)) = Parameter::of_layer(&self.current, x, weight, bias) else { return false };
-        self.links.push(Link { weight, bias, inputs, outputs, beyond: t.map(Time::value), then: Activation::Identity });
+        let weights = Weights::Parameters { weight, bias, beyond: t.map(Time::value) };
+        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
         true
+    }
+
+    /// Appends x Wᵀ + b where W `(outputs, inputs)` and, behind it, b are the elements of a tensor that is `made`, as of
+    /// the time. Says whether it could.
+    pub(super) fn given(
+        &mut self,
+        x: &Tensor,
+        [outputs, inputs]: [usize; 2],
+        made: impl FnOnce() -> Result<Tensor>,
+    ) -> bool {
+        self.append(x, [outputs, inputs], outputs * inputs + outputs, made, |first| Weights::Given { first })
+    }
+
+    /// Appends (x Wᵀ + b) ∘ gate + shift where gate and, behind it, shift are the elements of a tensor that is `made`.
+    /// Says whether it could.
+    pub(super) fn gated(
+        &mut self,
+        x: &Tensor,
+        (weight, bias): (&Tensor, &Tensor),
+        made: impl FnOnce() -> Result<Tensor>,
+    ) -> bool {
+        let (Ok(sizes), Some((weight, Some(bias)))) =
+            (weight.dims2(), Parameter::of_layer(&self.current, x, weight, Some(bias)))
+        else {
+            return false;
+        };
+        self.append(x, sizes.into(), 2 * sizes.0, made, |first| Weights::Gated { weight, bias, first })
+    }
+
+    /// Appends a layer of so many outputs and inputs whose weights are `count` elements of what is `made`, or are made of them.
+    fn append(
+        &mut self,
+        x: &Tensor,
+        [outputs, inputs]: [usize; 2],
+        count: usize,
+        made: impl FnOnce() -> Result<Tensor>,
+        weights: impl FnOnce(usize) -> Weights,
+    ) -> bool {
+        if !(x.device().is_cpu() && self.takes(x, inputs, outputs)) {
+            return false;
+        }
+        let fits = |made: &Tensor| made.dims() == [count] && made.dtype() == x.dtype();
+        let Some(made) = made().ok().filter(fits) else { return false };
+        let weights = weights(self.given.iter().map(Tensor::elem_count).sum());
+        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
+        self.given.push(made);
+        true
+    }
+
+    /// Whether a layer of that size goes on from the last one.
+    fn takes(&self, x: &Tensor, inputs: usize, outputs: usize) -> bool {
+        let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
+        before == Some(inputs) && inputs > 0 && outputs > 0
+    }
+
+    /// All weights that are no parameters.
+    fn all_given(given: &[Tensor]) -> Result<Option<Tensor>> {
+        match given {
+            [] => Ok(None),
+            [only] => only.contiguous().map(Some),
+            several => Tensor::cat(several, 0).map(Some),
+        }
     }
 
     /// Appends an activation. Says whether it could.
@@ -134,14 +199,22 @@ impl Chain {
         if !x.device().is_cpu() {
             return super::cuda::run_chain(self.links, &x);
         }
-        let (Current { session, call }, links) = (self.current, self.links);
+        let (Current { session, call }, links, given) = (self.current, self.links, Self::all_given(&self.given)?);
         let saves = match call {
-            _ if x.track_op() => Saves::Results,
-            Call::Layers => Saves::All,
-            Call::Value | Call::Graph => Saves::Nothing,
+            _ if x.track_op() || given.as_ref().is_some_and(Tensor::track_op) => Saves::Results,
+            Call::Layers if given.is_none() => Saves::All,
+            Call::Value | Call::Graph | Call::Layers => Saves::Nothing,
         };
         let (is_narrow, saved) = (Order::is_narrow(&links), Mutex::default());
         let layers = Layers { session, links, is_narrow, shape: x.shape().clone(), saves, saved };
+        if let Some(given) = given {
+            // Candle's graph leads on from what is given: the layers alone are not all there is to go back through.
+            return if saves == Saves::Nothing {
+                x.apply_op2_no_bwd(&given, &layers)
+            } else {
+                x.apply_op2(&given, layers)
+            };
+        }
         if saves == Saves::Nothing {
             return x.apply_op1_no_bwd(&layers);
         }
@@ -166,34 +239,55 @@ struct Layers {
 }
 
 impl Layers {
-    fn value<C: Compute>(&self, x: &[C::Stored], shape: &Shape) -> Result<(CpuStorage, Shape)> {
+    fn value<C: Compute>(
+        &self,
+        x: &[C::Stored],
+        shape: &Shape,
+        given: Option<&[C::Stored]>,
+    ) -> Result<(CpuStorage, Shape)> {
         let mut dims = shape.dims().to_vec();
         let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
         *last = link.outputs;
-        let (value, saved) = pass::value::<C>(&self.session, &self.links, x, self.saves)?;
+        let given = Given::new(&self.session, given);
+        let (value, saved) = pass::value::<C>(&self.session, &self.links, x, &given, self.saves)?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
         Ok((C::storage(value), Shape::from(dims)))
     }
 
-    /// dL/dx; `x` is asked for unless all has been saved.
-    fn pull_from(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
-        let cotangent = cotangent.contiguous()?;
-        with_compute!(value.dtype(), self.is_narrow, C => self.pull_in::<C>(x, value, &cotangent))
+    /// dL/dx, and dL/d(given) if there is such; `x` is asked for unless all has been saved.
+    fn pull_from(
+        &self,
+        x: Option<&Tensor>,
+        value: &Tensor,
+        cotangent: &Tensor,
+        given: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let cotangent = cotangent.detach().contiguous()?;
+        with_compute!(value.dtype(), self.is_narrow, C => self.pull_in::<C>(x, value, &cotangent, given))
     }
 
-    fn pull_in<C: Compute>(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+    fn pull_in<C: Compute>(
+        &self,
+        x: Option<&Tensor>,
+        value: &Tensor,
+        cotangent: &Tensor,
+        given: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Saved<C::Held>>()) else {
             bail!("a chain pulls back what it has evaluated")
         };
-        let dx = pass::pull::<C>(&self.session, &self.links, saved, x, value, cotangent)?;
-        Tensor::from_vec(dx, &self.shape, value.device())
+        let weights = Given::to_pull::<C::Stored>(&self.session, given)?;
+        let dx = pass::pull::<C>(&self.session, &self.links, saved, x, &weights, value, cotangent)?;
+        let of_given = weights.into_cotangent::<C::Stored>(sink::scale()?);
+        let of_given = of_given.zip(given).map(|(of, given)| Tensor::from_vec(of, given.shape(), given.device()));
+        Ok((Tensor::from_vec(dx, &self.shape, value.device())?, of_given.transpose()?))
     }
 }
 
 impl WayBack for Layers {
     fn pull(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
-        self.pull_from(None, value, cotangent)
+        Ok(self.pull_from(None, value, cotangent, None)?.0)
     }
 }
 
@@ -203,11 +297,31 @@ impl CustomOp1 for Layers {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes a contiguous tensor") };
+        with_compute!(x.dtype(), self.is_narrow, C => self.value::<C>(elements(x, layout)?, layout.shape(), None))
+    }
+}
+
+/// With weights that it is given.
+impl CustomOp2 for Layers {
+    fn name(&self) -> &'static str {
+        CustomOp1::name(self)
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, given: &CpuStorage, lg: &Layout) -> Result<(CpuStorage, Shape)> {
         with_compute!(x.dtype(), self.is_narrow, C => {
-            let x = <C as Compute>::Stored::cpu_storage_as_slice(x)?;
-            self.value::<C>(&x[from..to], layout.shape())
+            self.value::<C>(elements(x, lx)?, lx.shape(), Some(elements(given, lg)?))
         })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        given: &Tensor,
+        value: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (of_x, of_given) = self.pull_from(Some(x), value, grad, Some(given))?;
+        Ok((x.track_op().then_some(of_x), of_given))
     }
 }
 
@@ -216,14 +330,20 @@ struct Node(Arc<Layers>);
 
 impl CustomOp1 for Node {
     fn name(&self) -> &'static str {
-        self.0.name()
+        CustomOp1::name(self.0.as_ref())
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.0.cpu_fwd(x, layout)
+        CustomOp1::cpu_fwd(self.0.as_ref(), x, layout)
     }
 
     fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.0.pull_from(Some(x), value, &grad.detach()).map(Some)
+        self.0.pull_from(Some(x), value, grad, None).map(|(of_x, _)| Some(of_x))
     }
+}
+
+/// The elements of a contiguous operand.
+fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes contiguous tensors") };
+    Ok(&T::cpu_storage_as_slice(storage)?[from..to])
 }

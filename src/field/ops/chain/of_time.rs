@@ -3,7 +3,8 @@
 //! Its own weights are read where they lie, since packing them would take longer than the products; dL/dW is added in place to
 //! the F32 sums. Half precision is held in F32 between the layers.
 
-use super::{Chain, Compute, Link, Linked, Order, with_compute, with_elements};
+use super::weights::{Given, Run};
+use super::{Chain, Compute, Link, Linked, Order, Weights, with_compute, with_elements};
 use crate::Time;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
@@ -35,7 +36,7 @@ pub(in crate::field::ops) fn of_time<'a>(
     if !layers.into_iter().all(|layer| layer.link(None, t, &mut chain)) {
         return Ok(None);
     }
-    let parameters = chain.links.iter().flat_map(|link| std::iter::once(&link.weight).chain(&link.bias));
+    let parameters = chain.links.iter().flat_map(|link| link.weights.parameters());
     let tracked = parameters.filter(|_| call == Call::Graph).find(|parameter| parameter.is_tracked());
     let through = tracked.map_or_else(|| t.detach(), |parameter| parameter.leaf.clone());
     let is_node = t.track_op() || through.track_op();
@@ -66,14 +67,18 @@ impl OfTime {
         f32::spare(&self.session).matrix(1, len)
     }
 
+    fn run<'a>(&'a self, given: &'a Given) -> Run<'a> {
+        Run { session: &self.session, order: Order::Rows, given }
+    }
+
     fn value<T: Element<Wide = f32>>(&self, t: &[T]) -> Result<Vec<T>> {
-        let mut saved = Saved::default();
+        let (mut saved, given) = (Saved::default(), Given::default());
         let mut y = self.vector(t.len());
         T::widen(t, &mut y);
         for link in &self.links {
             let x = y;
             y = self.vector(link.outputs);
-            match link.bias_in_f32(&self.session)? {
+            match link.bias_in_f32(self.run(&given))? {
                 Some(bias) => y.copy_from_slice(&bias),
                 None => y.fill(0.0),
             }
@@ -100,7 +105,7 @@ impl OfTime {
     fn pull<T: Element<Wide = f32>>(&self, grad: &[T]) -> Result<Vec<T>> {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Saved { values, inputs }) = &*saved else { bail!("a chain pulls back what it has evaluated") };
-        let scale = sink::scale()?;
+        let (scale, given) = (sink::scale()?, Given::default());
         let mut g = self.vector(grad.len());
         T::widen(grad, &mut g);
         g.iter_mut().for_each(|g| *g /= scale as f32);
@@ -110,7 +115,7 @@ impl OfTime {
                 (_, Some(input)) => link.then.times_slope(input, &mut g),
                 _ => {}
             }
-            link.add_gradients(&self.session, Order::Rows, (g.view(), g.view()), values[n].view())?;
+            link.add_gradients(self.run(&given), (g.view(), g.view()), values[n].view())?;
             let mut of_x = self.vector(link.inputs);
             of_x.fill(0.0);
             link.with_weight(|w| vectorised(TimesTransposed::<T> { w, g: &g, x: &mut of_x }))?;
@@ -149,7 +154,10 @@ impl CustomOp2 for OfTime {
 
 impl Link {
     fn with_weight<T: WithDType>(&self, with: impl FnOnce(&[T])) -> Result<()> {
-        with_elements(&self.weight.leaf.contiguous()?, |w| {
+        let Weights::Parameters { weight, .. } = &self.weights else {
+            bail!("a network of the time is made of parameters")
+        };
+        with_elements(&weight.leaf.contiguous()?, |w| {
             with(w);
             Ok(())
         })

@@ -1,5 +1,6 @@
 //! Parameters of layers inside a solve: what stands for them, and what they add to dL/dθ.
 
+use crate::field::ops::cpu::Element;
 use crate::field::session::{Call, Current, Matrix, Session, Tile};
 use crate::field::sink;
 use candle_core::{DType, Result, Tensor, WithDType, bail};
@@ -52,10 +53,21 @@ impl Parameter {
         }
     }
 
-    /// The elements of a vector in F32.
+    /// Its elements in F32.
     pub(in crate::field::ops) fn in_f32(&self, session: &Session) -> Result<Matrix<f32>> {
-        let mut floats = f32::spare(session).matrix(1, self.leaf.elem_count());
-        self.with_floats(|at| floats.iter_mut().enumerate().for_each(|(n, float)| *float = at(n)))?;
+        fn widen<T: Element<Wide = f32>>(leaf: &Tensor, floats: &mut [f32]) -> Result<()> {
+            with_elements(leaf, |x| {
+                T::widen(x, floats);
+                Ok(())
+            })
+        }
+        let leaf = self.leaf.contiguous()?;
+        let mut floats = f32::spare(session).matrix(1, leaf.elem_count());
+        match leaf.dtype() {
+            DType::F16 => widen::<half::f16>(&leaf, &mut floats),
+            DType::BF16 => widen::<half::bf16>(&leaf, &mut floats),
+            _ => widen::<f32>(&leaf, &mut floats),
+        }?;
         Ok(floats)
     }
 

@@ -9,7 +9,7 @@ use super::device::{Gpu, Value, address};
 use super::layer::{Layer, Pull};
 use super::sums::Sum;
 use crate::field::ops::activation::in_place::Keeps;
-use crate::field::ops::chain::{Link, Parameter};
+use crate::field::ops::chain::{Link, Parameter, Weights};
 use crate::field::ops::precomputed::{Precomputed, hand_over};
 use crate::field::sink;
 use crate::scaling::Scale;
@@ -65,7 +65,8 @@ struct Ready {
 impl Ready {
     fn of(link: &Link, element: Element, rows: usize) -> Result<Self> {
         let dense = |parameter: &Parameter| parameter.leaf.detach().contiguous();
-        let (weight, bias) = (dense(&link.weight)?, link.bias.as_ref().map(dense).transpose()?);
+        let (weight, bias, beyond) = parameters(link)?;
+        let (weight, bias) = (dense(weight)?, bias.map(dense).transpose()?);
         let layer = Layer {
             element,
             rows,
@@ -77,10 +78,18 @@ impl Ready {
                 Some(bias) => (address(bias)?, bias.dtype() == DType::F32),
                 None => (0, false),
             },
-            time: link.beyond.map(|t| t as f32),
+            time: beyond.map(|t| t as f32),
             then: link.then,
         };
         Ok(Self { layer, _tensors: [Some(weight), bias] })
+    }
+}
+
+/// Weight, bias and what multiplies the column beyond.
+fn parameters(link: &Link) -> Result<(&Parameter, Option<&Parameter>, Option<f64>)> {
+    match &link.weights {
+        Weights::Parameters { weight, bias, beyond } => Ok((weight, bias.as_ref(), *beyond)),
+        Weights::Gated { .. } | Weights::Given { .. } => bail!("layers with weights of the time are no chain on CUDA"),
     }
 }
 
@@ -134,7 +143,8 @@ fn pull(links: &[Link], saved: &Saved, x: &Tensor, value: &Tensor, mut g: Tensor
             true => sink::sum_of(&parameter.leaf),
             false => Ok(None),
         };
-        let (of_weight, of_bias) = (sum_of(&link.weight)?, link.bias.as_ref().map_or(Ok(None), sum_of)?);
+        let (weight, bias, _) = parameters(link)?;
+        let (of_weight, of_bias) = (sum_of(weight)?, bias.map_or(Ok(None), sum_of)?);
         let flag_at = address(&flag)?;
         let sum = |sum: &Option<sink::Sum>| match sum {
             Some(sum) => Ok(Some(Sum { at: address(&sum.tensor)?, factor, by: inverse, flag: flag_at })),
@@ -152,7 +162,7 @@ fn pull(links: &[Link], saved: &Saved, x: &Tensor, value: &Tensor, mut g: Tensor
         };
         // SAFETY: tensors of the layer's sizes on this device, and sums of those of its parameters.
         unsafe { ready.layer.pull(&gpu, &pulled)? };
-        for (parameter, sum) in [(Some(&link.weight), of_weight), (link.bias.as_ref(), of_bias)] {
+        for (parameter, sum) in [(Some(weight), of_weight), (bias, of_bias)] {
             if let (Some(parameter), Some(sum)) = (parameter, sum) {
                 sum.finish(&parameter.leaf)?;
             }

@@ -29,12 +29,14 @@ pub(super) struct Panel<'a, T> {
 impl<T: Held> Packed<T> {
     /// B = Wᵀ for W `(out, in)`: y = x Wᵀ.
     pub(crate) fn transposed<S: Copy + Into<f32>>(weight: View<'_, S>) -> Self {
-        Self::pack(weight.columns(), weight.rows(), |k, n| weight.row(n)[k].into())
+        let (values, stride) = (weight.slice(), weight.stride());
+        Self::pack(weight.columns(), weight.rows(), |k, n| values[n * stride + k].into())
     }
 
     /// B = W for W `(out, in)`: the pullback g W.
     pub(crate) fn straight<S: Copy + Into<f32>>(weight: View<'_, S>) -> Self {
-        Self::pack(weight.rows(), weight.columns(), |k, n| weight.row(k)[n].into())
+        let (values, stride) = (weight.slice(), weight.stride());
+        Self::pack(weight.rows(), weight.columns(), |k, n| values[k * stride + n].into())
     }
 
     /// B of the elements at (k, n).
@@ -46,15 +48,15 @@ impl<T: Held> Packed<T> {
         let spare = LINE / size_of::<T>();
         let mut values = vec![T::default(); len + spare];
         let start = values.as_ptr().align_offset(LINE).min(spare);
-        let mut out = values[start..].iter_mut();
+        let mut rest = &mut values[start..];
         for first in (0..padded).step_by(PANEL) {
-            for k in (0..steps).map(|step| step * T::DEPTH) {
-                for n in first..padded.min(first + PANEL) {
-                    for (k, out) in (k..k + T::DEPTH).zip(&mut out) {
-                        if k < depth && n < columns {
-                            *out = T::of(at(k, n));
-                        }
-                    }
+            let width = PANEL.min(padded - first);
+            for begin in (0..depth).step_by(T::DEPTH) {
+                let (out, behind) = rest.split_at_mut(width * T::DEPTH);
+                rest = behind;
+                for k in begin..depth.min(begin + T::DEPTH) {
+                    let out = out.chunks_exact_mut(T::DEPTH);
+                    (first..columns).zip(out).for_each(|(n, out)| out[k - begin] = T::of(at(k, n)));
                 }
             }
         }
