@@ -5,7 +5,7 @@ use crate::common::*;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::Conv2dConfig;
 use candle_ode::ops::combine::{self, Finite};
-use candle_ode::ops::{self, Activation, Conv2d, Linear, Planar};
+use candle_ode::ops::{self, Activation, Conv2d, GroupNorm, LayerNorm, Linear, Planar};
 
 /// Dtypes with kernels, and how far half precision may be off.
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 3e-6), (DType::F16, 2e-3), (DType::BF16, 1.5e-2)];
@@ -135,6 +135,60 @@ fn planar_units() {
                 against_cpu(&gpu, dtype, 2.0 * bound, &both, &args, &what);
             }
         }
+    }
+}
+
+#[test]
+fn layer_norms() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for (rows, size) in [(1, 7), (70_000, 33), (513, 512), (40, 2000)] {
+            let [weight, bias] = [2, 3].map(|seed| normal(seed, &[size], DType::F32));
+            let args = [normal(1, &[rows, size], DType::F32), weight, bias];
+            let layer = |args: &[Tensor]| LayerNorm::new(args[1].clone(), args[2].clone(), 1e-5).forward(&args[0]);
+            let in_f32 = |args: &[Tensor]| {
+                let wide = if args[0].dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+                LayerNorm::new(args[1].to_dtype(wide)?, args[2].to_dtype(wide)?, 1e-5).forward(&args[0])
+            };
+            let strided = |args: &[Tensor]| {
+                LayerNorm::new_no_bias(args[1].clone(), 1e-5).forward(&args[0].t()?.contiguous()?.t()?)
+            };
+            let rms = |args: &[Tensor]| LayerNorm::rms_norm(args[1].clone(), 1e-5).forward(&args[0]);
+            let what = |name: &str| format!("{name} of {rows}×{size}");
+            against_cpu(&gpu, dtype, 2.0 * bound, &layer, &args, &what("layer norm"));
+            against_cpu(&gpu, dtype, 2.0 * bound, &in_f32, &args, &what("layer norm with parameters in F32"));
+            against_cpu(&gpu, dtype, 2.0 * bound, &strided, &args[..2], &what("layer norm without bias"));
+            against_cpu(&gpu, dtype, 2.0 * bound, &rms, &args[..2], &what("root-mean-square norm"));
+        }
+    }
+}
+
+#[test]
+fn group_norms() {
+    let Some(gpu) = gpu() else { return };
+    for (dtype, bound) in DTYPES {
+        for (shape, groups) in [(&[5, 6, 7, 9][..], 2), (&[3, 8, 65], 8), (&[2, 4, 70, 70], 1), (&[300, 12], 3)] {
+            let parameters = [2, 3].map(|seed| normal(seed, &shape[1..2], DType::F32));
+            let args = [normal(1, shape, DType::F32), parameters[0].clone(), parameters[1].clone()];
+            let with = |args: &[Tensor]| {
+                GroupNorm::new(args[1].clone(), args[2].clone(), shape[1], groups, 1e-5)?.forward(&args[0])
+            };
+            let plain = |args: &[Tensor]| GroupNorm::plain(shape[1], groups, 1e-5)?.forward(&args[0]);
+            let what = format!("{groups} groups of {shape:?}");
+            against_cpu(&gpu, dtype, 2.0 * bound, &with, &args, &what);
+            against_cpu(&gpu, dtype, 2.0 * bound, &plain, &args[..1], &format!("{what} without parameters"));
+        }
+    }
+}
+
+#[test]
+fn a_large_mean_costs_no_digits_of_a_norm() {
+    let Some(gpu) = gpu() else { return };
+    for size in [64, 2000] {
+        let x = (normal(1, &[40, size], DType::F32) + 1000.0).unwrap();
+        let args = [x, normal(2, &[size], DType::F32)];
+        let layer = |args: &[Tensor]| LayerNorm::new_no_bias(args[1].clone(), 1e-5).forward(&args[0]);
+        against_cpu(&gpu, DType::F32, 1e-4, &layer, &args, &format!("layer norm of 40×{size} about 1000"));
     }
 }
 

@@ -3,6 +3,7 @@
 //! Addresses are those of contiguous tensors on the device; 0 stands for what is left out.
 
 use crate::field::ops::Activation;
+use crate::field::ops::norm::Norm;
 use candle_core::DType;
 
 /// A dtype with kernels; the numbers are those of `Element` in `element.cuh`.
@@ -45,6 +46,7 @@ pub(super) enum Module {
     Combine,
     Convolution,
     Planar,
+    Norm,
 }
 
 /// A kernel and all that it is started with.
@@ -131,6 +133,12 @@ arguments! {
         z: u64, units: u64, grad: u64, both: u64, of_z: u64, partial: u64,
         rows: u32, dim: u32, count: u32, chunk: u32, function: i32, alpha: f32,
     }
+    /// Normalised groups and their pullback.
+    NormGroups {
+        x: u64, weight: u64, bias: u64, grad: u64, y: u64, of_x: u64, standards: u64, partial: u64,
+        samples: u32, per_sample: u32, channels: u32, inner: u32, chunk: u32,
+        remove_mean: i32, weight_is_f32: i32, bias_is_f32: i32, eps: f32,
+    }
 }
 
 impl Activate {
@@ -167,6 +175,12 @@ fn chunk(rows: u32) -> u32 {
     rows.div_ceil(64).max(32)
 }
 
+/// The same for rows that have `inner` elements for a block.
+fn chunk_of_images(rows: u32, inner: u32) -> u32 {
+    // A thread should find several elements in its chunk.
+    rows.div_ceil(64).max(2048_u32.div_ceil(inner))
+}
+
 impl PullColumns {
     pub(super) fn new(grad: u64, (rows, columns): (u32, u32), activation: Activation) -> Self {
         let (function, alpha) = function(activation);
@@ -186,9 +200,7 @@ impl PullColumns {
 
 impl SumChannels {
     pub(super) fn new(x: u64, (rows, channels, inner): (u32, u32, u32)) -> Self {
-        // A thread should find several elements in its chunk.
-        let chunk = rows.div_ceil(64).max(2048_u32.div_ceil(inner));
-        Self { x, partial: 0, rows, channels, inner, chunk }
+        Self { x, partial: 0, rows, channels, inner, chunk: chunk_of_images(rows, inner) }
     }
 
     /// How many rows of partial sums there are.
@@ -297,6 +309,74 @@ impl PlanarUnits {
 
     fn over(self, kernel: &str, element: Element, blocks: [u32; 3]) -> Launch<Self> {
         Launch { blocks, threads: [32, 8, 1], ..Launch::new(Module::Planar, kernel, Some(element), self) }
+    }
+}
+
+impl NormGroups {
+    /// Bytes of what a group is normalised with.
+    pub(super) const STANDARD: usize = 12;
+
+    /// The groups of an x of so many elements.
+    pub(super) fn new(norm: &Norm, elements: usize) -> Self {
+        let samples = elements / (norm.groups.per_sample * norm.groups.size());
+        let [samples, per_sample, channels, inner] =
+            [samples, norm.groups.per_sample, norm.groups.channels, norm.groups.inner].map(|size| size as u32);
+        Self {
+            x: 0,
+            weight: 0,
+            bias: 0,
+            grad: 0,
+            y: 0,
+            of_x: 0,
+            standards: 0,
+            partial: 0,
+            samples,
+            per_sample,
+            channels,
+            inner,
+            chunk: if inner == 1 { chunk(samples) } else { chunk_of_images(samples, inner) },
+            remove_mean: i32::from(norm.remove_mean),
+            weight_is_f32: 0,
+            bias_is_f32: 0,
+            eps: norm.eps as f32,
+        }
+    }
+
+    pub(super) fn groups(&self) -> u32 {
+        self.samples * self.per_sample
+    }
+
+    /// Elements of the weight.
+    pub(super) fn parameters(&self) -> u32 {
+        self.per_sample * self.channels
+    }
+
+    /// How many rows of partial sums there are.
+    pub(super) fn chunks(&self) -> u32 {
+        self.samples.div_ceil(self.chunk)
+    }
+
+    pub(super) fn value(self, element: Element) -> Launch<Self> {
+        self.over_groups("normalise", element)
+    }
+
+    pub(super) fn pull_groups(self, element: Element) -> Launch<Self> {
+        self.over_groups("pull_groups", element)
+    }
+
+    /// Small groups, of which a thread would find few elements, share a block.
+    fn over_groups(self, kernel: &str, element: Element) -> Launch<Self> {
+        let width = if self.channels * self.inner <= 512 { 32 } else { 256 };
+        let blocks = [self.groups().div_ceil(256 / width), 1, 1];
+        Launch { blocks, threads: [width, 256 / width, 1], ..Launch::new(Module::Norm, kernel, Some(element), self) }
+    }
+
+    /// Threads beside each other read elements beside each other: of several parameters, or of one.
+    pub(super) fn sum_parameters(self, element: Element) -> Launch<Self> {
+        let width = if self.inner == 1 { 32 } else { 1 };
+        let blocks = [self.parameters().div_ceil(width), self.chunks(), 1];
+        let launch = Launch::new(Module::Norm, "sum_parameters", Some(element), self);
+        Launch { blocks, threads: [width, 256 / width, 1], ..launch }
     }
 }
 

@@ -31,6 +31,7 @@ fn module(module: Module) -> (&'static str, &'static str) {
         Module::Combine => ("candle_ode_combine", include_str!(concat!(env!("OUT_DIR"), "/combine.ptx"))),
         Module::Convolution => ("candle_ode_convolution", include_str!(concat!(env!("OUT_DIR"), "/convolution.ptx"))),
         Module::Planar => ("candle_ode_planar", include_str!(concat!(env!("OUT_DIR"), "/planar.ptx"))),
+        Module::Norm => ("candle_ode_norm", include_str!(concat!(env!("OUT_DIR"), "/norm.ptx"))),
     }
 }
 

@@ -1,5 +1,5 @@
-// What the kernels share: elements in three dtypes that are calculated with in F32, and one struct of arguments for
-// each kernel. Compiled by nvcc for a GPU, and by any C++ compiler, with host.h, for the tests.
+// What the kernels share: elements in three dtypes that are calculated with in F32, sums over a row of threads, and one
+// struct of arguments for each kernel. Compiled by nvcc for a GPU, and by any C++ compiler, with host.h, for the tests.
 #pragma once
 #ifdef __CUDACC__
 #include <cfloat>
@@ -58,3 +58,18 @@ __device__ inline float store(void *y, int element, unsigned i, float value) {
 // divide: no tensor here has more than 2³¹ elements.
 __device__ inline unsigned first() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline unsigned stride() { return gridDim.x * blockDim.x; }
+
+// The sum over a row of threads, as many as a power of two, in a block of at most 256, for all of them.
+__device__ inline float sum_of_row(float value) {
+  __shared__ float sums[256];
+  float *row = sums + threadIdx.y * blockDim.x;
+  row[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) row[threadIdx.x] += row[threadIdx.x + half];
+    __syncthreads();
+  }
+  float sum = row[0];
+  __syncthreads();
+  return sum;
+}

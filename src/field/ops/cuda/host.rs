@@ -28,7 +28,7 @@ impl Host {
             let mut command = Command::new(&compiler);
             command.args(["-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o"]);
             command.arg(&library).current_dir(folder);
-            command.args(["activation.cu", "sums.cu", "combine.cu", "convolution.cu", "planar.cu"]);
+            command.args(["activation.cu", "sums.cu", "combine.cu", "convolution.cu", "planar.cu", "norm.cu"]);
             let output = match command.output() {
                 Ok(output) => output,
                 Err(error) => {

@@ -7,6 +7,7 @@
 //! | `combine.cu` | the kernels of [`combine`](super::combine): sums in mixed dtypes, flags, scales |
 //! | `convolution.cu` | images as columns of windows, and back |
 //! | `planar.cu` | planar units with their divergence, and back |
+//! | `norm.cu` | normalisations over groups, and back, with the sums for their parameters |
 //!
 //! What is launched for an op, on what and in which order, is written once against a [`Machine`](machine::Machine): a GPU
 //! ([`device`]), or the host in tests ([`host`]), which compiles the same kernels with a C++ compiler and multiplies as
@@ -29,6 +30,8 @@ mod host;
 mod layer;
 #[cfg(any(test, feature = "cuda"))]
 mod machine;
+#[cfg(any(test, feature = "cuda"))]
+mod norm;
 #[cfg(any(test, feature = "cuda"))]
 mod planar;
 #[cfg(any(test, feature = "cuda"))]

@@ -43,20 +43,6 @@ template <class T, int DIM> __device__ void load_row(const void *x, unsigned row
   for (int d = 0; d < DIM; d++) to[d] = factor * load<T>(x, row * DIM + d);
 }
 
-// The sum over the 32 threads of a row of a block of 32 × 8, for all of them.
-__device__ float sum_of_row(float value) {
-  __shared__ float sums[8][32];
-  sums[threadIdx.y][threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = 16; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.y][threadIdx.x] += sums[threadIdx.y][threadIdx.x + half];
-    __syncthreads();
-  }
-  float sum = sums[threadIdx.y][0];
-  __syncthreads();
-  return sum;
-}
-
 // Blocks of 8 rows, 32 threads for the units of each.
 template <class T, int DIM> __device__ void planar_of(const PlanarUnits &a) {
   unsigned row = blockIdx.x * 8 + threadIdx.y;

@@ -1,12 +1,13 @@
 //! Ops on tensors that lie on CUDA, outside any graph. `None` where kernels of ours do not take them.
 
-use super::arguments::{Activate, Element, PlanarUnits, Windows};
+use super::arguments::{Activate, Element, NormGroups, PlanarUnits, Windows};
 use super::convolution::Convolution;
 use super::device::{Gpu, LARGEST, Value, address, runs};
 use super::layer::Layer;
 use super::machine::{Machine, Matrix, Product};
 use super::sums::{Sum, add_channels};
 use crate::field::ops::Activation;
+use crate::field::ops::norm::Norm;
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::Conv2dConfig;
 
@@ -255,4 +256,59 @@ pub(in crate::field::ops) fn pull_planar(
     // SAFETY: dense tensors of these sizes on this device.
     unsafe { call.pull(&gpu, element, sum)? };
     Ok(Some((of_z.tensor(), of_units)))
+}
+
+/// How the groups of x are normalised, if kernels of ours take them.
+fn norm_groups(
+    norm: &Norm,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Option<(Element, NormGroups)> {
+    let fits = |parameter: Option<&Tensor>| parameter.is_none_or(|parameter| is_bias(parameter, x));
+    let fits = fits(weight) && fits(bias) && x.elem_count() <= LARGEST / 2;
+    let element = element(x, &[]).filter(|_| fits)?;
+    let is_f32 = |of: Option<&Tensor>| i32::from(of.is_some_and(|of| of.dtype() == DType::F32));
+    let (weight_is_f32, bias_is_f32) = (is_f32(weight), is_f32(bias));
+    Some((element, NormGroups { weight_is_f32, bias_is_f32, ..NormGroups::new(norm, x.elem_count()) }))
+}
+
+/// The normalised x times w plus b.
+pub(in crate::field::ops) fn normalise(
+    norm: &Norm,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Option<Value>> {
+    let Some((element, call)) = norm_groups(norm, x, weight, bias) else { return Ok(None) };
+    let (gpu, x) = (Gpu::of(x)?, dense(x)?);
+    let (weight, bias) = (weight.map(dense).transpose()?, bias.map(dense).transpose()?);
+    let y = gpu.output(element, x.shape())?;
+    let at = |of: &Option<Tensor>| of.as_ref().map_or(Ok(0), address);
+    let call = NormGroups { x: address(&x)?, weight: at(&weight)?, bias: at(&bias)?, y: y.at(), ..call };
+    // SAFETY: dense tensors of these sizes on this device.
+    unsafe { gpu.launch(&call.value(element))? };
+    Ok(Some(y))
+}
+
+/// The gradient of x and, if they are wanted, Σ g x̂ and Σ g per parameter, `(2, parameters)` in F32.
+pub(in crate::field::ops) fn pull_norm(
+    norm: &Norm,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    grad: &Tensor,
+    sums: bool,
+) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    let same = element(x, &[grad]).is_some();
+    let Some((element, call)) = norm_groups(norm, x, weight, None).filter(|_| same) else { return Ok(None) };
+    let (gpu, x, grad) = (Gpu::of(x)?, dense(x)?, dense(grad)?);
+    let weight = weight.map(dense).transpose()?;
+    let for_x = gpu.output(element, x.shape())?;
+    let sums = sums.then(|| gpu.zeros((2, call.parameters() as usize))).transpose()?;
+    let sum = sums.as_ref().map(address).transpose()?;
+    let at = weight.as_ref().map_or(Ok(0), address)?;
+    let call = NormGroups { x: address(&x)?, weight: at, grad: address(&grad)?, of_x: for_x.at(), ..call };
+    // SAFETY: dense tensors of these sizes on this device.
+    unsafe { call.pull(&gpu, element, sum)? };
+    Ok(Some((for_x.tensor(), sums)))
 }

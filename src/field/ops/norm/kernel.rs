@@ -8,15 +8,15 @@ use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType,
 /// How the elements of x fall into groups: x is `(samples, per_sample, channels, inner)`, a group is one
 /// `(channels, inner)`, and parameter `g · channels + c` belongs to channel c of the g-th group of every sample.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Groups {
-    pub(super) per_sample: usize,
-    pub(super) channels: usize,
-    pub(super) inner: usize,
+pub(in crate::field::ops) struct Groups {
+    pub(in crate::field::ops) per_sample: usize,
+    pub(in crate::field::ops) channels: usize,
+    pub(in crate::field::ops) inner: usize,
 }
 
 impl Groups {
     /// Elements in a group.
-    pub(super) fn size(self) -> usize {
+    pub(in crate::field::ops) fn size(self) -> usize {
         self.channels * self.inner
     }
 

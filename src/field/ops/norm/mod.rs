@@ -21,7 +21,8 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Module, Result, Shape, Tensor, WithDType, bail,
 };
 use candle_nn::{Init, LayerNormConfig, VarBuilder};
-use kernel::{Groups, Normalise};
+pub(super) use kernel::Groups;
+use kernel::Normalise;
 
 /// Layer norm over the last dimension, with or without removing the mean, with or without bias: the differentiable
 /// twin of [`candle_nn::LayerNorm`], which takes F32 weights on half-precision input.
@@ -209,27 +210,35 @@ impl Tangent for GroupNorm {
 
 /// One normalisation of an x of known shape.
 #[derive(Clone, Copy, Debug)]
-struct Norm {
-    name: &'static str,
-    groups: Groups,
-    remove_mean: bool,
-    eps: f64,
+pub(super) struct Norm {
+    pub(super) name: &'static str,
+    pub(super) groups: Groups,
+    pub(super) remove_mean: bool,
+    pub(super) eps: f64,
 }
 
 impl Norm {
-    fn forward(self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Tensor> {
         for parameter in [weight, bias].into_iter().flatten() {
             self.validate(x, parameter)?;
         }
-        let ready = Precomputed::off_cpu(x, || {
-            composed::value(self, &x.detach(), weight.map(Tensor::detach).as_ref(), bias.map(Tensor::detach).as_ref())
-        })?;
-        let op = NormOp { norm: self, ready };
+        let op = NormOp { norm: self, ready: self.ready(x, weight, bias)? };
         match (weight, bias) {
             (Some(weight), Some(bias)) => x.apply_op3(weight, bias, op),
             (Some(weight), None) => x.apply_op2(weight, op),
             _ => x.apply_op1(op),
         }
+    }
+
+    /// The value where x is not on the CPU: by a kernel of ours or of Candle's ops.
+    fn ready(self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Precomputed> {
+        #[cfg(feature = "cuda")]
+        if let Some(value) = super::cuda::normalise(&self, x, weight, bias)? {
+            return Ok(Precomputed::on_device(value));
+        }
+        Precomputed::off_cpu(x, || {
+            composed::value(self, &x.detach(), weight.map(Tensor::detach).as_ref(), bias.map(Tensor::detach).as_ref())
+        })
     }
 
     /// J v, of ops that can themselves be differentiated in x, w and v.
@@ -282,16 +291,32 @@ impl NormOp {
     fn pull(&self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, grad: &Tensor) -> Result<Pulled> {
         let (x_value, grad) = (x.detach(), grad.detach());
         let weight_value = weight.map(Tensor::detach);
-        let (for_x, sums) = if x.device().is_cpu() {
-            kernel::pull_on_cpu(self.norm, &x_value, weight_value.as_ref(), &grad)?
-        } else {
-            composed::pull(self.norm, &x_value, weight_value.as_ref(), &grad)?
-        };
-        let tracked = |parameter: Option<&Tensor>, row: usize| match parameter {
-            Some(parameter) if parameter.track_op() => give(parameter, &sums.get(row)?),
+        let wanted = [weight, bias].into_iter().flatten().any(Tensor::track_op);
+        let (for_x, sums) = self.pull_values(&x_value, weight_value.as_ref(), &grad, wanted)?;
+        let tracked = |parameter: Option<&Tensor>, row: usize| match (parameter, &sums) {
+            (Some(parameter), Some(sums)) if parameter.track_op() => give(parameter, &sums.get(row)?),
             _ => Ok(None),
         };
         Ok((x.track_op().then_some(for_x), tracked(weight, 0)?, tracked(bias, 1)?))
+    }
+
+    /// The gradient of x and, at least if they are wanted, the sums Σ g x̂ and Σ g per parameter, `(2, parameters)`.
+    fn pull_values(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        grad: &Tensor,
+        sums: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if let Some(pulled) = super::cuda::pull_norm(&self.norm, x, weight, grad, sums)? {
+            return Ok(pulled);
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = sums;
+        let pull = if x.device().is_cpu() { kernel::pull_on_cpu } else { composed::pull };
+        let (for_x, sums) = pull(self.norm, x, weight, grad)?;
+        Ok((for_x, Some(sums)))
     }
 }
 

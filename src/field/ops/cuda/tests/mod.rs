@@ -4,6 +4,7 @@ mod activations;
 mod combined;
 mod convolutions;
 mod layers;
+mod norms;
 mod planar;
 
 use super::arguments::{Arguments, Element, Launch};
