@@ -40,13 +40,15 @@ impl Groups {
     }
 }
 
-/// (x − mean) / sqrt(var + ε) in place; gives 1 / sqrt(var + ε). Two passes, so that a large mean costs no digits.
+/// (x − mean) / sqrt(var + ε) in place; gives 1 / sqrt(var + ε). Two passes, of elements that are counted from the first one,
+/// so that a large mean costs no digits.
 #[inline(always)]
 fn standardise<W: Real>(x: &mut [W], remove_mean: bool, eps: f64) -> W {
     let count = W::of(x.len() as f64);
     if remove_mean {
-        let mean = sum(x, x, |a, _| a) / count;
-        x.iter_mut().for_each(|x| *x = *x - mean);
+        let origin = x.first().copied().unwrap_or(W::ZERO);
+        let mean = sum(x, x, |a, _| a - origin) / count;
+        x.iter_mut().for_each(|x| *x = *x - origin - mean);
     }
     let variance = sum(x, x, |a, b| a * b) / count;
     let scale = W::ONE / (variance + W::of(eps)).sqrt();

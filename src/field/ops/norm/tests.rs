@@ -120,6 +120,16 @@ fn statistics_survive_large_means_and_large_batches() {
     let big = Tensor::full(half::f16::from_f32(60_000.0), (2, 512), &Device::Cpu).unwrap();
     assert!(values(&norm.forward(&big).unwrap()).iter().all(|v| v.abs() < 1e-2));
 
+    let x = (noise(&[40, 512], 2) + 1000.0).unwrap();
+    let [w, b] = [3, 4].map(|seed| noise(&[512], seed));
+    let norm = |a: &[Tensor]| LayerNorm::new(a[1].clone(), a[2].clone(), EPS).forward(&a[0]);
+    let single = [&x, &w, &b].map(|x| x.to_dtype(DType::F32).unwrap());
+    let exact = [&single[0], &single[1], &single[2]].map(|x| x.to_dtype(DType::F64).unwrap());
+    assert!(distance(&norm(&single).unwrap(), &norm(&exact).unwrap()) < 1e-6);
+    let g = noise(&[40, 512], 5);
+    let (got, exact) = (gradients(&norm, &single, &g.to_dtype(DType::F32).unwrap()), gradients(&norm, &exact, &g));
+    assert!(got.iter().zip(&exact).all(|(got, exact)| distance(got, exact) < 2e-6));
+
     let rows = 50_000;
     let x =
         Tensor::new(&[1.0_f32, -1.0], &Device::Cpu).unwrap().repeat((rows, 1)).unwrap().to_dtype(DType::F16).unwrap();
