@@ -52,6 +52,9 @@ pub struct Cli {
     /// Goes on with the run that left its checkpoint in DIR, to the same bits as if it had not stopped
     #[arg(long, value_name = "DIR", conflicts_with_all = ["compare", "seeds"])]
     pub resume: Option<PathBuf>,
+    /// The velocity field [default: reference for two columns, mlp for others]
+    #[arg(long)]
+    pub field: Option<FieldName>,
     /// Divergence of the field [default: exact for two columns, hutchinson for others]
     #[arg(long)]
     pub trace: Option<TraceName>,
@@ -128,6 +131,18 @@ names! {
 }
 
 names! {
+    /// Velocity fields by name.
+    FieldName {
+        /// Planar units whose weights a network makes of the time.
+        Reference = "reference",
+        /// An MLP whose layers see the time.
+        Mlp = "mlp",
+        /// FFJORD's concat-squash layers.
+        Ffjord = "ffjord",
+    }
+}
+
+names! {
     /// Divergences by name.
     TraceName {
         /// Every diagonal entry of the Jacobian.
@@ -181,6 +196,9 @@ pub struct Config {
     pub seed: u64,
     /// Divergence; by the number of columns if not given.
     pub trace: Option<TraceName>,
+    /// The velocity field; by the number of columns if not given.
+    #[serde(default)]
+    pub field: Option<FieldName>,
 }
 
 impl Default for Config {
@@ -198,6 +216,7 @@ impl Default for Config {
             lr: 1e-2,
             seed: 0,
             trace: None,
+            field: None,
         }
     }
 }
@@ -249,6 +268,7 @@ impl Cli {
             lr: self.lr.unwrap_or(base.lr),
             seed: self.seed.unwrap_or(base.seed),
             trace: self.trace,
+            field: self.field,
         }
     }
 
@@ -281,6 +301,7 @@ impl Cli {
         keep("--lr", self.lr.as_ref(), Some(&saved.lr), hint)?;
         keep("--seed", self.seed.as_ref(), Some(&saved.seed), hint)?;
         keep("--trace", self.trace.as_ref(), saved.trace.as_ref(), hint)?;
+        keep("--field", self.field.as_ref(), saved.field.as_ref(), hint)?;
         Ok(Config { iters: self.iters.unwrap_or(saved.iters), ..saved.clone() })
     }
 
@@ -368,7 +389,7 @@ mod tests {
         let longer = parse("--resume d --data rings --iters 900").unwrap();
         assert_eq!(longer.resumed(&saved)?, Config { iters: 900, ..saved.clone() });
         assert_eq!(longer.out(), Path::new("d"));
-        for changed in ["--lr 0.1", "--trace exact", "--batch 3", "--data moons"] {
+        for changed in ["--lr 0.1", "--trace exact", "--field ffjord", "--batch 3", "--data moons"] {
             let error = parse(&format!("--resume d {changed}")).unwrap().resumed(&saved).unwrap_err().to_string();
             assert!(error.contains(changed.split(' ').next().unwrap()) && error.contains("resumed"), "{error}");
         }

@@ -1,10 +1,10 @@
-//! Velocity fields of flows: the reference flow with its hypernetwork, and an MLP for any number of dimensions.
+//! Velocity fields of flows: the reference flow with its hypernetwork, an MLP, and FFJORD's layers.
 //!
-//! Both work in every dtype: what they are made of sums over the batch in F32.
+//! All work in every dtype: what they are made of sums over the batch in F32.
 
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_ode::ops::{Activation, Mlp, Planar};
+use candle_ode::ops::{self, Activation, Mlp, Planar, Sequential, concat_squash_linear};
 use candle_ode::{Tangent, Time};
 
 /// The reference flow: f(z, t) = mean over j of u_j tanh(w_j·z + b_j).
@@ -57,48 +57,85 @@ impl Tangent for HyperFlow {
 }
 
 /// A velocity field for points of `dim` columns.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Velocity {
-    /// For the plane: see [`HyperFlow`].
+    /// See [`HyperFlow`].
     Hyper(HyperFlow),
-    /// For everything else: two hidden layers with softplus, each seeing the time.
+    /// Two hidden layers with softplus, each seeing the time.
     Mlp(Mlp),
+    /// The same of layers that the time opens and moves.
+    Ffjord(Sequential),
 }
 
 impl Velocity {
-    /// The reference flow, 128 units wide, for two dimensions; an MLP for others.
+    /// The reference flow for the plane; an MLP for other numbers of dimensions.
     ///
     /// # Errors
     /// Whatever the `VarBuilder` reports.
     pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
-        if dim == 2 {
-            return HyperFlow::new(dim, 128, vb).map(Self::Hyper);
-        }
-        let hidden = (2 * dim).clamp(64, 1024);
+        if dim == 2 { Self::reference(dim, vb) } else { Self::mlp(dim, vb) }
+    }
+
+    /// The reference flow, 128 units wide.
+    ///
+    /// # Errors
+    /// Whatever the `VarBuilder` reports.
+    pub fn reference(dim: usize, vb: VarBuilder) -> Result<Self> {
+        HyperFlow::new(dim, 128, vb).map(Self::Hyper)
+    }
+
+    /// An MLP with the time beside the inputs of each layer.
+    ///
+    /// # Errors
+    /// Whatever the `VarBuilder` reports.
+    pub fn mlp(dim: usize, vb: VarBuilder) -> Result<Self> {
+        let hidden = hidden(dim);
         Mlp::builder(&[dim, hidden, hidden, dim], Activation::Softplus).in_time().build(vb.pp("mlp")).map(Self::Mlp)
     }
+
+    /// FFJORD's field: concat-squash layers.
+    ///
+    /// # Errors
+    /// Whatever the `VarBuilder` reports.
+    ///
+    /// # Reference
+    /// W. Grathwohl, R. Chen, J. Bettencourt, I. Sutskever, D. Duvenaud, *FFJORD*, arXiv 1810.01367.
+    pub fn ffjord(dim: usize, vb: VarBuilder) -> Result<Self> {
+        let (hidden, vb) = (hidden(dim), vb.pp("ffjord"));
+        let layers = ops::seq()
+            .add_timed(concat_squash_linear(dim, hidden, vb.pp(0))?)
+            .add(Activation::Softplus)
+            .add_timed(concat_squash_linear(hidden, hidden, vb.pp(1))?)
+            .add(Activation::Softplus)
+            .add_timed(concat_squash_linear(hidden, dim, vb.pp(2))?);
+        Ok(Self::Ffjord(layers))
+    }
+
+    fn field(&self) -> &dyn Tangent {
+        match self {
+            Self::Hyper(flow) => flow,
+            Self::Mlp(mlp) => mlp,
+            Self::Ffjord(layers) => layers,
+        }
+    }
+}
+
+/// Units of a hidden layer.
+fn hidden(dim: usize) -> usize {
+    (2 * dim).clamp(64, 1024)
 }
 
 impl Tangent for Velocity {
     fn tangent(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        match self {
-            Self::Hyper(flow) => flow.tangent(t, z, v),
-            Self::Mlp(mlp) => mlp.tangent(t, z, v),
-        }
+        self.field().tangent(t, z, v)
     }
 
     fn tangents(&self, t: &Time, z: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        match self {
-            Self::Hyper(flow) => flow.tangents(t, z, v),
-            Self::Mlp(mlp) => mlp.tangents(t, z, v),
-        }
+        self.field().tangents(t, z, v)
     }
 
     fn trace(&self, t: &Time, z: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-        match self {
-            Self::Hyper(flow) => flow.trace(t, z),
-            Self::Mlp(mlp) => mlp.trace(t, z),
-        }
+        self.field().trace(t, z)
     }
 }
 

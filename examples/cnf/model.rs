@@ -3,7 +3,7 @@
 //! With ℓ(1) = 0, dz/dt = f and dℓ/dt = −tr ∂f/∂z from t = 1 (data) to t = 0 (base):
 //! −log p(x) = −log N(z(0)) + ℓ(0).
 
-use crate::cli::{AdjointName, Config, PrecisionName, SolverName, TraceName};
+use crate::cli::{AdjointName, Config, FieldName, PrecisionName, SolverName, TraceName};
 use crate::draws::{Purpose, draws};
 use crate::flow::{Velocity, base_nll};
 use candle_core::{DType, Device, Tensor};
@@ -48,10 +48,16 @@ impl Flow {
             TraceName::Exact => Trace::Exact,
             TraceName::Hutchinson => Trace::Rademacher,
         };
+        let velocity = match config.field {
+            None => Velocity::new,
+            Some(FieldName::Reference) => Velocity::reference,
+            Some(FieldName::Mlp) => Velocity::mlp,
+            Some(FieldName::Ffjord) => Velocity::ffjord,
+        };
         let field = ModelField::with_state(
             vars,
             device,
-            move |vb| Ok(LogDensity::new(Velocity::new(dim, vb)?, trace)),
+            move |vb| Ok(LogDensity::new(velocity(dim, vb)?, trace)),
             |flow, t, state| flow.eval(t, state),
         )?
         .row_wise();

@@ -5,6 +5,7 @@
 //! | `mlp` | `(batch, 64)` | 64 → 64 → 64 with tanh, time added to the hidden layer | mean y(1)² |
 //! | `conv` | `(batch, 8, 16, 16)` | two 3 × 3 convolutions of 8 channels with tanh between them | mean y(1)² |
 //! | `cnf` | z `(batch, 2)`, log p `(batch)` | the reference flow of the example `cnf` with its exact trace | mean −log p |
+//! | `ffjord` | the same | FFJORD's layers, as in that example, with the exact trace | mean −log p |
 
 #[path = "../../examples/cnf/flow.rs"]
 #[allow(unreachable_pub, reason = "the example's own file")]
@@ -43,6 +44,7 @@ pub(crate) const FIELDS: &[Named<Makes>] = &[
     Named { name: "mlp", says: "64 → 64 → 64 with tanh", makes: mlp },
     Named { name: "conv", says: "two 3 × 3 convolutions over 8 × 16 × 16", makes: conv },
     Named { name: "cnf", says: "the reference flow in the plane with its log-density", makes: cnf },
+    Named { name: "ffjord", says: "FFJORD's concat-squash layers in the plane with their log-density", makes: ffjord },
 ];
 
 impl Problem {
@@ -95,8 +97,20 @@ fn conv(batch: usize, device: &Device) -> candle_ode::Result<Problem> {
 }
 
 fn cnf(batch: usize, device: &Device) -> candle_ode::Result<Problem> {
+    in_the_plane(flow::Velocity::new, batch, device)
+}
+
+fn ffjord(batch: usize, device: &Device) -> candle_ode::Result<Problem> {
+    in_the_plane(flow::Velocity::ffjord, batch, device)
+}
+
+fn in_the_plane(
+    velocity: fn(usize, VarBuilder<'_>) -> Result<flow::Velocity>,
+    batch: usize,
+    device: &Device,
+) -> candle_ode::Result<Problem> {
     let vars = VarMap::new();
-    let build = |vb: VarBuilder<'_>| Ok(LogDensity::new(flow::Velocity::new(2, vb)?, Trace::Exact));
+    let build = move |vb: VarBuilder<'_>| Ok(LogDensity::new(velocity(2, vb)?, Trace::Exact));
     let field = ModelField::with_state(&vars, device, build, |flow, t, state| flow.eval(t, state))?;
     // From the data to the base, and log p grows from 0.
     let mut problem = Problem::new(field, vars, device, &[&[batch, 2], &[batch]], (1.0, 0.0), |solution| {
