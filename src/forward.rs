@@ -83,11 +83,15 @@ pub(crate) struct Forward<'a> {
     pub(crate) counters: Arc<Counters>,
 }
 
-/// Steps that need more than the compute or storage dtype, as far as is known.
+/// What does not fit its dtype, and what may not.
 #[derive(Default)]
-struct Wide {
-    steps: BTreeSet<usize>,
-    entries: BTreeSet<usize>,
+struct Doubts {
+    /// Steps that need more than the compute dtype, as far as is known.
+    wide_steps: BTreeSet<usize>,
+    /// Steps after which states need more than the storage dtype, as far as is known.
+    wide_entries: BTreeSet<usize>,
+    /// Flags of this walk that have yet to be read.
+    flags: Vec<(Suspect, Finite)>,
 }
 
 /// One thing that may not be finite.
@@ -101,18 +105,17 @@ impl<'a> Forward<'a> {
     /// Walks from `start` (accumulate dtype), handing out the states at the times `outputs` and the last.
     pub(crate) fn run(self, start: &State, outputs: &[f64]) -> Result<(Walked, Self)> {
         let _span = tracing::debug_span!(target: "candle_ode", "forward", steps = self.course.steps()).entered();
-        let mut wide = Wide::default();
+        let mut doubts = Doubts::default();
         let walked = {
             let mut opened = self.opened();
             self.check_first(&mut opened, start)?;
             loop {
-                let mut suspects = vec![];
-                let walked = self.walk(&mut opened, start, outputs, &mut wide, &mut suspects)?;
-                let (places, flags): (Vec<_>, Vec<_>) = suspects.into_iter().unzip();
+                let walked = self.walk(&mut opened, start, outputs, &mut doubts)?;
+                let (places, flags): (Vec<_>, Vec<_>) = doubts.flags.drain(..).unzip();
                 let read = Finite::read(&flags)?;
                 match places.into_iter().zip(read).find(|(_, finite)| !finite) {
                     None => break walked,
-                    Some((suspect, _)) => self.widen(suspect, &walked.clock, &mut wide)?,
+                    Some((suspect, _)) => self.widen(suspect, &walked.clock, &mut doubts)?,
                 }
             }
         };
@@ -124,14 +127,7 @@ impl<'a> Forward<'a> {
         Opened::new(&self.casts, self.field.as_ref(), self.opening, self.seed, &self.counters)
     }
 
-    fn walk(
-        &self,
-        opened: &mut Opened<'_>,
-        start: &State,
-        outputs: &[f64],
-        wide: &mut Wide,
-        suspects: &mut Vec<(Suspect, Finite)>,
-    ) -> Result<Walked> {
+    fn walk(&self, opened: &mut Opened<'_>, start: &State, outputs: &[f64], doubts: &mut Doubts) -> Result<Walked> {
         let solver = self.solver.as_ref();
         let mut y = carry(solver, &if self.is_tracking() { start.clone() } else { start.detach() });
         let (steps, accumulate) = (self.course.steps(), self.precision.accumulate_dtype());
@@ -156,11 +152,11 @@ impl<'a> Forward<'a> {
                 Pace::Grid(clock) => {
                     let is_last = n + 2 == clock.times().len();
                     let linearizes = trajectory.as_mut().is_some_and(|kept| kept.linearizes(n + 1, is_last));
-                    let (after, linearized) = self.step(opened, clock, n, &y, linearizes, wide, suspects)?;
+                    let (after, linearized) = self.step(opened, clock, n, &y, linearizes, doubts)?;
                     if let (Some(trajectory), Some(linearized)) = (&mut trajectory, linearized) {
                         trajectory.slots.keep_linearized(n + 1, linearized);
                     }
-                    dtypes.push(self.dtype(n, wide));
+                    dtypes.push(self.dtype(n, doubts));
                     (after, None)
                 }
                 Pace::Adaptive(stepper) => {
@@ -190,10 +186,10 @@ impl<'a> Forward<'a> {
                 Some(trajectory) => {
                     let taken = Taken { n, pace: &pace, dtypes: &dtypes };
                     if is_last {
-                        self.finish(trajectory, &taken, &y, wide, suspects)?;
+                        self.finish(trajectory, &taken, &y, doubts)?;
                         break;
                     }
-                    let next = self.keep(trajectory, &taken, &y, after, wide, suspects)?;
+                    let next = self.keep(trajectory, &taken, &y, after, doubts)?;
                     pace.goes_on_from(trajectory.encodes());
                     next
                 }
@@ -207,7 +203,6 @@ impl<'a> Forward<'a> {
 
     /// One step, with its linearisations if it is to be linearised; again in F32 if it is known to overflow and that is
     /// wanted.
-    #[allow(clippy::too_many_arguments)]
     fn step(
         &self,
         opened: &mut Opened<'_>,
@@ -215,11 +210,10 @@ impl<'a> Forward<'a> {
         n: usize,
         y: &State,
         linearizes: bool,
-        wide: &mut Wide,
-        suspects: &mut Vec<(Suspect, Finite)>,
+        doubts: &mut Doubts,
     ) -> Result<(State, Option<Arc<Linearized>>)> {
         loop {
-            let dtype = self.dtype(n, wide);
+            let dtype = self.dtype(n, doubts);
             let at = clock.step(n, dtype);
             let _span =
                 tracing::debug_span!(target: "candle_ode", "step", index = n as u64, t = at.t, h = at.h).entered();
@@ -230,11 +224,11 @@ impl<'a> Forward<'a> {
             };
             let finite = with_end(step.finite, &step.y)?;
             if let Some(stage) = finite.iter().position(Finite::known_bad) {
-                self.widen(Suspect::Slope { step: n, stage }, clock, wide)?;
+                self.widen(Suspect::Slope { step: n, stage }, clock, doubts)?;
                 continue;
             }
             let found = finite.into_iter().enumerate().filter(|(_, finite)| !finite.known_good());
-            suspects.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
+            doubts.flags.extend(found.map(|(stage, finite)| (Suspect::Slope { step: n, stage }, finite)));
             return Ok((step.y, linearized));
         }
     }
@@ -258,14 +252,13 @@ impl<'a> Forward<'a> {
         taken: &Taken<'_>,
         before: &State,
         after: State,
-        wide: &mut Wide,
-        suspects: &mut Vec<(Suspect, Finite)>,
+        doubts: &mut Doubts,
     ) -> Result<State> {
         let (n, dtype) = (taken.n, trajectory.dtype());
-        let exactly = |finite: &Finite| self.exactly(n, taken, dtype, finite, wide);
+        let exactly = |finite: &Finite| self.exactly(n, taken, dtype, finite, doubts);
         let (y, finite) = trajectory.reach(n + 1, before, after, exactly)?;
         if !finite.known_good() {
-            suspects.push((Suspect::Entry { step: n }, finite));
+            doubts.flags.push((Suspect::Entry { step: n }, finite));
         }
         Ok(y)
     }
@@ -276,39 +269,38 @@ impl<'a> Forward<'a> {
         trajectory: &mut Trajectory,
         taken: &Taken<'_>,
         before: &State,
-        wide: &mut Wide,
-        suspects: &mut Vec<(Suspect, Finite)>,
+        doubts: &mut Doubts,
     ) -> Result<()> {
         let Some(step) = taken.n.checked_sub(1) else { return Ok(()) };
         let dtype = trajectory.dtype();
-        let exactly = |finite: &Finite| self.exactly(step, taken, dtype, finite, wide);
+        let exactly = |finite: &Finite| self.exactly(step, taken, dtype, finite, doubts);
         let finite = trajectory.finish(taken.n, before, exactly)?;
         if !finite.known_good() {
-            suspects.push((Suspect::Entry { step }, finite));
+            doubts.flags.push((Suspect::Entry { step }, finite));
         }
         Ok(())
     }
 
     /// Whether what step `n` left behind is kept in the accumulate dtype: it does not fit the codec, or the step itself
     /// needed more than the compute dtype.
-    fn exactly(&self, n: usize, taken: &Taken<'_>, kept: DType, finite: &Finite, wide: &mut Wide) -> Result<bool> {
-        if finite.known_bad() && !wide.entries.contains(&n) {
-            self.widen_entry(n, taken.pace.ends(n).1, wide)?;
+    fn exactly(&self, n: usize, taken: &Taken<'_>, kept: DType, finite: &Finite, doubts: &mut Doubts) -> Result<bool> {
+        if finite.known_bad() && !doubts.wide_entries.contains(&n) {
+            self.widen_entry(n, taken.pace.ends(n).1, doubts)?;
         }
         let was_widened = taken.dtypes[n] != self.precision.compute_dtype();
-        Ok(wide.entries.contains(&n) || was_widened && kept.size_in_bytes() < 4)
+        Ok(doubts.wide_entries.contains(&n) || was_widened && kept.size_in_bytes() < 4)
     }
 
     /// Notes that something needs a wider dtype, or says that it cannot have one.
-    fn widen(&self, suspect: Suspect, clock: &Clock, wide: &mut Wide) -> Result<()> {
+    fn widen(&self, suspect: Suspect, clock: &Clock, doubts: &mut Doubts) -> Result<()> {
         let (step, stage) = match suspect {
             Suspect::Slope { step, stage } => (step, stage),
-            Suspect::Entry { step } => return self.widen_entry(step, clock.times()[step + 1], wide),
+            Suspect::Entry { step } => return self.widen_entry(step, clock.times()[step + 1], doubts),
         };
-        let dtype = self.dtype(step, wide);
+        let dtype = self.dtype(step, doubts);
         if self.overflow == OnOverflow::Retry && dtype.size_in_bytes() < 4 && !self.is_tracking() {
             count(&self.counters.redone_steps);
-            wide.steps.insert(step);
+            doubts.wide_steps.insert(step);
             return Ok(());
         }
         let hint = match dtype {
@@ -320,9 +312,9 @@ impl<'a> Forward<'a> {
     }
 
     /// The same for the kept state after step `step`, at `time`.
-    fn widen_entry(&self, step: usize, time: f64, wide: &mut Wide) -> Result<()> {
+    fn widen_entry(&self, step: usize, time: f64, doubts: &mut Doubts) -> Result<()> {
         if self.overflow == OnOverflow::Retry {
-            wide.entries.insert(step);
+            doubts.wide_entries.insert(step);
             return Ok(());
         }
         let codec = self.keeping.as_ref().map(|keeping| (keeping.codec.dtype(), keeping.codec.largest()));
@@ -330,8 +322,8 @@ impl<'a> Forward<'a> {
         Err(OdeError::StorageOverflow { step, time, dtype, largest })
     }
 
-    fn dtype(&self, step: usize, wide: &Wide) -> DType {
-        if wide.steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
+    fn dtype(&self, step: usize, doubts: &Doubts) -> DType {
+        if doubts.wide_steps.contains(&step) { DType::F32 } else { self.precision.compute_dtype() }
     }
 }
 
