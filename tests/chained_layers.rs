@@ -91,7 +91,7 @@ fn layers_of_the_time_in_a_chain_of_others() {
             let field = field(&vars, sizes, activation);
             let what = format!("{sizes:?} with {activation:?}, {rows} rows");
             let y0 = start(2, &[rows, sizes[0]]);
-            // What the network of the second layer is given is made of two digits fewer: its sums over the batch cancel.
+            // The cotangents of weights that a network makes are sums over the batch, which cancel, rounded to the dtype.
             against_f64_within(3.0, &field, &vars, &y0, &what);
             same_bits_evaluated_and_linearised(&field, &vars, &y0, &what);
         }
@@ -113,6 +113,31 @@ fn layers_of_the_time_in_a_chain_of_others() {
         compare(&gradients(&scaled, &vars, &y0), &all, 1e-6, "a fixed scale");
     }
     gradients_of_times(&field, &y0);
+}
+
+/// Norms and functions between them, and a branch that does not depend on y.
+#[test]
+fn layers_of_the_time_in_parts_of_a_field() {
+    let build = |vb: VarBuilder<'static>| {
+        let there = ops::seq()
+            .add_timed(ops::concat_squash_linear(6, 12, vb.pp(0))?)
+            .add(Activation::Tanh)
+            .add(ops::layer_norm(12, 1e-2, vb.pp(1))?)
+            .add_timed(ops::hyper_linear(12, 6, &[5], vb.pp(2))?)
+            .add_fn(|x| x * 0.5);
+        let beside = ops::seq()
+            .add_timed(ops::hyper_linear(6, 6, &[5], vb.pp(3))?)
+            .add(Activation::Softplus)
+            .add_timed(ops::concat_squash_linear(6, 6, vb.pp(4))?);
+        Ok((there, beside))
+    };
+    let vars = VarMap::new();
+    let field = model_field(&vars, build, |(there, beside), t, y| {
+        let constant = normal(7, y.dims(), y.dtype());
+        there.forward_at(t, y)? + beside.forward_at(t, &constant)?.tanh()?
+    });
+    let y0 = start(2, &[9, 6]);
+    against_f64_within(3.0, &field, &vars, &y0, "parts");
 }
 
 /// Planar units whose weights a network makes of the time: dL/dy0, dL/dθ and dL/dt, whatever is frozen.

@@ -76,7 +76,8 @@ impl HyperLinear {
 /// A linear layer that the time opens and moves: y = (x Wᵀ + b) ∘ σ(t g + c) + t s, the "concat-squash" layer of FFJORD.
 ///
 /// As x (σ ∘ W)ᵀ + (σ ∘ b + t s), so that nothing of the batch's size is made beside y. The gradients of W and b are
-/// summed in F32 inside a solve on the CPU, and rounded to their dtype once per evaluation elsewhere.
+/// summed in F32 where it is part of a chain (inside a solve on the CPU), and rounded to their dtype once per evaluation
+/// elsewhere.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -270,7 +271,7 @@ mod tests {
     }
 
     /// Whether both layers, one behind the other, are one op on an x of that dtype: their parts of Candle's graph then
-    /// begin at weights, and no result of a layer lies between.
+    /// begin at weights, and no result of a layer lies between; with their tangents, too.
     #[test]
     fn inside_a_solve_they_are_one_op() {
         for (dtype, is_one) in [(DType::F32, true), (DType::F16, true), (DType::BF16, true), (DType::F64, false)] {
@@ -297,6 +298,10 @@ mod tests {
             // The value, and where layers run one by one the two results before it.
             assert_eq!(session.open(Call::Graph, count).0, if is_one { 1 } else { 3 }, "{dtype:?}");
             assert_eq!(count(), 3, "outside of a solve");
+            let v = Tensor::stack(&[x.as_tensor(), x.as_tensor()], 0).unwrap();
+            let along = || hidden(&layers.tangents(&t, &x, &v).unwrap().1);
+            assert_eq!(session.open(Call::Graph, along).0 == 0, is_one, "tangents in {dtype:?}");
+            assert!(along() > 0, "tangents outside of a solve");
         }
     }
 

@@ -109,8 +109,8 @@ impl Timed for Sequential {
     }
 }
 
-/// Inside a solve, with kernels of ours, linear layers (those of the time, too) and activations alone are one op, and so
-/// are all directions; as with other layers, the field itself makes no backward pass through it.
+/// Inside a solve on the CPU linear layers (those of the time, too) and activations alone are one op, and so are all
+/// directions; as with other layers, the field itself makes no backward pass through it.
 impl Tangent for Sequential {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (value, along) = self.tangents(t, y, &v.unsqueeze(0)?)?;
@@ -157,11 +157,12 @@ struct InTime<L>(L);
 
 impl<L: Timed + Tangent + 'static> Linked for InTime<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        fn linked<L: Linked + 'static>(layer: &dyn Any) -> Option<&dyn Linked> {
+            layer.downcast_ref::<L>().map(|layer| layer as &dyn Linked)
+        }
         let layer = &self.0 as &dyn Any;
-        let concat = layer.downcast_ref::<ConcatLinear>().map(|layer| layer as &dyn Linked);
-        let hyper = || layer.downcast_ref::<HyperLinear>().map(|layer| layer as &dyn Linked);
-        let squash = || layer.downcast_ref::<ConcatSquashLinear>().map(|layer| layer as &dyn Linked);
-        concat.or_else(hyper).or_else(squash).is_some_and(|layer| layer.link(t, x, chain))
+        let kinds = [linked::<ConcatLinear>, linked::<HyperLinear>, linked::<ConcatSquashLinear>];
+        kinds.iter().find_map(|linked| linked(layer)).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward_at(t.ok_or_else(no_time)?, x)

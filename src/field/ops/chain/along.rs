@@ -5,17 +5,17 @@
 //!
 //! z̄ = f′(z) ȳ + f″(z) Σ ż ẏ̄,  ż̄ = f′(z) ẏ̄,  dW += z̄ᵀ x + Σ ż̄ᵀ v,  db += Σ z̄,  x̄ = z̄ W,  v̄ = ż̄ W
 
-use super::compute::{Compute, Input, with_compute};
+use super::compute::{Compute, with_compute};
+use super::given::{Given, Way};
 use super::order::{Order, Ordered};
-use super::pass::noted_sums;
-use super::weights::{Given, Run};
+use super::weights::noted_sums;
 use super::{Chain, Link, Linked, elements, with_elements};
 use crate::Time;
 use crate::field::one_by_one;
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::CHUNK;
-use crate::field::ops::kernel::{Epilogue, Held, View, ViewMut};
+use crate::field::ops::kernel::{Epilogue, Held, View};
 use crate::field::session::{Current, Matrix, Session, Side};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
@@ -61,7 +61,7 @@ struct Along {
     is_narrow: bool,
     sizes: Sizes,
     tracked: bool,
-    /// Weights that are no parameters.
+    /// Weights that are no parameters, until it runs.
     given: Vec<Tensor>,
     /// What the pullback needs, a [`Passed`] for each layer; from the forward pass on.
     passed: Mutex<Option<Box<dyn Any + Send + Sync>>>,
@@ -89,9 +89,9 @@ impl Along {
         Some(Self { session, links, is_narrow, sizes, tracked, given, passed: Mutex::default() })
     }
 
-    fn run(self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn run(mut self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (x, v, directions) = (x.contiguous()?, v.contiguous()?, self.sizes.blocks - 1);
-        let (tracked, given) = (self.tracked, Chain::all_given(&self.given)?);
+        let (tracked, given) = (self.tracked, Chain::all_given(&std::mem::take(&mut self.given))?);
         let all = match given {
             Some(given) if tracked => x.apply_op3(&v, &given, self),
             Some(given) => x.apply_op3_no_bwd(&v, &given, &self),
@@ -107,26 +107,25 @@ impl Along {
     fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored], given: Option<&[C::Stored]>) -> Result<CpuStorage> {
         let Self { session, links, sizes, .. } = self;
         let (order, given) = (Order::of(links, sizes.all()), Given::new(session, given));
-        let run = Run { session, order, given: &given };
-        let stored = [x, v].concat();
-        let mut input = C::held(session, order, &stored, sizes.all());
+        let way = Way { session, order, given: &given };
+        let mut input = C::copied(session, order, &[x, v], sizes.all());
         let Some((last, before)) = links.split_last() else { bail!("a chain of no layers") };
         let mut passed = vec![];
         for link in before {
             let mut out = order.tile(session, sizes.all(), link.outputs);
-            let activated = link.push(run, *sizes, input.view(), &mut out)?;
-            let input = std::mem::replace(&mut input, Input::Here(out));
+            let activated = link.push(way, *sizes, input.view(), &mut out)?;
+            let input = std::mem::replace(&mut input, out);
             if self.tracked {
-                passed.push(Passed { input: input.own(session), activated });
+                passed.push(Passed { input, activated });
             }
         }
         let mut activated = Ok(None);
         let value = C::stored(session, order, [sizes.all(), last.outputs], |out| {
-            activated = last.push(run, *sizes, input.view(), out);
+            activated = last.push(way, *sizes, input.view(), out);
         });
         let activated = activated?;
         if self.tracked {
-            passed.push(Passed { input: input.own(session), activated });
+            passed.push(Passed { input, activated });
             *self.passed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(passed));
         }
         Ok(C::storage(value))
@@ -141,9 +140,8 @@ impl Along {
         };
         let (order, scale) = (Order::of(links, sizes.all()), sink::scale()?);
         let given = Given::to_pull::<C::Stored>(session, given)?;
-        let run = Run { session, order, given: &given };
-        let mut g =
-            with_elements::<C::Stored, _>(grad, |grad| Ok(C::held(session, order, grad, sizes.all()).own(session)))?;
+        let way = Way { session, order, given: &given };
+        let mut g = with_elements::<C::Stored, _>(grad, |grad| Ok(C::copied(session, order, &[grad], sizes.all())))?;
         if scale != 1.0 {
             g.iter_mut().for_each(|g| *g = C::Held::of(g.wide() / scale as f32));
         }
@@ -151,24 +149,24 @@ impl Along {
             if let Some(activated) = &passed.activated {
                 pull_activated(link.then, order, *sizes, activated, &mut g);
             }
-            let of_value = part(order, g.view(), 0..sizes.rows);
-            link.add_gradients(run, (g.view(), of_value), passed.input.view())?;
-            if link.is_tracked(run) {
+            let of_value = order.part(g.view(), 0..sizes.rows);
+            link.add_gradients(way, (g.view(), of_value), passed.input.view())?;
+            if link.is_tracked(way) {
                 // Directions are in no sum of the bias.
-                noted_sums(session, order, part(order, g.view(), sizes.rows..sizes.all()), link.outputs);
+                noted_sums(session, order, order.part(g.view(), sizes.rows..sizes.all()), link.outputs);
             }
             if n > 0 {
                 let mut out = order.tile(session, sizes.all(), link.inputs);
-                let packed = link.packed::<C::Held>(run, Side::Backward)?;
+                let packed = link.packed::<C::Held>(way, Side::Backward)?;
                 let to = order.write(&mut out, sizes.all());
                 C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), to);
                 g = out;
             }
         }
         let (first, wanted) = (&links[0], if of_directions { sizes.all() } else { sizes.rows });
-        let packed = first.packed::<C::Held>(run, Side::Backward)?;
+        let packed = first.packed::<C::Held>(way, Side::Backward)?;
         let pulled = C::stored(session, order, [wanted, first.inputs], |out| {
-            let g = part(order, g.view(), 0..wanted);
+            let g = order.part(g.view(), 0..wanted);
             C::Held::multiply(order, g, &packed, &Epilogue::default(), order.write(out, wanted));
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
@@ -254,12 +252,12 @@ impl CustomOp3 for Along {
 
 impl Link {
     /// y and ẏ; gives what their pullback needs.
-    fn push<T: Ordered>(&self, run: Run<'_>, sizes: Sizes, x: View<'_, T>, out: &mut [T]) -> Result<Option<Matrix<T>>> {
-        let Run { session, order, .. } = run;
-        let packed = self.packed::<T>(run, Side::Forward)?;
-        let bias = self.bias_in_f32(run)?;
+    fn push<T: Ordered>(&self, way: Way<'_>, sizes: Sizes, x: View<'_, T>, out: &mut [T]) -> Result<Option<Matrix<T>>> {
+        let Way { session, order, .. } = way;
+        let packed = self.packed::<T>(way, Side::Forward)?;
+        let bias = self.bias_in_f32(way)?;
         let multiply = |rows: Range<usize>, bias: Option<&[f32]>, to: &mut [T]| {
-            let (x, to) = (part(order, x, rows.clone()), part_mut(order, to, sizes.all(), rows));
+            let (x, to) = (order.part(x, rows.clone()), order.part_mut(to, sizes.all(), rows));
             T::multiply(order, x, &packed, &Epilogue { bias, ..Epilogue::default() }, to);
         };
         let multiply = |to: &mut [T]| {
@@ -357,25 +355,6 @@ fn widen<T: Held>(from: &[T], to: &mut [f32]) {
 
 fn narrow<T: Held>(from: &[f32], to: &mut [T]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to = T::of(*from));
-}
-
-/// Some rows of the batch in a tile.
-fn part<T>(order: Order, tile: View<'_, T>, rows: Range<usize>) -> View<'_, T> {
-    match order {
-        Order::Rows => tile.part(rows, 0..tile.columns()),
-        Order::Lanes => tile.part(0..tile.rows(), rows),
-    }
-}
-
-/// Some rows of the batch in a tile of so many, to be written.
-fn part_mut<T>(order: Order, tile: &mut [T], all: usize, rows: Range<usize>) -> ViewMut<'_, T> {
-    let features = tile.len() / all.max(1);
-    match order {
-        Order::Rows => {
-            ViewMut::new(&mut tile[rows.start * features..rows.end * features], rows.len(), features, features)
-        }
-        Order::Lanes => ViewMut::new(&mut tile[rows.start..], features, rows.len(), all),
-    }
 }
 
 #[cfg(test)]

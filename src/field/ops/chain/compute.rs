@@ -2,7 +2,7 @@
 
 use super::order::{Order, Ordered};
 use crate::field::ops::cpu::Element;
-use crate::field::ops::kernel::{View, transpose};
+use crate::field::ops::kernel::{View, ViewMut, transpose};
 use crate::field::session::{Matrix, Session};
 use candle_core::{CpuStorage, WithDType};
 use half::slice::HalfFloatSliceExt;
@@ -16,7 +16,25 @@ pub(in crate::field::ops) trait Compute {
     type Held: Ordered;
 
     /// Stored rows as a tile holds them: where they lie, if they can be.
-    fn held<'a>(session: &Session, order: Order, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held>;
+    fn held<'a>(session: &Session, order: Order, stored: &'a [Self::Stored], rows: usize) -> Input<'a, Self::Held> {
+        Input::Here(Self::copied(session, order, &[stored], rows))
+    }
+
+    /// Stored rows, some behind others, `rows` in all, in a tile of their own.
+    fn copied(session: &Session, order: Order, stored: &[&[Self::Stored]], rows: usize) -> Matrix<Self::Held> {
+        let elements: usize = stored.iter().map(|stored| stored.len()).sum();
+        let features = elements / rows.max(1);
+        let (mut tile, mut begin) = (order.tile(session, rows, features), 0);
+        for stored in stored {
+            let end = begin + stored.len() / features.max(1);
+            Self::copy(session, order, whole(stored, end - begin), order.part_mut(&mut tile, rows, begin..end));
+            begin = end;
+        }
+        tile
+    }
+
+    /// Stored rows into as many of a tile.
+    fn copy(session: &Session, order: Order, stored: View<'_, Self::Stored>, to: ViewMut<'_, Self::Held>);
 
     /// Rows to be stored, of a tile of that shape (rows, features) that `fill` fills.
     fn stored(
@@ -87,13 +105,6 @@ impl<T: Ordered> Input<'_, T> {
     }
 }
 
-/// Rows in another order.
-fn turned<T: Ordered>(session: &Session, stored: View<'_, T>) -> Matrix<T> {
-    let mut tile = Order::Lanes.tile(session, stored.rows(), stored.columns());
-    transpose(stored, Order::Lanes.write(&mut tile, stored.rows()));
-    tile
-}
-
 fn whole<T>(stored: &[T], rows: usize) -> View<'_, T> {
     let columns = stored.len() / rows.max(1);
     View::new(stored, rows, columns, columns)
@@ -109,7 +120,14 @@ impl<T: Ordered + Element<Wide = f32> + Into<f32>> Compute for AsStored<T> {
     fn held<'a>(session: &Session, order: Order, stored: &'a [T], rows: usize) -> Input<'a, T> {
         match order {
             Order::Rows => Input::There(whole(stored, rows)),
-            Order::Lanes => Input::Here(turned(session, whole(stored, rows))),
+            Order::Lanes => Input::Here(Self::copied(session, order, &[stored], rows)),
+        }
+    }
+
+    fn copy(_: &Session, order: Order, stored: View<'_, T>, mut to: ViewMut<'_, T>) {
+        match order {
+            Order::Rows => to.slice_mut().copy_from_slice(stored.slice()),
+            Order::Lanes => transpose(stored, to),
         }
     }
 
@@ -137,13 +155,15 @@ where
     type Stored = T;
     type Held = f32;
 
-    fn held<'a>(session: &Session, order: Order, stored: &'a [T], rows: usize) -> Input<'a, f32> {
-        let mut wide = Order::Rows.tile(session, rows, stored.len() / rows.max(1));
-        stored.convert_to_f32_slice(&mut wide);
-        Input::Here(match order {
-            Order::Rows => wide,
-            Order::Lanes => turned(session, wide.view()),
-        })
+    fn copy(session: &Session, order: Order, stored: View<'_, T>, mut to: ViewMut<'_, f32>) {
+        match order {
+            Order::Rows => stored.slice().convert_to_f32_slice(to.slice_mut()),
+            Order::Lanes => {
+                let mut wide = Order::Rows.tile(session, stored.rows(), stored.columns());
+                stored.slice().convert_to_f32_slice(&mut wide);
+                transpose(wide.view(), to);
+            }
+        }
     }
 
     fn stored(session: &Session, order: Order, shape: [usize; 2], fill: impl FnOnce(&mut [f32])) -> Vec<T> {

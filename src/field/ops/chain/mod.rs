@@ -8,6 +8,7 @@
 
 mod along;
 mod compute;
+mod given;
 mod of_time;
 mod order;
 mod parameter;
@@ -20,10 +21,11 @@ use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use given::Given;
 use pass::{Saved, Saves};
 use std::any::Any;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use weights::Given;
 
 pub(super) use along::tangents;
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
@@ -124,7 +126,10 @@ impl Chain {
         [outputs, inputs]: [usize; 2],
         made: impl FnOnce() -> Result<Tensor>,
     ) -> bool {
-        self.append(x, [outputs, inputs], outputs * inputs + outputs, made, |first| Weights::Given { first })
+        self.append(x, [outputs, inputs], [outputs * inputs, outputs], made, |[weight, bias]| Weights::Given {
+            weight,
+            bias,
+        })
     }
 
     /// Appends (x Wᵀ + b) ∘ gate + shift where gate and, behind it, shift are the elements of a tensor that is `made`.
@@ -140,24 +145,26 @@ impl Chain {
         else {
             return false;
         };
-        self.append(x, sizes.into(), 2 * sizes.0, made, |first| Weights::Gated { weight, bias, first })
+        self.append(x, sizes.into(), [sizes.0; 2], made, |[gate, shift]| Weights::Gated { weight, bias, gate, shift })
     }
 
-    /// Appends a layer of so many outputs and inputs whose weights are `count` elements of what is `made`, or are made of them.
+    /// Appends a layer of so many outputs and inputs whose weights are two parts, of so many elements, of what is `made`, or
+    /// are made of them.
     fn append(
         &mut self,
         x: &Tensor,
         [outputs, inputs]: [usize; 2],
-        count: usize,
+        [first, second]: [usize; 2],
         made: impl FnOnce() -> Result<Tensor>,
-        weights: impl FnOnce(usize) -> Weights,
+        weights: impl FnOnce([Range<usize>; 2]) -> Weights,
     ) -> bool {
         if !(x.device().is_cpu() && self.takes(x, inputs, outputs)) {
             return false;
         }
-        let fits = |made: &Tensor| made.dims() == [count] && made.dtype() == x.dtype();
+        let fits = |made: &Tensor| made.dims() == [first + second] && made.dtype() == x.dtype();
         let Some(made) = made().ok().filter(fits) else { return false };
-        let weights = weights(self.given.iter().map(Tensor::elem_count).sum());
+        let begin: usize = self.given.iter().map(Tensor::elem_count).sum();
+        let weights = weights([begin..begin + first, begin + first..begin + first + second]);
         self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
         self.given.push(made);
         true

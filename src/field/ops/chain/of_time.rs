@@ -3,7 +3,7 @@
 //! Its own weights are read where they lie, since packing them would take longer than the products; dL/dW is added in place to
 //! the F32 sums. Half precision is held in F32 between the layers.
 
-use super::weights::{Given, Run};
+use super::given::{Given, Way};
 use super::{Chain, Compute, Link, Linked, Order, Weights, with_compute, with_elements};
 use crate::Time;
 use crate::field::ops::activation::in_place::Keeps;
@@ -67,8 +67,8 @@ impl OfTime {
         f32::spare(&self.session).matrix(1, len)
     }
 
-    fn run<'a>(&'a self, given: &'a Given) -> Run<'a> {
-        Run { session: &self.session, order: Order::Rows, given }
+    fn way<'a>(&'a self, given: &'a Given) -> Way<'a> {
+        Way { session: &self.session, order: Order::Rows, given }
     }
 
     fn value<T: Element<Wide = f32>>(&self, t: &[T]) -> Result<Vec<T>> {
@@ -78,7 +78,7 @@ impl OfTime {
         for link in &self.links {
             let x = y;
             y = self.vector(link.outputs);
-            match link.bias_in_f32(self.run(&given))? {
+            match link.bias_in_f32(self.way(&given))? {
                 Some(bias) => y.copy_from_slice(&bias),
                 None => y.fill(0.0),
             }
@@ -115,7 +115,7 @@ impl OfTime {
                 (_, Some(input)) => link.then.times_slope(input, &mut g),
                 _ => {}
             }
-            link.add_gradients(self.run(&given), (g.view(), g.view()), values[n].view())?;
+            link.add_gradients(self.way(&given), (g.view(), g.view()), values[n].view())?;
             let mut of_x = self.vector(link.inputs);
             of_x.fill(0.0);
             link.with_weight(|w| vectorised(TimesTransposed::<T> { w, g: &g, x: &mut of_x }))?;

@@ -7,6 +7,7 @@ use crate::field::ops::kernel::{
 };
 use crate::field::session::{Matrix, Session, Tile};
 use half::bf16;
+use std::ops::Range;
 
 /// What is contiguous in a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,10 +46,25 @@ impl Order {
 
     /// The elements of a tile, to be written.
     pub(super) fn write<T>(self, values: &mut [T], rows: usize) -> ViewMut<'_, T> {
-        let features = values.len() / rows.max(1);
+        self.part_mut(values, rows, 0..rows)
+    }
+
+    /// Some rows of the batch in a tile.
+    pub(super) fn part<T>(self, tile: View<'_, T>, rows: Range<usize>) -> View<'_, T> {
         match self {
-            Self::Rows => ViewMut::new(values, rows, features, features),
-            Self::Lanes => ViewMut::new(values, features, rows, rows),
+            Self::Rows => tile.part(rows, 0..tile.columns()),
+            Self::Lanes => tile.part(0..tile.rows(), rows),
+        }
+    }
+
+    /// Some rows of the batch in a tile of so many, to be written.
+    pub(super) fn part_mut<T>(self, tile: &mut [T], all: usize, rows: Range<usize>) -> ViewMut<'_, T> {
+        let features = tile.len() / all.max(1);
+        match self {
+            Self::Rows => {
+                ViewMut::new(&mut tile[rows.start * features..rows.end * features], rows.len(), features, features)
+            }
+            Self::Lanes => ViewMut::new(&mut tile[rows.start..], features, rows.len(), all),
         }
     }
 }

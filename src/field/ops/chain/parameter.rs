@@ -5,6 +5,27 @@ use crate::field::session::{Call, Current, Matrix, Session, Tile};
 use crate::field::sink;
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 
+/// Runs `$body` with `$element` standing for the Rust type of a dtype that parameters of chains have.
+macro_rules! with_float {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F16 => {
+                type $element = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $element = half::bf16;
+                $body
+            }
+            _ => {
+                type $element = f32;
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_float;
+
 /// A tensor that stands for a parameter of the open field.
 #[derive(Clone, Debug)]
 pub(in crate::field::ops) struct Parameter {
@@ -46,28 +67,17 @@ impl Parameter {
     /// Lets `with` see the elements, each of which the function gives in F32.
     pub(in crate::field::ops) fn with_floats<R>(&self, with: impl FnOnce(&dyn Fn(usize) -> f32) -> R) -> Result<R> {
         let leaf = self.leaf.contiguous()?;
-        match leaf.dtype() {
-            DType::F16 => with_elements::<half::f16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),
-            DType::BF16 => with_elements::<half::bf16, _>(&leaf, |x| Ok(with(&|n| x[n].to_f32()))),
-            _ => with_elements::<f32, _>(&leaf, |x| Ok(with(&|n| x[n]))),
-        }
+        with_float!(leaf.dtype(), T => with_elements::<T, _>(&leaf, |x| Ok(with(&|n| float(x[n])))))
     }
 
     /// Its elements in F32.
     pub(in crate::field::ops) fn in_f32(&self, session: &Session) -> Result<Matrix<f32>> {
-        fn widen<T: Element<Wide = f32>>(leaf: &Tensor, floats: &mut [f32]) -> Result<()> {
-            with_elements(leaf, |x| {
-                T::widen(x, floats);
-                Ok(())
-            })
-        }
         let leaf = self.leaf.contiguous()?;
         let mut floats = f32::spare(session).matrix(1, leaf.elem_count());
-        match leaf.dtype() {
-            DType::F16 => widen::<half::f16>(&leaf, &mut floats),
-            DType::BF16 => widen::<half::bf16>(&leaf, &mut floats),
-            _ => widen::<f32>(&leaf, &mut floats),
-        }?;
+        with_float!(leaf.dtype(), T => with_elements(&leaf, |x| {
+            T::widen(x, &mut floats);
+            Ok(())
+        }))?;
         Ok(floats)
     }
 
@@ -75,6 +85,11 @@ impl Parameter {
     pub(in crate::field::ops) fn add(&self, gradient: &[f32]) -> Result<()> {
         sink::add_in_place(&self.leaf, |sum| sum.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += gradient))
     }
+}
+
+/// Exactly, whatever the dtype.
+pub(super) fn float(x: impl Into<f32>) -> f32 {
+    x.into()
 }
 
 /// The elements of a contiguous tensor on the CPU.

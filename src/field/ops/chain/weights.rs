@@ -1,12 +1,17 @@
-//! Where the weights of a chain's layers come from: parameters of the open field, or a tensor that the chain is given
-//! beside x, such as a network makes of the time.
+//! The weights of a chain's layers: parameters of the open field, or of a tensor that the chain is given beside x, such as a
+//! network makes of the time; how they are packed, and where their gradients go.
 
-use super::order::Order;
-use super::parameter::{Parameter, with_elements};
-use crate::field::ops::cpu::Element;
-use crate::field::session::{Matrix, Session, Tile};
+use super::Link;
+use super::given::Way;
+use super::order::{Order, Ordered};
+use super::parameter::{Parameter, float, with_elements, with_float};
+use crate::field::ops::cpu::{Kernel, sum, vectorised};
+use crate::field::ops::kernel::{Packed, View, ViewMut};
+use crate::field::session::{Matrix, Session, Shared, Side, Tile};
+use crate::field::sink;
 use candle_core::{Result, Tensor};
-use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// Weight and bias of a layer.
 #[derive(Clone, Debug)]
@@ -18,11 +23,11 @@ pub(in crate::field::ops) enum Weights {
         /// The time, which multiplies the one column of W beyond the inputs.
         beyond: Option<f64>,
     },
-    /// Parameters, of which a gate multiplies each row of W and element of b; a shift is added to the latter. Gate and,
-    /// behind it, shift are elements of what the chain is given, from this one on.
-    Gated { weight: Parameter, bias: Parameter, first: usize },
-    /// W and, behind it, b: elements of what the chain is given, from this one on.
-    Given { first: usize },
+    /// Parameters, of which a gate multiplies each row of W and element of b; a shift is added to the latter. Gate and
+    /// shift are elements of what the chain is given.
+    Gated { weight: Parameter, bias: Parameter, gate: Range<usize>, shift: Range<usize> },
+    /// W and b are elements of what the chain is given.
+    Given { weight: Range<usize>, bias: Range<usize> },
 }
 
 impl Weights {
@@ -37,66 +42,212 @@ impl Weights {
     }
 }
 
-/// What a tile goes through the layers with.
-#[derive(Clone, Copy)]
-pub(super) struct Run<'a> {
-    pub(super) session: &'a Session,
-    pub(super) order: Order,
-    pub(super) given: &'a Given,
+/// Σ g over its rows; notes whether they are finite, as they are not where a cotangent is not.
+pub(super) fn noted_sums<T: Ordered>(session: &Session, order: Order, g: View<'_, T>, features: usize) -> Matrix<f32> {
+    let mut sums = f32::spare(session).matrix(1, features);
+    sums.fill(0.0);
+    T::add_sums(order, g, &mut sums);
+    sink::note(sums.iter().all(|sum| sum.is_finite()));
+    sums
 }
 
-/// The weights that a chain is given, and the sums of their cotangents, in F32.
-#[derive(Default)]
-pub(super) struct Given {
-    values: Option<Matrix<f32>>,
-    /// Nothing where they are not wanted.
-    sums: Option<RefCell<Matrix<f32>>>,
-}
-
-impl Given {
-    pub(super) fn new<T: Element<Wide = f32>>(session: &Session, given: Option<&[T]>) -> Self {
-        let values = given.map(|given| {
-            let mut values = f32::spare(session).matrix(1, given.len());
-            T::widen(given, &mut values);
-            values
-        });
-        Self { values, sums: None }
-    }
-
-    /// The same of the tensor that a pullback is given, with sums if its cotangent is wanted.
-    pub(super) fn to_pull<T: Element<Wide = f32>>(session: &Session, given: Option<&Tensor>) -> Result<Self> {
-        let Some(tensor) = given else { return Ok(Self::default()) };
-        let given = with_elements(tensor, |given| Ok(Self::new::<T>(session, Some(given))))?;
-        let sums = tensor.track_op().then(|| {
-            let mut sums = f32::spare(session).matrix(1, tensor.elem_count());
-            sums.fill(0.0);
-            RefCell::new(sums)
-        });
-        Ok(Self { sums, ..given })
-    }
-
-    pub(super) fn is_summed(&self) -> bool {
-        self.sums.is_some()
-    }
-
-    /// So many of the weights, from `first` on.
-    pub(super) fn part(&self, first: usize, count: usize) -> &[f32] {
-        self.values.as_ref().map_or(&[], |values| &values[first..first + count])
-    }
-
-    /// Lets `add` add to the sums of so many of them.
-    pub(super) fn add(&self, first: usize, count: usize, add: impl FnOnce(&mut [f32])) {
-        if let Some(sums) = &self.sums {
-            add(&mut sums.borrow_mut()[first..first + count]);
+impl Link {
+    /// dW += gᵀ x and db += Σ g, for those of the two that are tracked; db of those rows of g that the bias was added to.
+    pub(super) fn add_gradients<T: Ordered>(
+        &self,
+        way: Way<'_>,
+        (g, biased): (View<'_, T>, View<'_, T>),
+        x: View<'_, T>,
+    ) -> Result<()> {
+        if !self.is_tracked(way) {
+            return Ok(());
+        }
+        let Way { session, order, given } = way;
+        let sums = noted_sums(session, order, biased, self.outputs);
+        let columns = self.columns();
+        let add_outer = |dw: &mut [f32]| {
+            T::add_outer(order, session, g, x, ViewMut::new(dw, self.outputs, self.inputs, columns));
+        };
+        match &self.weights {
+            Weights::Gated { weight, bias, gate, shift } => {
+                given.add(shift.clone(), |of_shift| add(&sums, of_shift));
+                let mut of_weight = f32::spare(session).matrix(self.outputs, self.inputs);
+                of_weight.fill(0.0);
+                add_outer(&mut of_weight);
+                add_gated(way, (weight, bias), gate, (&of_weight, &sums))
+            }
+            Weights::Given { weight, bias } => {
+                given.add(weight.clone(), add_outer);
+                given.add(bias.clone(), |of_bias| add(&sums, of_bias));
+                Ok(())
+            }
+            Weights::Parameters { weight, bias, beyond } => {
+                if weight.is_tracked() {
+                    sink::add_in_place(&weight.leaf, |dw| {
+                        add_outer(dw);
+                        if let Some(t) = beyond {
+                            let beyond = dw.iter_mut().skip(self.inputs).step_by(columns);
+                            beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += *t as f32 * sum);
+                        }
+                    })?;
+                }
+                match bias.as_ref().filter(|bias| bias.is_tracked()) {
+                    Some(bias) => bias.add(&sums),
+                    None => Ok(()),
+                }
+            }
         }
     }
 
-    /// The sums times `scale`.
-    pub(super) fn into_cotangent<T: Element<Wide = f32>>(self, scale: f64) -> Option<Vec<T>> {
-        let mut sums = self.sums?.into_inner();
-        sums.iter_mut().for_each(|sum| *sum *= scale as f32);
-        let mut cotangent = vec![T::from_f64(0.0); sums.len()];
-        T::narrow(&sums, &mut cotangent);
-        Some(cotangent)
+    /// Whether a gradient of it is wanted.
+    pub(super) fn is_tracked(&self, way: Way<'_>) -> bool {
+        match &self.weights {
+            Weights::Parameters { weight, bias, .. } => {
+                weight.is_tracked() || bias.as_ref().is_some_and(Parameter::is_tracked)
+            }
+            Weights::Gated { weight, bias, .. } => weight.is_tracked() || bias.is_tracked() || way.given.is_summed(),
+            Weights::Given { .. } => way.given.is_summed(),
+        }
     }
+
+    /// From a row of W to the next.
+    fn columns(&self) -> usize {
+        self.inputs + usize::from(matches!(self.weights, Weights::Parameters { beyond: Some(_), .. }))
+    }
+
+    /// W as the right-hand operand of the products on one side.
+    pub(super) fn packed<T: Tile>(&self, Way { session, given, .. }: Way<'_>, side: Side) -> Result<Arc<Shared<T>>> {
+        let Parameter { leaf, slot } = match &self.weights {
+            Weights::Parameters { weight, .. } => weight,
+            Weights::Gated { weight, gate, .. } => {
+                let (mut w, gate) = (weight.in_f32(session)?, given.part(gate.clone())?);
+                w.chunks_exact_mut(self.inputs).zip(gate).for_each(|(w, gate)| w.iter_mut().for_each(|w| *w *= gate));
+                return Ok(Shared::new(self.pack::<T, f32>(side, &w)));
+            }
+            Weights::Given { weight, .. } => {
+                return Ok(Shared::new(self.pack::<T, f32>(side, given.part(weight.clone())?)));
+            }
+        };
+        let key = (*slot, self.inputs, side);
+        if let Some(packed) = session.seen(key) {
+            return Ok(packed);
+        }
+        let leaf = leaf.contiguous()?;
+        with_float!(leaf.dtype(), S => {
+            with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, S>(side, w))))
+        })
+    }
+
+    fn pack<T: Tile, S: Copy + Into<f32>>(&self, side: Side, w: &[S]) -> Packed<T> {
+        let view = View::new(w, self.outputs, self.inputs, self.columns());
+        match side {
+            Side::Forward => Packed::transposed(view),
+            Side::Backward => Packed::straight(view),
+        }
+    }
+
+    /// b + t w in F32, where w is the column beyond.
+    pub(super) fn bias_in_f32(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
+        let (weight, bias, beyond) = match &self.weights {
+            Weights::Parameters { bias: None, beyond: None, .. } => return Ok(None),
+            Weights::Parameters { weight, bias, beyond } => (weight, bias, beyond),
+            Weights::Gated { bias, gate, shift, .. } => {
+                let mut sum = bias.in_f32(session)?;
+                let (gate, shift) = (given.part(gate.clone())?, given.part(shift.clone())?);
+                sum.iter_mut().zip(gate.iter().zip(shift)).for_each(|(sum, (gate, shift))| *sum = *sum * gate + shift);
+                return Ok(Some(sum));
+            }
+            Weights::Given { bias, .. } => {
+                let mut sum = f32::spare(session).matrix(1, self.outputs);
+                sum.copy_from_slice(given.part(bias.clone())?);
+                return Ok(Some(sum));
+            }
+        };
+        let mut sum = f32::spare(session).matrix(1, self.outputs);
+        sum.fill(0.0);
+        if let Some(bias) = bias {
+            add_elements(&bias.leaf, 1.0, (0, 1), &mut sum)?;
+        }
+        if let Some(t) = beyond {
+            add_elements(&weight.leaf, *t as f32, (self.inputs, self.inputs + 1), &mut sum)?;
+        }
+        Ok(Some(sum))
+    }
+}
+
+/// With dV and dc of V = σ ∘ W and c = σ ∘ b + s: dW += σ ∘ dV, db += σ ∘ dc, and dσ += Σ W ∘ dV along the rows + b ∘ dc.
+fn add_gated(
+    Way { session, given, .. }: Way<'_>,
+    (weight, bias): (&Parameter, &Parameter),
+    gate: &Range<usize>,
+    (of_weight, of_bias): (&[f32], &[f32]),
+) -> Result<()> {
+    if given.is_summed() {
+        let (w, b) = (weight.in_f32(session)?, bias.in_f32(session)?);
+        given.add(gate.clone(), |of_gate| {
+            vectorised(AddDots { a: &w, b: of_weight, sums: &mut *of_gate });
+            vectorised(AddDots { a: &b, b: of_bias, sums: of_gate });
+        });
+    }
+    let gate = given.part(gate.clone())?;
+    for (parameter, of) in [(weight, of_weight), (bias, of_bias)] {
+        if parameter.is_tracked() {
+            sink::add_in_place(&parameter.leaf, |sums| vectorised(AddScaledRows { gate, of, sums }))?;
+        }
+    }
+    Ok(())
+}
+
+/// to += x
+fn add(x: &[f32], to: &mut [f32]) {
+    to.iter_mut().zip(x).for_each(|(to, x)| *to += x);
+}
+
+/// sums += Σ a ∘ b along the rows of a matrix.
+struct AddDots<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for AddDots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { a, b, sums } = self;
+        let columns = a.len() / sums.len().max(1);
+        for (sum_of_row, (a, b)) in sums.iter_mut().zip(a.chunks_exact(columns).zip(b.chunks_exact(columns))) {
+            *sum_of_row += sum(a, b, |a, b| a * b);
+        }
+    }
+}
+
+/// sums += gate ∘ of, an element of the gate for each row.
+struct AddScaledRows<'a> {
+    gate: &'a [f32],
+    of: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for AddScaledRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { gate, of, sums } = self;
+        let columns = of.len() / gate.len().max(1);
+        for (gate, (sums, of)) in gate.iter().zip(sums.chunks_exact_mut(columns).zip(of.chunks_exact(columns))) {
+            sums.iter_mut().zip(of).for_each(|(sum, of)| *sum += gate * of);
+        }
+    }
+}
+
+/// sum += c · (every `step`th element of x from `first` on).
+fn add_elements(x: &Tensor, c: f32, (first, step): (usize, usize), sum: &mut [f32]) -> Result<()> {
+    let x = x.contiguous()?;
+    with_float!(x.dtype(), S => with_elements::<S, _>(&x, |x| {
+        x.iter().skip(first).step_by(step).zip(sum).for_each(|(x, sum)| *sum += c * float(*x));
+        Ok(())
+    }))
 }

@@ -59,7 +59,8 @@ __device__ inline float store(void *y, int element, unsigned i, float value) {
 __device__ inline unsigned first() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline unsigned stride() { return gridDim.x * blockDim.x; }
 
-// The sum over a row of threads, as many as a power of two, in a block of at most 256, for all of them.
+// The sum over a row of threads, as many as a power of two, in a block of at most 256, for all of them. Every thread of the
+// block must call it.
 __device__ inline float sum_of_row(float value) {
   __shared__ float sums[256];
   float *row = sums + threadIdx.y * blockDim.x;

@@ -44,7 +44,7 @@ pub(in crate::field::ops) fn scaled(
 
 /// x + b, where x is `(…, channels, inner)` and b in its dtype or F32.
 pub(in crate::field::ops) fn add_bias(x: &Tensor, bias: &Tensor, inner: usize) -> Result<Option<Value>> {
-    let Some(element) = element(x, &[]).filter(|_| is_bias(bias, x)) else { return Ok(None) };
+    let Some(element) = element(x, &[]).filter(|_| is_parameter(bias, x)) else { return Ok(None) };
     let (gpu, x, bias) = (Gpu::of(x)?, dense(x)?, dense(bias)?);
     let y = gpu.output(element, x.shape())?;
     let mut call = Activate::new((Activation::Identity, 0), address(&x)?, y.at(), x.elem_count() as u32);
@@ -55,8 +55,9 @@ pub(in crate::field::ops) fn add_bias(x: &Tensor, bias: &Tensor, inner: usize) -
     Ok(Some(y))
 }
 
-fn is_bias(bias: &Tensor, x: &Tensor) -> bool {
-    bias.device().same_device(x.device()) && (bias.dtype() == x.dtype() || bias.dtype() == DType::F32)
+fn is_parameter(parameter: &Tensor, x: &Tensor) -> bool {
+    let has_kernels = parameter.dtype() == x.dtype() || parameter.dtype() == DType::F32;
+    parameter.device().same_device(x.device()) && has_kernels
 }
 
 /// The sums of x, `(rows, channels)` or `(rows, channels, inner)`, over all but the channels, in F32.
@@ -80,7 +81,7 @@ pub(in crate::field::ops) fn affine(
 ) -> Result<Option<Value>> {
     let (outputs, pitch) = weight.dims2()?;
     let rows = x.elem_count() / inputs.max(1);
-    let fits = outputs > 0 && rows * outputs <= LARGEST && bias.is_none_or(|bias| is_bias(bias, x));
+    let fits = outputs > 0 && rows * outputs <= LARGEST && bias.is_none_or(|bias| is_parameter(bias, x));
     let Some(element) = element(x, &[weight]).filter(|_| fits) else { return Ok(None) };
     let mut dims = x.dims().to_vec();
     if let Some(last) = dims.last_mut() {
@@ -265,7 +266,7 @@ fn norm_groups(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
 ) -> Option<(Element, NormGroups)> {
-    let fits = |parameter: Option<&Tensor>| parameter.is_none_or(|parameter| is_bias(parameter, x));
+    let fits = |parameter: Option<&Tensor>| parameter.is_none_or(|parameter| is_parameter(parameter, x));
     let fits = fits(weight) && fits(bias) && x.elem_count() <= LARGEST / 2;
     let element = element(x, &[]).filter(|_| fits)?;
     let is_f32 = |of: Option<&Tensor>| i32::from(of.is_some_and(|of| of.dtype() == DType::F32));

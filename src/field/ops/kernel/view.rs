@@ -88,7 +88,7 @@ impl<'a, T> ViewMut<'a, T> {
         &mut self.values[n * self.stride..][..self.columns]
     }
 
-    pub(super) fn slice_mut(&mut self) -> &mut [T] {
+    pub(crate) fn slice_mut(&mut self) -> &mut [T] {
         self.values
     }
 

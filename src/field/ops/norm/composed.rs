@@ -32,7 +32,14 @@ impl Norm {
     }
 
     fn parts(&self, x: &Tensor) -> Result<Parts> {
-        let centred = if self.remove_mean { x.broadcast_sub(&self.mean(x)?)? } else { x.clone() };
+        let centred = match self.remove_mean {
+            // Counted from the first element, so that a large mean costs no digits.
+            true => {
+                let x = x.broadcast_sub(&x.detach().narrow(2, 0, 1)?.narrow(3, 0, 1)?)?;
+                x.broadcast_sub(&self.mean(&x)?)?
+            }
+            false => x.clone(),
+        };
         let scale = (self.mean(&centred.sqr()?)? + self.eps)?.sqrt()?.recip()?;
         Ok(Parts { standard: centred.broadcast_mul(&scale)?, scale })
     }

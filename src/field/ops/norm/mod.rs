@@ -301,6 +301,7 @@ impl NormOp {
     }
 
     /// The gradient of x and, at least if they are wanted, the sums Σ g x̂ and Σ g per parameter, `(2, parameters)`.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     fn pull_values(
         &self,
         x: &Tensor,
@@ -312,8 +313,6 @@ impl NormOp {
         if let Some(pulled) = super::cuda::pull_norm(&self.norm, x, weight, grad, sums)? {
             return Ok(pulled);
         }
-        #[cfg(not(feature = "cuda"))]
-        let _ = sums;
         let pull = if x.device().is_cpu() { kernel::pull_on_cpu } else { composed::pull };
         let (for_x, sums) = pull(self.norm, x, weight, grad)?;
         Ok((for_x, Some(sums)))

@@ -129,6 +129,12 @@ fn statistics_survive_large_means_and_large_batches() {
     let g = noise(&[40, 512], 5);
     let (got, exact) = (gradients(&norm, &single, &g.to_dtype(DType::F32).unwrap()), gradients(&norm, &exact, &g));
     assert!(got.iter().zip(&exact).all(|(got, exact)| distance(got, exact) < 2e-6));
+    let pushed = |a: &[Tensor], v: &Tensor| {
+        let norm = LayerNorm::new(a[1].clone(), a[2].clone(), EPS);
+        norm.tangent(&Time::new(0.0, &Device::Cpu), &a[0], &v.to_dtype(a[0].dtype()).unwrap()).unwrap().1
+    };
+    let wide = single.clone().map(|x| x.to_dtype(DType::F64).unwrap());
+    assert!(distance(&pushed(&single, &g), &pushed(&wide, &g)) < 2e-6);
 
     let rows = 50_000;
     let x =
