@@ -138,6 +138,37 @@ fn layers_of_the_time_in_parts_of_a_field() {
     });
     let y0 = start(2, &[9, 6]);
     against_f64_within(3.0, &field, &vars, &y0, "parts");
+    same_bits_evaluated_and_linearised(&field, &vars, &y0, "parts");
+}
+
+/// Layers on a constant, with their tangents: Candle comes back to them through their parameters alone.
+#[test]
+fn layers_on_what_y_does_not_reach() {
+    let build = |vb: VarBuilder<'static>| {
+        let along = ops::seq()
+            .add_timed(ops::concat_squash_linear(6, 12, vb.pp(0))?)
+            .add(Activation::Tanh)
+            .add(ops::linear(12, 6, vb.pp(1))?);
+        let mlp = |n| Mlp::new(&[6, 12, 6], Activation::Tanh, vb.pp(n));
+        Ok((along, ops::concat_squash_linear(6, 6, vb.pp(2))?, mlp(3)?, mlp(4)?))
+    };
+    let vars = VarMap::new();
+    let field = model_field(&vars, build, |(along, squash, first, last), t, y| {
+        let constant = normal(7, y.dims(), y.dtype());
+        let (value, pushed) = along.tangent(t, &constant, &constant.sin()?)?;
+        let beside = ((value + pushed)? + (squash.forward_at(t, &constant)? + first.forward(&constant)?)?)?;
+        last.forward(&(y + beside)?)
+    });
+    let y0 = start(2, &[9, 6]);
+    against_f64_within(3.0, &field, &vars, &y0, "a constant");
+    same_bits_evaluated_and_linearised(&field, &vars, &y0, "a constant");
+    let all = gradients(&ode(&field), &vars, &y0);
+    for frozen in ["0.gate.weight", "0.layer.weight", "2.layer.bias", "3.0.weight"] {
+        let field = field.clone().freeze(move |name| name == frozen);
+        let mut expected = all.clone();
+        expected.remove(frozen);
+        compare(&gradients(&ode(&field), &vars, &y0), &expected, 1e-7, frozen);
+    }
 }
 
 /// Planar units whose weights a network makes of the time: dL/dy0, dL/dθ and dL/dt, whatever is frozen.

@@ -33,8 +33,8 @@ pub(in crate::field::ops) fn tangents<'a>(
     v: &Tensor,
     alone: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
 ) -> Result<(Tensor, Tensor)> {
-    match Along::new(layers, t, x, v) {
-        Some(along) => along.run(x, v),
+    match Along::chain(layers, t, x, v) {
+        Some(chain) => Along::run(chain, x, v),
         None => one_by_one(v, alone),
     }
 }
@@ -61,8 +61,6 @@ struct Along {
     is_narrow: bool,
     sizes: Sizes,
     tracked: bool,
-    /// Weights that are no parameters, until it runs.
-    given: Vec<Tensor>,
     /// What the pullback needs, a [`Passed`] for each layer; from the forward pass on.
     passed: Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
@@ -77,26 +75,25 @@ struct Passed<T> {
 
 impl Along {
     /// The layers, if they are one chain that kernels of ours run with its tangents.
-    fn new<'a>(layers: impl IntoIterator<Item = &'a dyn Linked>, t: &Time, x: &Tensor, v: &Tensor) -> Option<Self> {
+    fn chain<'a>(layers: impl IntoIterator<Item = &'a dyn Linked>, t: &Time, x: &Tensor, v: &Tensor) -> Option<Chain> {
         let fits = v.dtype() == x.dtype() && v.elem_count() > 0 && v.dims().get(1..) == Some(x.dims());
         let mut chain = Chain::start(x).filter(|_| fits && x.device().is_cpu())?;
-        if !layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain)) {
-            return None;
-        }
-        let Chain { current: Current { session, .. }, links, given } = chain;
-        let sizes = Sizes { rows: x.elem_count() / links.first()?.inputs, blocks: 1 + v.dims()[0] };
-        let (is_narrow, tracked) = (Order::is_narrow(&links), [x, v].into_iter().chain(&given).any(Tensor::track_op));
-        Some(Self { session, links, is_narrow, sizes, tracked, given, passed: Mutex::default() })
+        let is_one = layers.into_iter().all(|layer| layer.link(Some(t), x, &mut chain));
+        Some(chain).filter(|chain| is_one && !chain.links.is_empty())
     }
 
-    fn run(mut self, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (x, v, directions) = (x.contiguous()?, v.contiguous()?, self.sizes.blocks - 1);
-        let (tracked, given) = (self.tracked, Chain::all_given(&std::mem::take(&mut self.given))?);
+    fn run(mut chain: Chain, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let ((x, given), v, directions) = (chain.operands(x)?, v.contiguous()?, v.dims()[0]);
+        let Chain { current: Current { session, .. }, links, .. } = chain;
+        let sizes = Sizes { rows: x.elem_count() / links[0].inputs, blocks: 1 + directions };
+        let tracked = [&x, &v].into_iter().chain(&given).any(Tensor::track_op);
+        let is_narrow = Order::is_narrow(&links);
+        let along = Self { session, links, is_narrow, sizes, tracked, passed: Mutex::default() };
         let all = match given {
-            Some(given) if tracked => x.apply_op3(&v, &given, self),
-            Some(given) => x.apply_op3_no_bwd(&v, &given, &self),
-            None if tracked => x.apply_op2(&v, self),
-            None => x.apply_op2_no_bwd(&v, &self),
+            Some(given) if tracked => x.apply_op3(&v, &given, along),
+            Some(given) => x.apply_op3_no_bwd(&v, &given, &along),
+            None if tracked => x.apply_op2(&v, along),
+            None => x.apply_op2_no_bwd(&v, &along),
         }?;
         let value = all.get(0)?;
         // A slope lives longer than the tangents: it is not to hold their memory.
@@ -155,6 +152,7 @@ impl Along {
                 // Directions are in no sum of the bias.
                 noted_sums(session, order, order.part(g.view(), sizes.rows..sizes.all()), link.outputs);
             }
+            link.times_gate(way, &mut g, sizes.all())?;
             if n > 0 {
                 let mut out = order.tile(session, sizes.all(), link.inputs);
                 let packed = link.packed::<C::Held>(way, Side::Backward)?;
@@ -255,10 +253,10 @@ impl Link {
     fn push<T: Ordered>(&self, way: Way<'_>, sizes: Sizes, x: View<'_, T>, out: &mut [T]) -> Result<Option<Matrix<T>>> {
         let Way { session, order, .. } = way;
         let packed = self.packed::<T>(way, Side::Forward)?;
-        let bias = self.bias_in_f32(way)?;
+        let (gate, bias) = (self.gate(way)?, self.bias_in_f32(way)?);
         let multiply = |rows: Range<usize>, bias: Option<&[f32]>, to: &mut [T]| {
             let (x, to) = (order.part(x, rows.clone()), order.part_mut(to, sizes.all(), rows));
-            T::multiply(order, x, &packed, &Epilogue { bias, ..Epilogue::default() }, to);
+            T::multiply(order, x, &packed, &Epilogue { gate, bias, ..Epilogue::default() }, to);
         };
         let multiply = |to: &mut [T]| {
             multiply(0..sizes.rows, bias.as_deref(), to);
@@ -371,13 +369,13 @@ mod tests {
         let linear = Linear::new(weight.as_tensor().clone(), None);
         let norm = norm.then(|| LayerNorm::new_no_bias(ones(&[3]).as_tensor().clone(), 1e-5));
         let layers = || -> Vec<&dyn Linked> { vec![&linear, &Activation::Tanh, &linear] };
-        assert!(Along::new(layers(), t, &x, &v).is_none(), "outside of a solve");
+        assert!(Along::chain(layers(), t, &x, &v).is_none(), "outside of a solve");
         let session = Session::new(&[weight.as_tensor().clone()], Arc::default(), true);
         let open = || match &norm {
-            None => Along::new(layers(), t, &x, &v).is_some(),
+            None => Along::chain(layers(), t, &x, &v).is_some(),
             Some(norm) => {
                 let sequence = crate::ops::seq().add(linear.clone()).add(norm.clone());
-                Along::new(sequence.linked(), t, &x, &v).is_some()
+                Along::chain(sequence.linked(), t, &x, &v).is_some()
             }
         };
         session.open(Call::Graph, open).0

@@ -87,6 +87,8 @@ pub(super) struct Chain {
     links: Vec<Link>,
     /// Weights that are no parameters, one tensor for each layer that has such.
     given: Vec<Tensor>,
+    /// Whether Candle's graph is to lead back from the value.
+    in_graph: bool,
 }
 
 impl Chain {
@@ -98,7 +100,13 @@ impl Chain {
         #[cfg(not(feature = "cuda"))]
         let runs = x.device().is_cpu();
         let fits = runs && has_kernels && x.rank() > 0 && x.elem_count() > 0;
-        Some(Self { current: Session::current().filter(|_| fits)?, links: vec![], given: vec![] })
+        let mut current = Session::current().filter(|_| fits)?;
+        let in_graph = current.call == Call::Graph;
+        if in_graph && x.device().is_cpu() && !x.track_op() {
+            // Parameters may be tracked: Candle will come back through one of them.
+            current.call = Call::Value;
+        }
+        Some(Self { current, links: vec![], given: vec![], in_graph })
     }
 
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
@@ -161,10 +169,13 @@ impl Chain {
         if !(x.device().is_cpu() && self.takes(x, inputs, outputs)) {
             return false;
         }
+        let before: usize = self.given.iter().map(Tensor::elem_count).sum();
+        if before > 0 && before + first + second > Self::GIVEN {
+            return false;
+        }
         let fits = |made: &Tensor| made.dims() == [first + second] && made.dtype() == x.dtype();
         let Some(made) = made().ok().filter(fits) else { return false };
-        let begin: usize = self.given.iter().map(Tensor::elem_count).sum();
-        let weights = weights([begin..begin + first, begin + first..begin + first + second]);
+        let weights = weights([before..before + first, before + first..before + first + second]);
         self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
         self.given.push(made);
         true
@@ -176,12 +187,26 @@ impl Chain {
         before == Some(inputs) && inputs > 0 && outputs > 0
     }
 
-    /// All weights that are no parameters.
-    fn all_given(given: &[Tensor]) -> Result<Option<Tensor>> {
-        match given {
-            [] => Ok(None),
-            [only] => only.contiguous().map(Some),
-            several => Tensor::cat(several, 0).map(Some),
+    /// Elements that several layers of a chain are given at most: beyond, to put them into one tensor takes more than it saves.
+    const GIVEN: usize = 1 << 14;
+
+    /// All weights that are no parameters, and x, both as Candle's graph is to lead back to them: to parameters, if there
+    /// is no other way, through x.
+    fn operands(&mut self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let given = std::mem::take(&mut self.given);
+        let given = match given.as_slice() {
+            [] => None,
+            [only] => Some(only.contiguous()?),
+            several => Some(Tensor::cat(several, 0)?),
+        };
+        if !self.in_graph {
+            return Ok((x.contiguous()?, given.map(|given| given.detach())));
+        }
+        let is_reached = x.track_op() || given.as_ref().is_some_and(Tensor::track_op);
+        let mut parameters = self.links.iter().flat_map(|link| link.weights.parameters());
+        match parameters.find(|parameter| !is_reached && x.device().is_cpu() && parameter.is_tracked()) {
+            Some(parameter) => Ok((x.contiguous()?.apply_op2(&parameter.leaf, Through)?, given)),
+            None => Ok((x.contiguous()?, given)),
         }
     }
 
@@ -197,16 +222,16 @@ impl Chain {
     }
 
     /// Its value; x itself where nothing has been appended.
-    pub(super) fn run(self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn run(mut self, x: &Tensor) -> Result<Tensor> {
         if self.links.is_empty() {
             return Ok(x.clone());
         }
-        let x = x.contiguous()?;
+        let (x, given) = self.operands(x)?;
         #[cfg(feature = "cuda")]
         if !x.device().is_cpu() {
             return super::cuda::run_chain(self.links, &x);
         }
-        let (Current { session, call }, links, given) = (self.current, self.links, Self::all_given(&self.given)?);
+        let (Current { session, call }, links) = (self.current, self.links);
         let saves = match call {
             _ if x.track_op() || given.as_ref().is_some_and(Tensor::track_op) => Saves::Results,
             Call::Layers if given.is_none() => Saves::All,
@@ -346,6 +371,23 @@ impl CustomOp1 for Node {
 
     fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         self.0.pull_from(Some(x), value, grad, None).map(|(of_x, _)| Some(of_x))
+    }
+}
+
+/// (x, a parameter) ↦ x, so that Candle's graph leads to layers on what nothing tracks: their gradients are in the open sums.
+struct Through;
+
+impl CustomOp2 for Through {
+    fn name(&self) -> &'static str {
+        "through-a-parameter"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((x.to_dtype(layout, x.dtype())?, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((None, None))
     }
 }
 

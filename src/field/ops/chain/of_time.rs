@@ -8,7 +8,7 @@ use super::{Chain, Compute, Link, Linked, Order, Weights, with_compute, with_ele
 use crate::Time;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
-use crate::field::session::{Call, Matrix, Session, Tile};
+use crate::field::session::{Matrix, Session, Tile};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
@@ -31,13 +31,11 @@ pub(in crate::field::ops) fn of_time<'a>(
     t: &Tensor,
 ) -> Result<Option<Tensor>> {
     let Some(mut chain) = Chain::start(t).filter(|_| t.device().is_cpu()) else { return Ok(None) };
-    // A chain takes tracked parameters only where Candle comes back to it through x; here it comes back through one of them.
-    let call = std::mem::replace(&mut chain.current.call, Call::Value);
     if !layers.into_iter().all(|layer| layer.link(None, t, &mut chain)) {
         return Ok(None);
     }
     let parameters = chain.links.iter().flat_map(|link| link.weights.parameters());
-    let tracked = parameters.filter(|_| call == Call::Graph).find(|parameter| parameter.is_tracked());
+    let tracked = parameters.filter(|_| chain.in_graph).find(|parameter| parameter.is_tracked());
     let through = tracked.map_or_else(|| t.detach(), |parameter| parameter.leaf.clone());
     let is_node = t.track_op() || through.track_op();
     let op = OfTime { session: chain.current.session, links: chain.links, is_node, saved: Mutex::default() };
@@ -56,7 +54,7 @@ struct OfTime {
 
 #[derive(Default)]
 struct Saved {
-    /// The time and the results of the layers.
+    /// The time and the results of the layers, the last of them only if f′ is a function of it.
     values: Vec<Matrix<f32>>,
     /// By layer, what was activated, where f′ is a function of that.
     inputs: Vec<Option<Matrix<f32>>>,
@@ -95,7 +93,9 @@ impl OfTime {
         let mut value = vec![T::from_f64(0.0); y.len()];
         T::narrow(&y, &mut value);
         if self.is_node {
-            saved.values.push(y);
+            if self.links.last().is_some_and(|link| link.then.keeps() == Keeps::Value) {
+                saved.values.push(y);
+            }
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         }
         Ok(value)
@@ -206,6 +206,7 @@ impl<T: Element<Wide = f32>> Kernel for TimesTransposed<'_, T> {
 mod tests {
     use super::*;
     use crate::field::ops::{Activation, Linear};
+    use crate::field::session::Call;
     use candle_core::{DType, Device, Var};
 
     /// Whether two layers of such parameters are one op on a time in `dtype`, and what it has packed.

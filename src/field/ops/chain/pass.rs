@@ -151,6 +151,7 @@ fn back<C: Compute>(
             Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
         };
+        link.times_gate(way, &mut g, rows)?;
         let mut out = order.tile(session, rows, link.inputs);
         let packed = link.packed::<C::Held>(way, Side::Backward)?;
         let epilogue = Epilogue { then, ..Epilogue::default() };
@@ -159,6 +160,7 @@ fn back<C: Compute>(
     }
     let first = &links[0];
     first.add_gradients(way, (g.view(), g.view()), x)?;
+    first.times_gate(way, &mut g, rows)?;
     let packed = first.packed::<C::Held>(way, Side::Backward)?;
     Ok(C::stored(session, order, [rows, first.inputs], |out| {
         C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));
@@ -188,18 +190,18 @@ impl Link {
         let Way { session, order, .. } = way;
         let packed = self.packed::<T>(way, Side::Forward)?;
         let bias = self.bias_in_f32(way)?;
-        let bias = bias.as_deref();
+        let (gate, bias) = (self.gate(way)?, bias.as_deref());
         let rows = out.len() / self.outputs;
         if self.then.keeps() != Keeps::Input {
             let then = match self.then {
                 Activation::Identity => Then::Nothing,
                 activation => Then::Activation(activation),
             };
-            T::multiply(order, x, &packed, &Epilogue { bias, then }, order.write(out, rows));
+            T::multiply(order, x, &packed, &Epilogue { gate, bias, then }, order.write(out, rows));
             return Ok(None);
         }
         let mut z = order.tile(session, rows, self.outputs);
-        T::multiply(order, x, &packed, &Epilogue { bias, then: Then::Nothing }, order.write(&mut z, rows));
+        T::multiply(order, x, &packed, &Epilogue { gate, bias, then: Then::Nothing }, order.write(&mut z, rows));
         let mut wide = [0.0; CHUNK];
         for (z, out) in z.chunks(CHUNK).zip(out.chunks_mut(CHUNK)) {
             let wide = &mut wide[..z.len()];

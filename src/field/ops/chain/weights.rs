@@ -5,7 +5,7 @@ use super::Link;
 use super::given::Way;
 use super::order::{Order, Ordered};
 use super::parameter::{Parameter, float, with_elements, with_float};
-use crate::field::ops::cpu::{Kernel, sum, vectorised};
+use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::ops::kernel::{Packed, View, ViewMut};
 use crate::field::session::{Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
@@ -118,12 +118,7 @@ impl Link {
     /// W as the right-hand operand of the products on one side.
     pub(super) fn packed<T: Tile>(&self, Way { session, given, .. }: Way<'_>, side: Side) -> Result<Arc<Shared<T>>> {
         let Parameter { leaf, slot } = match &self.weights {
-            Weights::Parameters { weight, .. } => weight,
-            Weights::Gated { weight, gate, .. } => {
-                let (mut w, gate) = (weight.in_f32(session)?, given.part(gate.clone())?);
-                w.chunks_exact_mut(self.inputs).zip(gate).for_each(|(w, gate)| w.iter_mut().for_each(|w| *w *= gate));
-                return Ok(Shared::new(self.pack::<T, f32>(side, &w)));
-            }
+            Weights::Parameters { weight, .. } | Weights::Gated { weight, .. } => weight,
             Weights::Given { weight, .. } => {
                 return Ok(Shared::new(self.pack::<T, f32>(side, given.part(weight.clone())?)));
             }
@@ -146,7 +141,34 @@ impl Link {
         }
     }
 
-    /// b + t w in F32, where w is the column beyond.
+    /// What the product is multiplied with.
+    pub(super) fn gate<'a>(&self, Way { given, .. }: Way<'a>) -> Result<Option<&'a [f32]>> {
+        match &self.weights {
+            Weights::Gated { gate, .. } => given.part(gate.clone()).map(Some),
+            Weights::Parameters { .. } | Weights::Given { .. } => Ok(None),
+        }
+    }
+
+    /// From the cotangent of the result to that of the product.
+    pub(super) fn times_gate<T: Ordered>(&self, way: Way<'_>, g: &mut [T], rows: usize) -> Result<()> {
+        let Some(gate) = self.gate(way)? else { return Ok(()) };
+        let times = |g: &mut T, gate: f32| *g = T::of(g.wide() * gate);
+        match way.order {
+            Order::Rows => {
+                for row in g.chunks_exact_mut(self.outputs) {
+                    row.iter_mut().zip(gate).for_each(|(g, gate)| times(g, *gate));
+                }
+            }
+            Order::Lanes => {
+                for (of_feature, gate) in g.chunks_exact_mut(rows).zip(gate) {
+                    of_feature.iter_mut().for_each(|g| times(g, *gate));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is added to the product, in F32: b + t w, where w is the column beyond.
     pub(super) fn bias_in_f32(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
         let (weight, bias, beyond) = match &self.weights {
             Weights::Parameters { bias: None, beyond: None, .. } => return Ok(None),
@@ -177,22 +199,22 @@ impl Link {
 
 /// With dV and dc of V = σ ∘ W and c = σ ∘ b + s: dW += σ ∘ dV, db += σ ∘ dc, and dσ += Σ W ∘ dV along the rows + b ∘ dc.
 fn add_gated(
-    Way { session, given, .. }: Way<'_>,
+    Way { given, .. }: Way<'_>,
     (weight, bias): (&Parameter, &Parameter),
     gate: &Range<usize>,
     (of_weight, of_bias): (&[f32], &[f32]),
 ) -> Result<()> {
-    if given.is_summed() {
-        let (w, b) = (weight.in_f32(session)?, bias.in_f32(session)?);
-        given.add(gate.clone(), |of_gate| {
-            vectorised(AddDots { a: &w, b: of_weight, sums: &mut *of_gate });
-            vectorised(AddDots { a: &b, b: of_bias, sums: of_gate });
-        });
-    }
-    let gate = given.part(gate.clone())?;
+    let values = given.part(gate.clone())?;
     for (parameter, of) in [(weight, of_weight), (bias, of_bias)] {
+        if given.is_summed() {
+            let leaf = parameter.leaf.contiguous()?;
+            with_float!(leaf.dtype(), T => with_elements::<T, _>(&leaf, |w| {
+                given.add(gate.clone(), |sums| vectorised(AddDots { w, of, sums }));
+                Ok(())
+            }))?;
+        }
         if parameter.is_tracked() {
-            sink::add_in_place(&parameter.leaf, |sums| vectorised(AddScaledRows { gate, of, sums }))?;
+            sink::add_in_place(&parameter.leaf, |sums| vectorised(AddScaledRows { gate: values, of, sums }))?;
         }
     }
     Ok(())
@@ -203,22 +225,24 @@ fn add(x: &[f32], to: &mut [f32]) {
     to.iter_mut().zip(x).for_each(|(to, x)| *to += x);
 }
 
-/// sums += Σ a ∘ b along the rows of a matrix.
-struct AddDots<'a> {
-    a: &'a [f32],
-    b: &'a [f32],
+/// sums += Σ W ∘ dW along the rows of a matrix.
+struct AddDots<'a, T> {
+    w: &'a [T],
+    of: &'a [f32],
     sums: &'a mut [f32],
 }
 
-impl Kernel for AddDots<'_> {
+impl<T: Element<Wide = f32>> Kernel for AddDots<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let Self { a, b, sums } = self;
-        let columns = a.len() / sums.len().max(1);
-        for (sum_of_row, (a, b)) in sums.iter_mut().zip(a.chunks_exact(columns).zip(b.chunks_exact(columns))) {
-            *sum_of_row += sum(a, b, |a, b| a * b);
+        let columns = self.of.len() / self.sums.len().max(1);
+        let mut space = vec![0.0; columns];
+        for (of_row, (w, of)) in
+            self.sums.iter_mut().zip(self.w.chunks_exact(columns).zip(self.of.chunks_exact(columns)))
+        {
+            *of_row += sum(T::widened(w, &mut space), of, |w, of| w * of);
         }
     }
 }

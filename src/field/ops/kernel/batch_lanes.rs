@@ -33,10 +33,7 @@ pub(super) fn multiply_lanes_on(
 ) {
     let shape = (out.rows(), out.columns());
     assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.0));
-    if let Then::TimesSlope(_, kept) = &epilogue.then {
-        assert_eq!((kept.rows(), kept.columns()), shape);
-    }
+    assert!(epilogue.fits(shape.0, shape.1, shape.0));
     path.run(Multiply { x, b, epilogue, out });
 }
 
@@ -80,7 +77,7 @@ impl Multiply<'_> {
     unsafe fn block<M: Machine, const HEIGHT: usize>(&mut self, feature: usize, rows: Range<usize>) {
         let width = M::Lanes::WIDTH;
         let panel = self.b.panel(feature / PANEL * PANEL);
-        let bias: [f32; HEIGHT] = std::array::from_fn(|m| self.epilogue.bias.map_or(0.0, |bias| bias[feature + m]));
+        let bias: [f32; HEIGHT] = std::array::from_fn(|m| self.epilogue.start().map_or(0.0, |bias| bias[feature + m]));
         let (depth, stride) = (self.b.depth(), self.out.stride());
         let mut at = rows.start;
         while at < rows.end {
@@ -114,6 +111,12 @@ impl Multiply<'_> {
     /// What follows the sums, on them in place.
     #[inline(always)]
     fn finish(&mut self, features: Range<usize>, rows: Range<usize>) {
+        if let Some(gate) = self.epilogue.gate {
+            for feature in features.clone() {
+                let (gate, bias) = (gate[feature], self.epilogue.bias.map_or(0.0, |bias| bias[feature]));
+                self.out.row(feature)[rows.clone()].iter_mut().for_each(|value| *value = *value * gate + bias);
+            }
+        }
         match self.epilogue.then {
             Then::Nothing => {}
             // Features without a gap between them are one slice.

@@ -1,14 +1,16 @@
-//! What happens to a product before it is stored: bias, activation or its slope.
+//! What happens to a product before it is stored: gate, bias, activation or its slope.
 
 use super::held::Held;
 use super::view::{View, ViewMut};
 use crate::field::ops::Activation;
 use std::ops::Range;
 
-/// out = f(x B + bias), or (x B + bias) ∘ f′, rounded once.
+/// out = f(x B ∘ gate + bias), or (x B ∘ gate + bias) ∘ f′, rounded once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Epilogue<'a, T> {
-    /// Where the sums of every row of the batch begin; as long as it.
+    /// What each row of the product is multiplied with; as long as it.
+    pub(crate) gate: Option<&'a [f32]>,
+    /// What is added to every row; as long as it. Without a gate the sums begin with it.
     pub(crate) bias: Option<&'a [f32]>,
     /// Done with the sum.
     pub(crate) then: Then<'a, T>,
@@ -28,7 +30,7 @@ pub(crate) enum Then<'a, T> {
 
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
-        Self { bias: None, then: Then::Nothing }
+        Self { gate: None, bias: None, then: Then::Nothing }
     }
 }
 
@@ -42,10 +44,31 @@ pub(super) struct Sums<'a> {
 }
 
 impl<T: Held> Epilogue<'_, T> {
-    /// Finishes the sums, which began with the bias, and stores them in those rows and columns of `out`.
+    /// Whether gate and bias are as long as a row of the result, and what is kept has its shape.
+    pub(super) fn fits(&self, rows: usize, columns: usize, length: usize) -> bool {
+        let kept = match &self.then {
+            Then::TimesSlope(_, kept) => (kept.rows(), kept.columns()) == (rows, columns),
+            Then::Nothing | Then::Activation(_) => true,
+        };
+        kept && [self.gate, self.bias].into_iter().flatten().all(|of| of.len() == length)
+    }
+
+    /// The bias where sums begin with it.
+    pub(super) fn start(&self) -> Option<&[f32]> {
+        self.bias.filter(|_| self.gate.is_none())
+    }
+
+    /// Finishes the sums, which began with [`start`](Self::start), and stores them in those rows and columns of `out`.
     #[inline(always)]
     pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>, out: &mut ViewMut<'_, T>) {
         let Sums { values, stride, slopes } = sums;
+        if let Some(gate) = self.gate {
+            for values in values.chunks_exact_mut(stride) {
+                values.iter_mut().zip(&gate[columns.clone()]).for_each(|(value, gate)| *value *= gate);
+                let bias = self.bias.map_or(&[][..], |bias| &bias[columns.clone()]);
+                values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+            }
+        }
         match self.then {
             Then::Nothing => {}
             Then::Activation(activation) => activation.value_in_place(values),

@@ -3,7 +3,7 @@
 //! x is read in place; a block of rows takes a group of panels that stays in the second cache, so that its sums lie in
 //! the first one when the epilogue takes them.
 
-use super::epilogue::{Epilogue, Sums, Then};
+use super::epilogue::{Epilogue, Sums};
 use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
@@ -43,10 +43,7 @@ pub(super) fn multiply_on<T: Held>(
     let shape = (out.rows(), out.columns());
     assert_eq!((x.segments() * x.depth(), (x.rows(), b.columns())), (b.depth(), shape));
     assert!(x.segments() == 1 || x.depth().is_multiple_of(T::DEPTH));
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == shape.1));
-    if let Then::TimesSlope(_, kept) = &epilogue.then {
-        assert_eq!((kept.rows(), kept.columns()), shape);
-    }
+    assert!(epilogue.fits(shape.0, shape.1, shape.1));
     path.run(Multiply { x, b, epilogue, out });
 }
 
@@ -68,7 +65,7 @@ impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
         for first in (0..columns).step_by(group) {
             let columns = first..columns.min(first + group);
             let stride = columns.len().div_ceil(PANEL / 2) * (PANEL / 2);
-            if let Some(bias) = self.epilogue.bias {
+            if let Some(bias) = self.epilogue.start() {
                 start[..columns.len()].copy_from_slice(&bias[columns.clone()]);
             }
             let mut row = 0;

@@ -93,12 +93,16 @@ fn products_are_right<T: Held>(bound: f64, stored: f64) {
             let weights = View::new(&wide, output, input, weight.stride);
             let bias = noise(output, 3);
             let saved = Matrix::<T>::noise(rows, input, 7);
-
-            let mut y = Matrix::<T>::noise(rows, output, 5);
-            let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh) };
-            multiply_on(path, x.view(), &Packed::transposed(weights), &epilogue, y.view_mut());
-            let z = |row, out| sum((0..input).map(|k| x.at(row, k) * weight.at(out, k))) + f64::from(bias[out]);
-            y.check(&what, bound + stored, |row, out| z(row, out).tanh());
+            let gate = noise(output, 8);
+            for gate in [None, Some(&gate[..])] {
+                let mut y = Matrix::<T>::noise(rows, output, 5);
+                let epilogue = Epilogue { gate, bias: Some(&bias), then: Then::Activation(Activation::Tanh) };
+                multiply_on(path, x.view(), &Packed::transposed(weights), &epilogue, y.view_mut());
+                let product = |row, out| sum((0..input).map(|k| x.at(row, k) * weight.at(out, k)));
+                let gate = |out: usize| gate.map_or(1.0, |gate| f64::from(gate[out]));
+                let z = |row, out| product(row, out) * gate(out) + f64::from(bias[out]);
+                y.check(&what, bound + stored, |row, out| z(row, out).tanh());
+            }
 
             let mut back = Matrix::<T>::noise(rows, input, 6);
             let g = Matrix::<T>::noise(rows, output, 4);
@@ -141,7 +145,7 @@ fn rows_do_not_know_each_other<T: Held>() {
     let (x, weight) = (Matrix::<T>::noise(rows, input, 1), noise(output * input, 2));
     let b = Packed::<T>::transposed(View::new(&weight, output, input, input));
     let bias = noise(output, 3);
-    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh) };
+    let epilogue = Epilogue { bias: Some(&bias), then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
     for path in Path::all() {
         let mut all = vec![T::default(); rows * output];
         multiply_on(path, x.view(), &b, &epilogue, ViewMut::new(&mut all, rows, output, output));

@@ -30,12 +30,14 @@ fn products_have_the_bits_of_the_row_major_ones() {
             let (turned_x, turned_g, turned_kept) = (transposed(&x, 2), transposed(&g, 3), transposed(&kept, 1));
 
             let forward = Packed::transposed(weight.view());
-            let then = Then::Activation(Activation::Tanh);
-            let epilogue = Epilogue { bias: Some(&bias), then };
-            let (mut y, mut turned_y) = (Matrix::noise(rows, output, 5), Matrix::noise(output, rows, 6));
-            multiply_on(path, x.view(), &forward, &epilogue, y.view_mut());
-            multiply_lanes_on(path, turned_x.view(), &forward, &epilogue, turned_y.view_mut());
-            assert_same_bits(&what, &turned_y, &y);
+            let (then, gate) = (Then::Activation(Activation::Tanh), noise(output, 8));
+            for gate in [None, Some(&gate[..])] {
+                let epilogue = Epilogue { gate, bias: Some(&bias), then };
+                let (mut y, mut turned_y) = (Matrix::noise(rows, output, 5), Matrix::noise(output, rows, 6));
+                multiply_on(path, x.view(), &forward, &epilogue, y.view_mut());
+                multiply_lanes_on(path, turned_x.view(), &forward, &epilogue, turned_y.view_mut());
+                assert_same_bits(&what, &turned_y, &y);
+            }
 
             let pullback = Packed::straight(weight.view());
             let (mut back, mut turned_back) = (Matrix::noise(rows, input, 5), Matrix::noise(input, rows, 6));
