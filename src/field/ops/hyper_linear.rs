@@ -75,9 +75,9 @@ impl HyperLinear {
 
 /// A linear layer that the time opens and moves: y = (x Wᵀ + b) ∘ σ(t g + c) + t s, the "concat-squash" layer of FFJORD.
 ///
-/// As x (σ ∘ W)ᵀ + (σ ∘ b + t s), so that nothing of the batch's size is made beside y. The gradients of W and b are
-/// summed in F32 where it is part of a chain (inside a solve on the CPU), and rounded to their dtype once per evaluation
-/// elsewhere.
+/// As (x Wᵀ) ∘ σ + (σ ∘ b + t s) in chains (inside a solve on the CPU), where the gate multiplies the product before it is
+/// stored, and as x (σ ∘ W)ᵀ + (σ ∘ b + t s) elsewhere, so that nothing of the batch's size is made beside y. The gradients
+/// of W and b are summed in F32 in chains, and rounded to their dtype once per evaluation elsewhere.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
