@@ -51,6 +51,22 @@ fn same_bits_evaluated_and_linearised(field: &ModelField, vars: &VarMap, y0: &Va
     }
 }
 
+/// Any parameter frozen, or all of them: the other gradients are the same. Gives those with none frozen.
+fn freezing_changes_no_other(field: &ModelField, vars: &VarMap, y0: &Var) -> Gradients {
+    let all = gradients(&ode(field), vars, y0);
+    for frozen in sorted(vars).into_keys() {
+        let name = frozen.clone();
+        let some = field.clone().freeze(move |other| other == name);
+        let mut expected = all.clone();
+        expected.remove(&frozen);
+        compare(&gradients(&ode(&some), vars, y0), &expected, 1e-7, &frozen);
+    }
+    let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), vars, y0);
+    let expected = all.clone().into_iter().filter(|(name, _)| name.starts_with('y')).collect();
+    compare(&of_y0, &expected, 1e-7, "all frozen");
+    all
+}
+
 #[test]
 fn layers_whose_weights_are_made_of_the_time() {
     fn check<M: Timed + 'static>(
@@ -98,16 +114,7 @@ fn layers_of_the_time_in_a_chain_of_others() {
     }
     let (vars, y0) = (VarMap::new(), start(2, &[9, 6]));
     let field = field(&vars, [6, 20], Activation::Tanh);
-    let all = gradients(&ode(&field), &vars, &y0);
-    for frozen in sorted(&vars).into_keys() {
-        let name = frozen.clone();
-        let some = field.clone().freeze(move |other| other == name);
-        let mut expected = all.clone();
-        expected.remove(&frozen);
-        compare(&gradients(&ode(&some), &vars, &y0), &expected, 1e-7, &frozen);
-    }
-    let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), &vars, &y0);
-    compare(&of_y0, &all.clone().into_iter().filter(|(name, _)| name.starts_with('y')).collect(), 1e-7, "all frozen");
+    let all = freezing_changes_no_other(&field, &vars, &y0);
     for scale in [1024.0, 0.25] {
         let scaled = ode(&field).scaling(AdjointScaling::fixed(scale).unwrap());
         compare(&gradients(&scaled, &vars, &y0), &all, 1e-6, "a fixed scale");
@@ -162,13 +169,7 @@ fn layers_on_what_y_does_not_reach() {
     let y0 = start(2, &[9, 6]);
     against_f64_within(3.0, &field, &vars, &y0, "a constant");
     same_bits_evaluated_and_linearised(&field, &vars, &y0, "a constant");
-    let all = gradients(&ode(&field), &vars, &y0);
-    for frozen in ["0.gate.weight", "0.layer.weight", "2.layer.bias", "3.0.weight"] {
-        let field = field.clone().freeze(move |name| name == frozen);
-        let mut expected = all.clone();
-        expected.remove(frozen);
-        compare(&gradients(&ode(&field), &vars, &y0), &expected, 1e-7, frozen);
-    }
+    freezing_changes_no_other(&field, &vars, &y0);
 }
 
 /// Planar units whose weights a network makes of the time: dL/dy0, dL/dθ and dL/dt, whatever is frozen.
@@ -190,16 +191,7 @@ fn a_network_of_the_time_makes_planar_units() {
         let field = field(&vars, activation);
         against_f64(&field, &vars, &y0, &format!("planar units with {activation:?}"));
         same_bits_evaluated_and_linearised(&field, &vars, &y0, &format!("{activation:?}"));
-        let all = gradients(&ode(&field), &vars, &y0);
-        for frozen in sorted(&vars).into_keys() {
-            let name = frozen.clone();
-            let some = field.clone().freeze(move |other| other == name);
-            let mut expected = all.clone();
-            expected.remove(&frozen);
-            compare(&gradients(&ode(&some), &vars, &y0), &expected, 1e-7, &frozen);
-        }
-        let of_y0 = gradients(&ode(&field.clone().freeze(|_| true)), &vars, &y0);
-        compare(&of_y0, &all.into_iter().filter(|(name, _)| name.starts_with('y')).collect(), 1e-7, "all frozen");
+        freezing_changes_no_other(&field, &vars, &y0);
     }
     gradients_of_times(&field(&VarMap::new(), Activation::Tanh), &y0);
 }
