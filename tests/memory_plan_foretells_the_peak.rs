@@ -1,12 +1,16 @@
 //! A plan says what will be measured: owned bytes exactly, the peak of the heap within three per cent, and how often the
 //! field is called. Alone in its process: the counter is process-wide.
-#![allow(missing_docs)]
+#![allow(missing_docs, unreachable_pub)]
 
 mod common;
+#[allow(dead_code)]
+#[path = "../examples/cnf/flow.rs"]
+mod flow;
 
-use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_core::{DType, Device, Module, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::account::Category;
+use candle_ode::field::divergence::{LogDensity, Trace};
 use candle_ode::memory::{MemoryPlan, MemoryProfiler, TrackingAllocator};
 use candle_ode::ops::{Activation, Mlp, conv2d};
 use candle_ode::prelude::*;
@@ -36,18 +40,28 @@ fn convolution() -> (ModelField, Var) {
     (field, variable(2, &[8, 4, 16, 16], DType::F32))
 }
 
+/// The reference flow, row by row: what it holds at once is little beside dL/dθ, which Candle is handed at the end.
+fn reference_flow() -> (ModelField, State) {
+    let vars = VarMap::new();
+    let build = |vb: VarBuilder<'static>| Ok(LogDensity::new(flow::HyperFlow::new(2, 128, vb)?, Trace::Exact));
+    let field = ModelField::with_state(&vars, &Device::Cpu, build, |flow, t, state| flow.eval(t, state)).unwrap();
+    fill(&vars, 1, 1.0);
+    let start = [variable(2, &[256, 2], DType::F32), variable(3, &[256], DType::F32)];
+    (field.row_wise(), State::from(start.map(|var| var.as_tensor().clone())))
+}
+
 /// A solve, and its backward pass if there is one.
-fn train(ode: &Ode, y0: &Tensor) -> Solution {
+fn train(ode: &Ode, y0: &State) -> Solution {
     let solution = ode.solve(y0).unwrap();
     if solution.last().track_op() {
-        let sums = solution.states().iter().map(|state| state[0].sum_all().unwrap());
+        let sums = solution.states().iter().flat_map(|state| state.tensors()).map(|x| x.sum_all().unwrap());
         sums.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
     }
     solution
 }
 
 /// The least peak of a few warm training steps above what was live before.
-fn measured(ode: &Ode, y0: &Tensor) -> u64 {
+fn measured(ode: &Ode, y0: &State) -> u64 {
     let peak = |_| {
         let before = TrackingAllocator::live();
         TrackingAllocator::reset_peak();
@@ -57,7 +71,8 @@ fn measured(ode: &Ode, y0: &Tensor) -> u64 {
     (0..2).map(peak).min().unwrap()
 }
 
-fn check(name: &str, ode: &Ode, y0: &Tensor) -> (MemoryPlan, u64) {
+fn check(name: &str, ode: &Ode, y0: impl Into<State>) -> (MemoryPlan, u64) {
+    let y0 = &y0.into();
     let plan = ode.plan(y0).unwrap();
     let peak = measured(ode, y0);
     let recording = MemoryProfiler::new(&Device::Cpu).filter(|metadata| metadata.is_event()).install().unwrap();
@@ -199,7 +214,7 @@ fn planned_is_measured() {
 /// Settings beside the matrix: inference, scales that are tried again, sums in F64, inputs with and without gradients.
 fn others() -> Vec<(String, f64)> {
     let mut ratios = vec![];
-    let mut see = |name: String, ode: Ode, y0: &Tensor| {
+    let mut see = |name: String, ode: Ode, y0: State| {
         let (plan, peak) = check(&name, &ode, y0);
         ratios.push((name, plan.peak.unwrap() as f64 / peak as f64));
     };
@@ -211,19 +226,19 @@ fn others() -> Vec<(String, f64)> {
             let name = |what: &str| format!("{problem}, {:?}, {what}", precision.compute_dtype());
             let with = |field: &ModelField| Ode::new(field).solver(Rk4).span(0.0, 1.0).steps(16).precision(precision);
             let ode = with(&field);
-            see(name("inference"), ode.clone().no_grad(), y0.as_tensor());
-            see(name("inference, unchecked"), ode.clone().no_grad().check_determinism(false), y0.as_tensor());
+            see(name("inference"), ode.clone().no_grad(), y0.as_tensor().into());
+            see(name("inference, unchecked"), ode.clone().no_grad().check_determinism(false), y0.as_tensor().into());
             let tiled = with(&row_wise).threads(1).no_grad();
-            see(name("inference in tiles of 2"), tiled.clone().tile(2), y0.as_tensor());
+            see(name("inference in tiles of 2"), tiled.clone().tile(2), y0.as_tensor().into());
             let dynamic = ode.clone().scaling(AdjointScaling::dynamic());
-            see(name("dynamic scaling"), dynamic.clone(), y0.as_tensor());
+            see(name("dynamic scaling"), dynamic.clone(), y0.as_tensor().into());
             see(
                 name("dynamic scaling, checkpoints"),
                 dynamic.clone().adjoint(Discrete::default().checkpoints(3)),
-                y0.as_tensor(),
+                y0.as_tensor().into(),
             );
             let undone = dynamic.solver(Reversible::new(Rk4)).adjoint(Reconstruct::default());
-            see(name("dynamic scaling, reconstructed"), undone, y0.as_tensor());
+            see(name("dynamic scaling, reconstructed"), undone, y0.as_tensor().into());
         }
     }
     let field = FnField::with_inputs(|_, y, inputs| Ok(State::from(y[0].broadcast_mul(&inputs[0])?.tanh()?)));
@@ -232,7 +247,18 @@ fn others() -> Vec<(String, f64)> {
     // One after another, by the costs that all clones know.
     for (name, input) in [("a plain input", input.as_tensor().detach()), ("a tracked input", input.as_tensor().clone())]
     {
-        see(name.to_owned(), ode.clone().inputs(&[input]), y0.as_tensor());
+        see(name.to_owned(), ode.clone().inputs(&[input]), y0.as_tensor().into());
+    }
+    drop(field);
+    let (field, start) = reference_flow();
+    for precision in [Precision::F32, Precision::BF16] {
+        let ode = Ode::new(&field).solver(Rk4).span(1.0, 0.0).steps(8).precision(precision).threads(1);
+        for (rows, adjoint) in
+            [(256, Discrete::default()), (64, Discrete::default()), (64, Discrete::default().consume())]
+        {
+            let name = format!("flow, {:?}, tiles of {rows}, {adjoint:?}", precision.compute_dtype());
+            see(name, ode.clone().tile(rows).adjoint(adjoint), start.clone());
+        }
     }
     ratios
 }
@@ -261,7 +287,7 @@ fn falls_with_the_tile() {
         for threads in [1, 2, 3] {
             let ode = ode.clone().tile(128).threads(threads);
             let plan = ode.plan(y0.as_tensor()).unwrap();
-            let (planned, peak) = (plan.peak.unwrap(), measured(&ode, y0.as_tensor()));
+            let (planned, peak) = (plan.peak.unwrap(), measured(&ode, &y0.as_tensor().into()));
             println!("{threads} threads: planned {planned} measured {peak} ratio {:.4}", planned as f64 / peak as f64);
             assert!(peak as f64 <= 1.03 * planned as f64, "{threads} threads: {peak} is more than {planned}");
             // All threads at their highest at once is not far from what happens.

@@ -18,7 +18,7 @@ use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
 use crate::solver::Clock;
 use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
-use candle_core::Shape;
+use candle_core::{Shape, Tensor};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -92,21 +92,33 @@ impl Planned<'_> {
                 total.give(Part::Other, clock.host);
                 total.give(Part::Owned(Category::Scratch), clock.device);
             }
-            self.used.iter().for_each(|_| total.take(Part::Outside, handed));
-            if self.shares_packed() && !keeps.linearizes() {
-                total.take(Part::Owned(Category::Scratch), costs.layers.packed_back);
-            }
+            total.take(Part::Outside, self.used.len() * handed);
+            let shared = if self.shares_packed() && !keeps.linearizes() { costs.layers.packed_back } else { 0 };
+            total.take(Part::Owned(Category::Scratch), shared);
             let backward = of(|tile| tile.backward);
-            if threads > 1 {
+            // Sums that outlive the tiles.
+            let sums = if threads > 1 {
                 // Those of the tiles so far, and as many that wait for a tile before theirs as other threads can bring.
                 total.take(Part::Owned(Category::Gradients), threads * costs.sums);
                 total.go_on(&backward, threads);
+                threads * costs.sums
             } else {
+                let sums = if count > 1 { costs.sums } else { 0 };
                 total.go_on(&backward[..1], 1);
-                total.take(Part::Owned(Category::Gradients), if count > 1 { costs.sums } else { 0 });
+                total.take(Part::Owned(Category::Gradients), sums);
                 total.go_on(&backward[1..], 1);
+                sums
+            };
+            if count > 1 {
+                // dL/dy0 is joined.
+                total.take(Part::Other, handed);
+                let beside: usize = order.iter().map(|n| kinds[*n].costs.state_beside).sum();
+                total.give(Part::Other, start.bytes(accumulate) + beside);
             }
-            total.take(Part::Other, if count > 1 { handed } else { 0 });
+            total.give(Part::Owned(Category::Gradients), sums);
+            total.give(Part::Owned(Category::Scratch), shared);
+            total.give(Part::Outside, self.used.len() * handed);
+            self.hand_over(y0, &costs, &mut total);
         }
         let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
         let counts = kinds.iter().map(|tile| tile.counts).reduce(Counts::largest).unwrap_or_default();
@@ -123,6 +135,17 @@ impl Planned<'_> {
             threads,
             owned: Category::ALL.map(|category| total.owned_peak(category)),
         })
+    }
+
+    /// Candle is handed dL/dθ and dL/dy0: it adds each to zeros of its own, one after another.
+    fn hand_over(&self, y0: &State, costs: &Costs, total: &mut Tally) {
+        let accumulate = self.precision.accumulate_dtype().size_in_bytes();
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        let trainable = self.field.params().trainable(self.inputs);
+        let of_start = y0.tensors().iter().filter(|x| x.track_op()).map(|x| x.elem_count() * accumulate);
+        let largest = trainable.iter().flatten().map(bytes).chain(of_start).max().unwrap_or(0);
+        total.take(Part::Outside, costs.sums);
+        total.pass(Part::Outside, 2 * largest);
     }
 
     /// The kinds of tiles, and the kind of each.
