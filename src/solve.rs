@@ -291,10 +291,9 @@ impl Ode {
     /// [row-wise](crate::ModelField::row_wise). What a pass needs beside the trajectory (the stages and linearisations
     /// of a step) is that of one tile a thread.
     ///
-    /// By default, on a CPU, at most as many rows as have 8192 elements of the state, so that tiles are a power of two, or
-    /// one of each row; on other devices, and where
-    /// a solve cannot be cut (adaptive steps, whose lengths all rows share; an observer; [`Unrolled`](crate::Unrolled);
-    /// times with gradients), all rows. The sums over the batch are made tile by tile, so the tile moves the last bits of
+    /// By default, on a CPU, at most as many rows as have 8192 elements of the state, and 256, so that tiles are a power of
+    /// two, or one of each row; on other devices, and where a solve cannot be cut (adaptive steps, whose lengths all rows
+    /// share; an observer; [`Unrolled`](crate::Unrolled); times with gradients), all rows. The sums over the batch are made tile by tile, so the tile moves the last bits of
     /// dL/dθ. The states and dL/dy0 of a row stay what they are, as far as f's matrix products do.
     pub fn tile(mut self, rows: usize) -> Self {
         self.cut.rows = Some(rows);

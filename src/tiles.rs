@@ -32,6 +32,10 @@ impl Tiles {
     /// then fit in a core's own cache.
     const ELEMENTS: usize = 8192;
 
+    /// Rows in a tile by default, at most: with few elements a row it is the field that is wide. More rows would take more
+    /// memory and hardly less time.
+    const ROWS: usize = 256;
+
     /// So many tiles of a batch, on `threads` threads. `None` if one holds it all.
     pub(crate) fn new(batch: usize, count: usize, threads: usize) -> Option<Self> {
         let tiles = (0..count).map(|n| batch * n / count..batch * (n + 1) / count).collect();
@@ -47,7 +51,7 @@ impl Tiles {
     /// How many tiles where no rows are asked for; the same on every machine, since it decides the order of sums. A power of
     /// two, if there are so many rows: two threads, or four, then have as many each.
     pub(crate) fn default_count(state: &State, batch: usize) -> usize {
-        let rows = (Self::ELEMENTS * batch / state.numel().max(1)).max(1);
+        let rows = (Self::ELEMENTS * batch / state.numel().max(1)).clamp(1, Self::ROWS);
         batch.div_ceil(rows).next_power_of_two().min(batch)
     }
 
@@ -238,8 +242,11 @@ mod tests {
     #[test]
     fn the_default_depends_on_the_state_alone() {
         let state = |shape: &[usize]| State::from(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap());
-        let cases: [(&[usize], usize); 8] = [
+        let cases: [(&[usize], usize); 11] = [
             (&[1024, 64], 8),
+            (&[256, 2], 1),
+            (&[257, 2], 2),
+            (&[2000, 2], 8),
             (&[16, 32, 16, 16], 16),
             (&[4, 100_000], 4),
             (&[256, 65], 4),
