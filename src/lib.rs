@@ -70,6 +70,7 @@ mod stats;
 mod tiles;
 mod time;
 mod trajectory;
+mod workers;
 
 pub use adjoint::{Adjoint, Backsolve, Discrete, Reconstruct, Unrolled};
 pub use controller::{AtFloor, Controller, Norm, Tolerance};

@@ -20,7 +20,7 @@ use crate::precision::Precision;
 use crate::scaling::AdjointScaling;
 use crate::solver::{Rk4, Solver};
 use crate::stats::{Counters, add};
-use crate::tiles::{Cut, Tiles};
+use crate::tiles::{self, Cut, Tiles};
 use crate::time::position;
 use crate::trajectory::schedule::Slot;
 use candle_core::Tensor;
@@ -300,8 +300,9 @@ impl Ode {
         self
     }
 
-    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Changes
-    /// no bit of any result.
+    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Where the
+    /// batch is not cut, layers of this crate share their larger products among as many, unless the solve itself runs on
+    /// a thread of rayon's. Changes no bit of any result.
     pub fn threads(mut self, threads: usize) -> Self {
         self.cut.threads = Some(threads);
         self
@@ -382,7 +383,7 @@ impl Ode {
         let wanted = (tracked && !unrolled).then_some(Wanted { adjoint: &self.adjoint, scaling, moments: &moments });
         let (Finished { times, outputs: mut reached, back }, counters) = match self.tiles(&start)? {
             Some(tiles) => tiles.forward(&forward, &start, &outputs, wanted)?,
-            None => (forward.solve(&start, &outputs, wanted)?, vec![counters]),
+            None => (tiles::whole(self.cut.threads, forward, &start, &outputs, wanted)?, vec![counters]),
         };
         let trajectory_bytes = back.as_ref().map_or(0, |back| back.bytes());
         let second_level_bytes = back.as_ref().map_or(0, |back| back.bytes_away());

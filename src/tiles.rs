@@ -6,7 +6,6 @@
 //! not on the number of threads.
 
 mod folding;
-mod workers;
 
 use crate::State;
 use crate::adjoint::{Reverse, Reversed};
@@ -15,6 +14,7 @@ use crate::field::{Fallback, draw};
 use crate::forward::{Finished, Forward, Wanted};
 use crate::scaling::AdjointScaling;
 use crate::stats::Counters;
+use crate::workers;
 use candle_core::Tensor;
 use folding::Folding;
 use std::ops::Range;
@@ -174,6 +174,42 @@ impl Reverse for Tiled {
 
     fn bytes_away(&self) -> usize {
         self.backs.iter().map(|back| back.bytes_away()).sum()
+    }
+}
+
+/// The passes over a batch that is not cut, whose kernels share their work among `threads`, if it says how many.
+pub(crate) fn whole(
+    threads: Option<usize>,
+    forward: Forward<'_>,
+    start: &State,
+    outputs: &[f64],
+    wanted: Option<Wanted<'_>>,
+) -> Result<Finished> {
+    let Finished { times, outputs, back } = workers::sharing(threads, || forward.solve(start, outputs, wanted))?;
+    let back = match (threads, back) {
+        (Some(threads), Some(back)) => Some(Box::new(Sharing { threads, back }) as Box<dyn Reverse>),
+        (_, back) => back,
+    };
+    Ok(Finished { times, outputs, back })
+}
+
+/// A reverse pass whose kernels share their work among so many threads.
+struct Sharing {
+    threads: usize,
+    back: Box<dyn Reverse>,
+}
+
+impl Reverse for Sharing {
+    fn reverse(&self, cotangents: &[(usize, State)]) -> Result<Reversed> {
+        workers::sharing(Some(self.threads), || self.back.reverse(cotangents))
+    }
+
+    fn bytes(&self) -> usize {
+        self.back.bytes()
+    }
+
+    fn bytes_away(&self) -> usize {
+        self.back.bytes_away()
     }
 }
 

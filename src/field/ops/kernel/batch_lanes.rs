@@ -11,12 +11,16 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Single;
+use super::shares::shares;
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
+use crate::workers::share;
 use std::ops::Range;
 
 /// Rows of the batch in a block at most.
 const ROWS: usize = 256;
+/// Rows of dW in the tallest block.
+const HEIGHT: usize = 4;
 
 /// out = epilogue(Bᵀ x) for x `(k, rows)` and B `(k, n)`; the bias belongs to the rows of `out` `(n, rows)`.
 pub(crate) fn multiply_lanes(x: View<'_, f32>, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>, out: ViewMut<'_, f32>) {
@@ -34,13 +38,22 @@ pub(super) fn multiply_lanes_on(
     let shape = (out.rows(), out.columns());
     assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
     assert!(epilogue.fits(shape.0, shape.1, shape.0));
-    path.run(Multiply { x, b, epilogue, out });
+    let Some(parts) = shares(shape.0, 1, [shape.1, b.depth()]) else {
+        return path.run(Multiply { x, b, epilogue, first: 0, out });
+    };
+    let outs = out.split(parts.iter().map(Range::len));
+    share(parts.into_iter().zip(outs), |(features, out)| {
+        path.run(Multiply { x, b, epilogue, first: features.start, out });
+    });
 }
 
+/// Some features of the result.
 struct Multiply<'a> {
     x: View<'a, f32>,
     b: &'a Packed<f32>,
     epilogue: &'a Epilogue<'a, f32>,
+    /// The first of the features.
+    first: usize,
     out: ViewMut<'a, f32>,
 }
 
@@ -49,12 +62,12 @@ impl Work for Multiply<'_> {
 
     #[inline(always)]
     unsafe fn run<M: Machine>(mut self) {
-        let features = self.out.rows();
+        let last = self.first + self.out.rows();
         for first in (0..self.out.columns()).step_by(ROWS) {
             let rows = first..self.out.columns().min(first + ROWS);
-            for panel in (0..features).step_by(PANEL) {
-                let end = features.min(panel + PANEL);
-                let mut feature = panel;
+            let mut feature = self.first;
+            while feature < last {
+                let end = last.min((feature / PANEL + 1) * PANEL);
                 while feature < end {
                     let height = by_height!(M::Lanes, end - feature, HEIGHT => {
                         // SAFETY: the CPU has the instructions, says the caller; the loops stay in the shapes.
@@ -87,7 +100,7 @@ impl Multiply<'_> {
             unsafe {
                 let a = Left::even(panel.values.as_ptr().add(feature % PANEL), 1, panel.width);
                 let b = Right { at: self.x.as_ptr().add(at), step: self.x.stride() };
-                let to = self.out.as_mut_ptr().add(feature * stride + at);
+                let to = self.out.as_mut_ptr().add((feature - self.first) * stride + at);
                 let start = |m: usize, _| M::Lanes::splat(bias[m]);
                 if HEIGHT <= 2 && left >= 4 * width {
                     // Few sums wait for each other; these are enough to fill the time.
@@ -114,22 +127,25 @@ impl Multiply<'_> {
         if let Some(gate) = self.epilogue.gate {
             for feature in features.clone() {
                 let (gate, bias) = (gate[feature], self.epilogue.bias.map_or(0.0, |bias| bias[feature]));
-                self.out.row(feature)[rows.clone()].iter_mut().for_each(|value| *value = *value * gate + bias);
+                let out = &mut self.out.row(feature - self.first)[rows.clone()];
+                out.iter_mut().for_each(|value| *value = *value * gate + bias);
             }
         }
         match self.epilogue.then {
             Then::Nothing => {}
             // Features without a gap between them are one slice.
             Then::Activation(activation) if rows.len() == self.out.stride() => {
-                let (first, count) = (features.start * rows.len(), features.len() * rows.len());
+                let (first, count) = ((features.start - self.first) * rows.len(), features.len() * rows.len());
                 activation.value_in_place(&mut self.out.slice_mut()[first..first + count]);
             }
             Then::Activation(activation) => {
-                features.for_each(|feature| activation.value_in_place(&mut self.out.row(feature)[rows.clone()]));
+                features.for_each(|feature| {
+                    activation.value_in_place(&mut self.out.row(feature - self.first)[rows.clone()]);
+                });
             }
             Then::TimesSlope(activation, kept) => {
                 for feature in features {
-                    let out = &mut self.out.row(feature)[rows.clone()];
+                    let out = &mut self.out.row(feature - self.first)[rows.clone()];
                     activation.times_slope(&kept.row(feature)[rows.clone()], out);
                 }
             }
@@ -145,7 +161,11 @@ pub(crate) fn add_outer_lanes(g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_
 /// [`add_outer_lanes`] on a path that this CPU has.
 pub(super) fn add_outer_lanes_on(path: Path, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
     assert_eq!((g.columns(), g.rows(), x.rows()), (x.columns(), dw.rows(), dw.columns()));
-    path.run(Outer { g, x, dw });
+    let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.columns()]) else {
+        return path.run(Outer { g, x, dw });
+    };
+    let outs = dw.split(parts.iter().map(Range::len));
+    share(parts.into_iter().zip(outs), |(rows, dw)| path.run(Outer { g: g.part(rows, 0..g.columns()), x, dw }));
 }
 
 struct Outer<'a> {

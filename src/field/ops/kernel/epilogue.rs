@@ -53,6 +53,15 @@ impl<T: Held> Epilogue<'_, T> {
         kept && [self.gate, self.bias].into_iter().flatten().all(|of| of.len() == length)
     }
 
+    /// That of some rows of the result.
+    pub(super) fn part(&self, rows: Range<usize>) -> Self {
+        let then = match self.then {
+            Then::TimesSlope(activation, kept) => Then::TimesSlope(activation, kept.part(rows, 0..kept.columns())),
+            then => then,
+        };
+        Self { then, ..*self }
+    }
+
     /// The bias where sums begin with it.
     pub(super) fn start(&self) -> Option<&[f32]> {
         self.bias.filter(|_| self.gate.is_none())

@@ -6,13 +6,17 @@ use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::scheme::Scheme;
+use super::shares::shares;
 use super::tile::{Left, Right, add, by_height, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
+use crate::workers::share;
 use std::ops::Range;
 
 /// Rows that are summed before they are added.
 const ROWS: usize = 256;
+/// Rows of dW in the tallest tile.
+const HEIGHT: usize = 8;
 
 /// Space for the operands of [`add_outer`] in the order in which products of pairs take them; F32 needs none.
 #[derive(Debug, Default)]
@@ -56,7 +60,7 @@ pub(super) fn add_outer_on<T: Held>(
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::interleaved(x, &mut scratch.x));
     let (steps, step, depth) = (ROWS / T::DEPTH, x.stride(), dw.columns());
     let lines = Lines { images: 1, image: 0, block: 1, line: steps * step, steps, step, segments: 1, apart: 0, depth };
-    path.run(Outer { g, x: x.slice(), lines, dw });
+    Outer { g, x: x.slice(), lines, dw }.run_on(path);
 }
 
 /// [`add_outer_windows`] on a path that this CPU has.
@@ -83,7 +87,7 @@ pub(super) fn add_outer_windows_on<T: Held>(
         depth: x.depth(),
     };
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::gathered(x.values(), shift, &mut scratch.x));
-    path.run(Outer { g, x, lines, dw });
+    Outer { g, x, lines, dw }.run_on(path);
 }
 
 /// The operands have `DEPTH` rows side by side in one, a step of the sums.
@@ -94,7 +98,23 @@ struct Outer<'a, T> {
     dw: ViewMut<'a, f32>,
 }
 
+impl<T: Held> Outer<'_, T> {
+    /// The sums, the rows of dW shared among threads.
+    fn run_on(self, path: Path) {
+        let Self { g, x, lines, dw } = self;
+        let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.rows() * T::DEPTH]) else {
+            return path.run(Outer { g, x, lines, dw });
+        };
+        let outs = dw.split(parts.iter().map(Range::len));
+        share(parts.into_iter().zip(outs), |(rows, dw)| {
+            let g = g.part(0..g.rows(), rows.start * T::DEPTH..rows.end * T::DEPTH);
+            path.run(Outer { g, x, lines, dw });
+        });
+    }
+}
+
 /// Where the steps of x lie: in lines, of which each image has as many; only the last line of a single image is shorter.
+#[derive(Clone, Copy)]
 struct Lines {
     images: usize,
     /// From an image to the next.

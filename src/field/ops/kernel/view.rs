@@ -88,6 +88,17 @@ impl<'a, T> ViewMut<'a, T> {
         &mut self.values[n * self.stride..][..self.columns]
     }
 
+    /// Its rows in parts of so many that follow each other, as many rows as there are.
+    pub(super) fn split(mut self, rows: impl IntoIterator<Item = usize>) -> Vec<Self> {
+        let parts = rows.into_iter().map(|rows| {
+            let values = std::mem::take(&mut self.values);
+            let (part, rest) = values.split_at_mut((rows * self.stride).min(values.len()));
+            self.values = rest;
+            Self::new(part, rows, self.columns, self.stride)
+        });
+        parts.collect()
+    }
+
     pub(crate) fn slice_mut(&mut self) -> &mut [T] {
         self.values
     }

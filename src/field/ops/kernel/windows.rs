@@ -2,6 +2,7 @@
 
 use super::held::Held;
 use super::view::View;
+use std::ops::Range;
 
 /// Rows that are multiplied: row r is `segments` pieces of `depth` elements, `apart` from each other, the first one at
 /// `start(r)`.
@@ -83,6 +84,12 @@ impl<'a, T: Held> Windows<'a, T> {
 
     pub(crate) fn looks(&self) -> &Looks {
         &self.looks
+    }
+
+    /// Those of some of the images.
+    pub(super) fn part(&self, images: Range<usize>) -> Self {
+        let looks = Looks { images: images.len(), ..self.looks };
+        Self::new(&self.values[images.start * looks.image()..], looks)
     }
 
     /// The pixels of an image.

@@ -1,5 +1,5 @@
-//! Threads that take tiles: each is a pool of one, so that whatever runs on it (a matmul of Candle's, say) finds no other
-//! thread to share its work with.
+//! Threads that take tiles, or shares of a kernel's work: each is a pool of one, so that whatever runs on it (a matmul of
+//! Candle's, say) finds no other thread to share its work with.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
@@ -7,18 +7,50 @@ use std::sync::{Mutex, PoisonError};
 
 thread_local! {
     static AT_WORK: Cell<bool> = const { Cell::new(false) };
+    static SHARING: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 /// Bytes of the stack of a worker: Candle's backward pass recurses. Only what is touched is taken.
 const STACK: usize = 16 << 20;
 
 /// Threads that Candle would use: the cores, or `RAYON_NUM_THREADS`.
-pub(super) fn most() -> usize {
+pub(crate) fn most() -> usize {
     rayon::current_num_threads()
 }
 
+/// Runs `run`, in which kernels share their work among so many threads, if it says how many.
+pub(crate) fn sharing<T>(threads: Option<usize>, run: impl FnOnce() -> T) -> T {
+    struct Outer(Option<usize>);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            SHARING.set(self.0);
+        }
+    }
+    let _outer = Outer(SHARING.replace(threads));
+    run()
+}
+
+/// Threads that a kernel may share its work among: those of the process, unless it runs on one that others run beside.
+pub(crate) fn to_share() -> usize {
+    if rayon::current_thread_index().is_some() { 1 } else { SHARING.get().unwrap_or_else(most) }
+}
+
+/// Does the jobs at once, the last one on this thread.
+pub(crate) fn share<J: Send>(jobs: impl IntoIterator<Item = J>, job: impl Fn(J) + Sync) {
+    let jobs: Vec<_> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
+    let work = |n: usize| {
+        let taken = jobs[n].lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.into_iter().for_each(&job);
+    };
+    let others = jobs.len().saturating_sub(1);
+    match Team::of(others) {
+        Some(team) => spread(&team.0, 0, &work, &|| work(others)),
+        None => (0..jobs.len()).for_each(work),
+    }
+}
+
 /// Does jobs `0..jobs`, job n on worker n modulo `threads`. On a worker the jobs are done in place: a field may solve.
-pub(super) fn each<T: Send>(threads: usize, jobs: usize, job: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub(crate) fn each<T: Send>(threads: usize, jobs: usize, job: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let Some(team) = (!AT_WORK.get()).then(|| Team::of(threads)).flatten() else { return (0..jobs).map(job).collect() };
     let done = Mutex::new((0..jobs).map(|_| None).collect::<Vec<Option<T>>>());
     let subscriber = tracing::dispatcher::get_default(Clone::clone);
@@ -32,18 +64,19 @@ pub(super) fn each<T: Send>(threads: usize, jobs: usize, job: impl Fn(usize) -> 
         };
         tracing::dispatcher::with_default(&subscriber, share);
     };
-    spread(&team.0, 0, &work);
+    spread(&team.0, 0, &work, &|| {});
     drop(team);
     done.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
 }
 
-/// Starts `work` on the first pool and, meanwhile, on the others; waits for all.
-fn spread(pools: &[ThreadPool], worker: usize, work: &(impl Fn(usize) + Sync)) {
-    if let Some((first, rest)) = pools.split_first() {
-        first.in_place_scope(|scope| {
+/// Starts `work` on the first pool and, meanwhile, on the others, then does what is `here`; waits for all.
+fn spread(pools: &[ThreadPool], worker: usize, work: &(impl Fn(usize) + Sync), here: &dyn Fn()) {
+    match pools.split_first() {
+        Some((first, rest)) => first.in_place_scope(|scope| {
             scope.spawn(move |_| work(worker));
-            spread(rest, worker + 1, work);
-        });
+            spread(rest, worker + 1, work, here);
+        }),
+        None => here(),
     }
 }
 
@@ -111,6 +144,25 @@ mod tests {
     fn jobs_on_threads_of_jobs_have_workers_of_their_own() {
         let inner = each(1, 1, |_| std::thread::scope(|scope| scope.spawn(|| places(1, 1)).join().unwrap()));
         assert_eq!(inner[0].len(), 1);
+    }
+
+    #[test]
+    fn shares_are_done_once_each_the_last_one_here() {
+        for jobs in [0, 1, 2, 5] {
+            let done = Mutex::new(vec![]);
+            share(0..jobs, |n| done.lock().unwrap().push((n, current().id())));
+            let mut done = done.into_inner().unwrap();
+            done.sort_by_key(|(n, _)| *n);
+            assert_eq!(done.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (0..jobs).collect::<Vec<_>>());
+            let here = done.iter().filter(|(_, thread)| *thread == current().id()).map(|(n, _)| n + 1);
+            assert_eq!(here.collect::<Vec<_>>(), if jobs > 0 { vec![jobs] } else { vec![] });
+        }
+    }
+
+    #[test]
+    fn nothing_is_shared_beside_others() {
+        let inner = || sharing(Some(3), || each(2, 2, |_| to_share()));
+        assert_eq!((inner(), sharing(Some(3), to_share)), (vec![1, 1], 3));
     }
 
     #[test]

@@ -1,0 +1,69 @@
+//! A batch that is not cut into tiles: its layers share their products among threads, and no bit changes.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+use candle_ode::ops::{Activation, Mlp, conv2d, seq};
+use candle_ode::prelude::*;
+use common::{bits, fill, sorted, variable};
+
+/// The bits of y(T), dL/dy0 and each dL/dθ for L = Σ y(T)².
+fn trained(ode: &Ode, vars: &VarMap, y0: &Var) -> Vec<Vec<u64>> {
+    let solution = ode.solve(y0.as_tensor()).unwrap();
+    assert_eq!(solution.tiles(), 1);
+    let grads = solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    let parameters: Vec<Tensor> = sorted(vars).iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
+    let all = [solution.last(), grads.get(y0).unwrap()].into_iter().chain(&parameters);
+    all.map(bits).collect()
+}
+
+/// With one thread, with several, and by default.
+fn no_bit_changes(name: &str, field: &ModelField, vars: &VarMap, y0: &Var) {
+    fill(vars, 1, 1.0);
+    for precision in [Precision::F32, Precision::BF16, Precision::F16] {
+        let fixed = Ode::new(field).solver(Rk4).span(0.0, 1.0).steps(2).precision(precision);
+        let adaptive = Ode::new(field).solver(Dopri5).span(0.0, 1.0).tolerances(1e-1, 1e-1).precision(precision);
+        for (kind, ode) in [("fixed", fixed), ("adaptive", adaptive)] {
+            let alone = trained(&ode.clone().threads(1), vars, y0);
+            for threads in [2, 3, 7] {
+                let shared = trained(&ode.clone().threads(threads), vars, y0);
+                assert!(alone == shared, "{name}, {precision:?}, {kind}, {threads} threads");
+            }
+            assert!(alone == trained(&ode, vars, y0), "{name}, {precision:?}, {kind}, by default");
+        }
+    }
+}
+
+fn mlp(sizes: &'static [usize], activation: Activation, rows: usize) {
+    let vars = VarMap::new();
+    let build = move |vb: VarBuilder<'static>| Mlp::new(sizes, activation, vb);
+    let field = ModelField::new(&vars, &Device::Cpu, build, |m: &Mlp, _: &Time, y| m.forward(y)).unwrap();
+    no_bit_changes(&format!("{sizes:?}"), &field, &vars, &variable(9, &[rows, sizes[0]], DType::F32));
+}
+
+#[test]
+fn layers_with_features_in_the_lanes() {
+    mlp(&[64, 200, 64], Activation::Tanh, 333);
+    mlp(&[48, 257, 48], Activation::Gelu, 301);
+}
+
+#[test]
+fn layers_with_the_batch_in_the_lanes() {
+    mlp(&[2, 130, 2], Activation::Tanh, 6001);
+    mlp(&[3, 64, 64, 3], Activation::Silu, 3000);
+}
+
+#[test]
+fn convolutions() {
+    let vars = VarMap::new();
+    let config = Conv2dConfig { padding: 1, ..Default::default() };
+    // The first is summed directly, the second filtered where the dtype allows.
+    let build = move |vb: VarBuilder<'static>| {
+        let first = conv2d(8, 32, 3, config, vb.pp(0))?;
+        Ok(seq().add(first).add(Activation::Tanh).add(conv2d(32, 8, 3, config, vb.pp(1))?))
+    };
+    let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y)).unwrap();
+    no_bit_changes("convolutions", &field, &vars, &variable(9, &[5, 8, 18, 18], DType::F32));
+}
