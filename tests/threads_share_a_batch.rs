@@ -45,8 +45,8 @@ fn mlp(sizes: &'static [usize], activation: Activation, rows: usize) {
 
 #[test]
 fn layers_with_features_in_the_lanes() {
-    mlp(&[64, 200, 64], Activation::Tanh, 333);
-    mlp(&[48, 257, 48], Activation::Gelu, 301);
+    mlp(&[64, 200, 64], Activation::Tanh, 1333);
+    mlp(&[48, 257, 48], Activation::Gelu, 1301);
 }
 
 #[test]
@@ -55,15 +55,25 @@ fn layers_with_the_batch_in_the_lanes() {
     mlp(&[3, 64, 64, 3], Activation::Silu, 3000);
 }
 
-#[test]
-fn convolutions() {
+fn convolutions(sizes: [usize; 3], images: &[usize]) {
     let vars = VarMap::new();
     let config = Conv2dConfig { padding: 1, ..Default::default() };
-    // The first is summed directly, the second filtered where the dtype allows.
+    let [first, hidden, last] = sizes;
     let build = move |vb: VarBuilder<'static>| {
-        let first = conv2d(8, 32, 3, config, vb.pp(0))?;
-        Ok(seq().add(first).add(Activation::Tanh).add(conv2d(32, 8, 3, config, vb.pp(1))?))
+        let first = conv2d(first, hidden, 3, config, vb.pp(0))?;
+        Ok(seq().add(first).add(Activation::Tanh).add(conv2d(hidden, last, 3, config, vb.pp(1))?))
     };
     let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y)).unwrap();
-    no_bit_changes("convolutions", &field, &vars, &variable(9, &[5, 8, 18, 18], DType::F32));
+    no_bit_changes(&format!("{sizes:?}"), &field, &vars, &variable(9, images, DType::F32));
+}
+
+/// Filtered in F32 and F16.
+#[test]
+fn convolutions_of_many_channels() {
+    convolutions([32, 64, 32], &[5, 32, 18, 18]);
+}
+
+#[test]
+fn convolutions_of_few_channels() {
+    convolutions([8, 32, 8], &[7, 8, 25, 31]);
 }

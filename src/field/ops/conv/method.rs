@@ -82,8 +82,9 @@ impl Convolved for f32 {
         match method {
             Method::Direct => directly(x, w, bias, out),
             Method::Filtered => {
-                let space = winograd::space(x.looks().channels, w.columns());
-                winograd::convolve_in_tiles(x, w, bias, out, &mut Self::spare(session).matrix(1, space));
+                let images = winograd::shares_of_images(x.looks(), w.columns());
+                let space = images.len() * winograd::space(x.looks().channels, w.columns());
+                winograd::convolve_in_tiles(images, x, w, bias, out, &mut Self::spare(session).matrix(1, space));
             }
         }
     }
@@ -92,8 +93,9 @@ impl Convolved for f32 {
         match method {
             Method::Direct => add_outer_directly(session, g, x, dw),
             Method::Filtered => {
-                let space = winograd::space_of_sums(x.looks().channels, g.columns());
-                winograd::add_outer_in_tiles(g, x, dw, &mut Self::spare(session).matrix(1, space));
+                let outputs = winograd::shares_of_outputs(x.looks(), g.columns());
+                let space = outputs.iter().map(|part| winograd::space_of_sums(x.looks().channels, part.len())).sum();
+                winograd::add_outer_in_tiles(outputs, g, x, dw, &mut Self::spare(session).matrix(1, space));
             }
         }
     }

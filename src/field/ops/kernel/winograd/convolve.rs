@@ -6,9 +6,11 @@ use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
 use crate::field::ops::kernel::packed::{PANEL, Packed};
 use crate::field::ops::kernel::scheme::Single;
+use crate::field::ops::kernel::shares::shares;
 use crate::field::ops::kernel::tile::{Left, Right, by_height, store, tile};
 use crate::field::ops::kernel::view::ViewMut;
-use crate::field::ops::kernel::windows::Windows;
+use crate::field::ops::kernel::windows::{Looks, Windows};
+use crate::workers::share;
 use std::ops::Range;
 
 /// G w Gᵀ at a point, for w(tap).
@@ -19,7 +21,14 @@ pub(crate) fn of_kernel(point: usize, w: impl Fn(usize) -> f32) -> f32 {
     terms.map(|(factor, tap)| factor * w(tap)).sum()
 }
 
-/// Floats of space that [`convolve_in_tiles`] needs.
+/// The images that threads take, for so many outputs.
+pub(crate) fn shares_of_images(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
+    let results = looks.windows[0] * looks.windows[1];
+    let parts = shares(looks.images, 1, [results * outputs, POINTS / 4 * looks.channels]);
+    parts.unwrap_or_else(|| std::iter::once(0..looks.images).collect())
+}
+
+/// Floats of space that [`convolve_in_tiles`] needs for each share.
 pub(crate) fn space(channels: usize, outputs: usize) -> usize {
     POINTS * (apart(channels) + apart(padded(outputs)))
 }
@@ -29,15 +38,22 @@ fn padded(columns: usize) -> usize {
     columns.next_multiple_of(PANEL / 2)
 }
 
-/// y = x ∗ w + b for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point.
+/// y = x ∗ w + b for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point; the images
+/// [shared](shares_of_images) among threads.
 pub(crate) fn convolve_in_tiles(
+    images: Vec<Range<usize>>,
     x: Windows<'_, f32>,
     w: &Packed<f32>,
     bias: Option<&[f32]>,
     out: ViewMut<'_, f32>,
     space: &mut [f32],
 ) {
-    convolve_in_tiles_on(f32::path(Path::best()), x, w, bias, out, space);
+    let (path, results) = (f32::path(Path::best()), x.looks().windows[0] * x.looks().windows[1]);
+    let each = space.len() / images.len().max(1);
+    let outs = out.split(images.iter().map(|images| images.len() * results));
+    share(images.into_iter().zip(outs).zip(space.chunks_exact_mut(each.max(1))), |((images, out), space)| {
+        convolve_in_tiles_on(path, x.part(images), w, bias, out, space);
+    });
 }
 
 /// [`convolve_in_tiles`] on a path that this CPU has.

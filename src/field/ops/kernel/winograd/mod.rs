@@ -27,8 +27,8 @@ use super::lanes::Lanes;
 use super::windows::{Looks, Windows};
 use std::ops::Range;
 
-pub(crate) use convolve::{convolve_in_tiles, of_kernel, space};
-pub(crate) use outer::{add_outer_in_tiles, space_of_sums};
+pub(crate) use convolve::{convolve_in_tiles, of_kernel, shares_of_images, space};
+pub(crate) use outer::{add_outer_in_tiles, shares_of_outputs, space_of_sums};
 #[cfg(test)]
 pub(super) use {convolve::convolve_in_tiles_on, outer::add_outer_in_tiles_on};
 

@@ -5,19 +5,50 @@ use crate::field::ops::kernel::held::Held;
 use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
 use crate::field::ops::kernel::scheme::Single;
+use crate::field::ops::kernel::shares::shares;
 use crate::field::ops::kernel::tile::{Left, Right, add, by_height, tile};
 use crate::field::ops::kernel::view::{View, ViewMut};
-use crate::field::ops::kernel::windows::Windows;
+use crate::field::ops::kernel::windows::{Looks, Windows};
+use crate::workers::share;
 use std::ops::Range;
 
-/// Floats of space that [`add_outer_in_tiles`] needs.
+/// Outputs in the tallest tile of sums.
+const HEIGHT: usize = 8;
+
+/// The outputs that threads take.
+pub(crate) fn shares_of_outputs(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
+    let tiles = looks.images * looks.windows[0] * looks.windows[1] / 4;
+    let parts = shares(outputs, HEIGHT, [looks.channels, POINTS * tiles]);
+    parts.unwrap_or_else(|| std::iter::once(0..outputs).collect())
+}
+
+/// Floats of space that [`add_outer_in_tiles`] needs for a share of so many outputs.
 pub(crate) fn space_of_sums(channels: usize, outputs: usize) -> usize {
     POINTS * (apart(channels) + apart(outputs) + outputs * channels)
 }
 
-/// dw += gᵀ x for g `(pixels, outputs)`, the windows of x that [`fits`], and dw `(outputs, 9 · channels)`.
-pub(crate) fn add_outer_in_tiles(g: View<'_, f32>, x: Windows<'_, f32>, dw: ViewMut<'_, f32>, space: &mut [f32]) {
-    add_outer_in_tiles_on(f32::path(Path::best()), g, x, dw, space);
+/// dw += gᵀ x for g `(pixels, outputs)`, the windows of x that [`fits`], and dw `(outputs, 9 · channels)`; the outputs
+/// [shared](shares_of_outputs) among threads.
+pub(crate) fn add_outer_in_tiles(
+    outputs: Vec<Range<usize>>,
+    g: View<'_, f32>,
+    x: Windows<'_, f32>,
+    dw: ViewMut<'_, f32>,
+    mut space: &mut [f32],
+) {
+    let path = f32::path(Path::best());
+    let outs = dw.split(outputs.iter().map(Range::len));
+    let spaces: Vec<&mut [f32]> = outputs
+        .iter()
+        .map(|outputs| {
+            let (own, rest) = std::mem::take(&mut space).split_at_mut(space_of_sums(x.looks().channels, outputs.len()));
+            space = rest;
+            own
+        })
+        .collect();
+    share(outputs.into_iter().zip(outs).zip(spaces), |((outputs, dw), space)| {
+        add_outer_in_tiles_on(path, g.part(0..g.rows(), outputs), x, dw, space);
+    });
 }
 
 /// [`add_outer_in_tiles`] on a path that this CPU has.
