@@ -1,9 +1,11 @@
 //! Threads that take tiles, or shares of a kernel's work: each is a pool of one, so that whatever runs on it (a matmul of
 //! Candle's, say) finds no other thread to share its work with.
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::{ThreadPool, ThreadPoolBuilder, Yield};
 use std::cell::Cell;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 thread_local! {
     static AT_WORK: Cell<bool> = const { Cell::new(false) };
@@ -12,6 +14,9 @@ thread_local! {
 
 /// Bytes of the stack of a worker: Candle's backward pass recurses. Only what is touched is taken.
 const STACK: usize = 16 << 20;
+
+/// How long a worker looks out for the next share before it sleeps: to wake it takes as long as a small share.
+const AWAKE: Duration = Duration::from_micros(500);
 
 /// Threads that Candle would use: the cores, or `RAYON_NUM_THREADS`.
 pub(crate) fn most() -> usize {
@@ -35,17 +40,34 @@ pub(crate) fn to_share() -> usize {
     if rayon::current_thread_index().is_some() { 1 } else { SHARING.get().unwrap_or_else(most) }
 }
 
-/// Does the jobs at once, the last one on this thread.
+/// Does the jobs at once, the last one on this thread. Who has done one stays awake for a while: others will follow.
 pub(crate) fn share<J: Send>(jobs: impl IntoIterator<Item = J>, job: impl Fn(J) + Sync) {
+    let mut jobs: Vec<_> = jobs.into_iter().collect();
+    let Some(here) = jobs.pop() else { return };
+    let Some(team) = Team::of(jobs.len()) else { return jobs.into_iter().chain([here]).for_each(job) };
+    let left = AtomicUsize::new(jobs.len());
     let jobs: Vec<_> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
     let work = |n: usize| {
+        let _done = Done(&left);
         let taken = jobs[n].lock().unwrap_or_else(PoisonError::into_inner).take();
         taken.into_iter().for_each(&job);
     };
-    let others = jobs.len().saturating_sub(1);
-    match Team::of(others) {
-        Some(team) => spread(&team.0, 0, &work, &|| work(others)),
-        None => (0..jobs.len()).for_each(work),
+    spread(&team.0, 0, &work, || {
+        job(here);
+        // The others are about to be done, too.
+        while left.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+    });
+    team.0.iter().for_each(Worker::stay_awake);
+}
+
+/// One job less is left, however it ends.
+struct Done<'a>(&'a AtomicUsize);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -64,27 +86,57 @@ pub(crate) fn each<T: Send>(threads: usize, jobs: usize, job: impl Fn(usize) -> 
         };
         tracing::dispatcher::with_default(&subscriber, share);
     };
-    spread(&team.0, 0, &work, &|| {});
+    spread(&team.0, 0, &work, || {});
     drop(team);
     done.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
 }
 
-/// Starts `work` on the first pool and, meanwhile, on the others, then does what is `here`; waits for all.
-fn spread(pools: &[ThreadPool], worker: usize, work: &(impl Fn(usize) + Sync), here: &dyn Fn()) {
-    match pools.split_first() {
-        Some((first, rest)) => first.in_place_scope(|scope| {
-            scope.spawn(move |_| work(worker));
-            spread(rest, worker + 1, work, here);
+/// Starts `work` on the first worker and, meanwhile, on the others, then does what is to be done `here`; waits for all.
+fn spread(workers: &[Worker], n: usize, work: &(impl Fn(usize) + Sync), here: impl FnOnce()) {
+    match workers.get(n) {
+        Some(worker) => worker.pool.in_place_scope(|scope| {
+            scope.spawn(move |_| work(n));
+            spread(workers, n + 1, work, here);
         }),
         None => here(),
     }
 }
 
+/// A pool of one thread.
+struct Worker {
+    pool: ThreadPool,
+    /// Whether it looks out for work.
+    awake: Arc<AtomicBool>,
+}
+
+impl Worker {
+    fn new() -> Option<Self> {
+        let pool = ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).thread_name(|_| "tiles".into());
+        Some(Self { pool: pool.build().ok()?, awake: Arc::default() })
+    }
+
+    fn stay_awake(&self) {
+        if self.awake.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let awake = self.awake.clone();
+        self.pool.spawn(move || {
+            let mut since = Instant::now();
+            while since.elapsed() < AWAKE {
+                if rayon::yield_now() == Some(Yield::Executed) {
+                    since = Instant::now();
+                }
+            }
+            awake.store(false, Ordering::Release);
+        });
+    }
+}
+
 /// Workers that nobody else uses meanwhile; they are kept for the next who wants some. So no solve waits for another's,
 /// wherever it runs.
-struct Team(Vec<ThreadPool>);
+struct Team(Vec<Worker>);
 
-static IDLE: Mutex<Vec<ThreadPool>> = Mutex::new(vec![]);
+static IDLE: Mutex<Vec<Worker>> = Mutex::new(vec![]);
 
 impl Team {
     /// So many; `None` where the system gives no more threads.
@@ -94,8 +146,7 @@ impl Team {
         let mut team = Self(idle.drain(kept..).collect());
         drop(idle);
         while team.0.len() < threads {
-            let pool = ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).thread_name(|_| "tiles".into());
-            team.0.push(pool.build().ok()?);
+            team.0.push(Worker::new()?);
         }
         Some(team)
     }

@@ -9,7 +9,7 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Scheme;
-use super::shares::shares;
+use super::shares::{shares, shares_of_convolution};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
@@ -27,33 +27,28 @@ const GROUP: usize = 1 << 16;
 ///
 /// A row of the result depends on that row of x alone, to the last bit.
 pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
-    shared(x, x.rows(), 1, |rows| x.part(rows, 0..x.columns()), b, epilogue, out);
+    let path = T::path(Path::best());
+    let Some(parts) = shares(x.rows(), ROWS, [b.columns(), b.depth() / T::DEPTH]) else {
+        return multiply_on(path, x, b, epilogue, out);
+    };
+    let outs = out.split(parts.iter().map(Range::len));
+    share(parts.into_iter().zip(outs), |(rows, out)| {
+        multiply_on(path, x.part(rows.clone(), 0..x.columns()), b, &epilogue.part(rows), out);
+    });
 }
 
 /// [`multiply`] with the windows of images for rows: a convolution.
 pub(crate) fn convolve<T: Held>(x: Windows<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
-    let images = x.looks().images;
-    shared(x, images, x.rows() / images.max(1), |images| x.part(images), b, epilogue, out);
-}
-
-/// The product, its rows shared among threads by the `count` pieces that x has, of `each` rows.
-fn shared<T: Held, X: Rows<T> + Send>(
-    x: X,
-    count: usize,
-    each: usize,
-    part: impl Fn(Range<usize>) -> X,
-    b: &Packed<T>,
-    epilogue: &Epilogue<'_, T>,
-    out: ViewMut<'_, T>,
-) {
-    let (path, unit) = (T::path(Path::best()), ROWS.div_ceil(each.max(1)));
-    let Some(pieces) = shares(count, unit, [each * b.columns(), b.depth()]) else {
+    let (path, looks) = (T::path(Path::best()), x.looks());
+    let windows = looks.windows[0] * looks.windows[1];
+    let Some(parts) = shares_of_convolution(looks.images, 1, [windows * b.columns(), b.depth() / T::DEPTH]) else {
         return multiply_on(path, x, b, epilogue, out);
     };
-    let outs = out.split(pieces.iter().map(|pieces| pieces.len() * each));
-    let jobs =
-        pieces.into_iter().map(|pieces| (part(pieces.clone()), pieces.start * each..pieces.end * each)).zip(outs);
-    share(jobs, |((x, rows), out)| multiply_on(path, x, b, &epilogue.part(rows), out));
+    let outs = out.split(parts.iter().map(|images| images.len() * windows));
+    share(parts.into_iter().zip(outs), |(images, out)| {
+        let rows = images.start * windows..images.end * windows;
+        multiply_on(path, x.part(images), b, &epilogue.part(rows), out);
+    });
 }
 
 /// [`multiply`] on a path that this CPU has.

@@ -6,7 +6,7 @@ use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::scheme::Scheme;
-use super::shares::shares;
+use super::shares::{shares, shares_of_convolution};
 use super::tile::{Left, Right, add, by_height, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
@@ -102,7 +102,8 @@ impl<T: Held> Outer<'_, T> {
     /// The sums, the rows of dW shared among threads.
     fn run_on(self, path: Path) {
         let Self { g, x, lines, dw } = self;
-        let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.rows() * T::DEPTH]) else {
+        let shares = if lines.segments > 1 { shares_of_convolution } else { shares };
+        let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.rows()]) else {
             return path.run(Outer { g, x, lines, dw });
         };
         let outs = dw.split(parts.iter().map(Range::len));
