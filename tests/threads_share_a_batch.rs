@@ -14,7 +14,7 @@ fn trained(ode: &Ode, vars: &VarMap, y0: &Var) -> Vec<Vec<u64>> {
     let solution = ode.solve(y0.as_tensor()).unwrap();
     assert_eq!(solution.tiles(), 1);
     let grads = solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
-    let parameters: Vec<Tensor> = sorted(vars).iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
+    let parameters: Vec<Tensor> = sorted(vars).values().map(|var| grads.get(var).unwrap().clone()).collect();
     let all = [solution.last(), grads.get(y0).unwrap()].into_iter().chain(&parameters);
     all.map(bits).collect()
 }

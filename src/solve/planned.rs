@@ -76,6 +76,7 @@ impl Ode {
             memory,
             adjoint,
             tiles: self.tiles(&y0)?,
+            threads: self.cut.threads,
             inputs: &self.inputs,
             seed: self.seed,
             tracked: self.tracked

@@ -173,6 +173,8 @@ pub(crate) struct Planned<'a> {
     pub(crate) adjoint: PlannedAdjoint,
     /// The tiles of the batch, if it is cut.
     pub(crate) tiles: Option<Tiles>,
+    /// Threads among which kernels share their work where it is not, if it is said how many.
+    pub(crate) threads: Option<usize>,
     pub(crate) inputs: &'a [Tensor],
     pub(crate) seed: u64,
     /// Whether a backward pass follows.
@@ -218,6 +220,8 @@ impl Planned<'_> {
             seed: self.seed,
             tracked: self.tracked,
             linearizes: self.keeps().linearizes(),
+            // Tiles share nothing.
+            threads: if self.tiles.is_some() { Some(1) } else { self.threads },
         };
         let key = probed.key();
         let mut known = self.known.costs.lock().unwrap_or_else(PoisonError::into_inner);

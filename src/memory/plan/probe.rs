@@ -12,6 +12,7 @@ use crate::memory::meter::{Held, TrackingAllocator, held};
 use crate::scaling::{AdjointScaling, PowerOfTwo, Rule};
 use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages};
 use crate::stats::Counters;
+use crate::workers::sharing;
 use candle_core::{DType, Shape, Tensor};
 use std::rc::Rc;
 
@@ -81,6 +82,8 @@ pub(super) struct Probed<'a> {
     pub(super) tracked: bool,
     /// Whether the forward pass keeps linearisations: its session is one that linearises.
     pub(super) linearizes: bool,
+    /// Threads among which kernels share their work, if it is said how many.
+    pub(super) threads: Option<usize>,
 }
 
 /// What costs depend on.
@@ -93,6 +96,7 @@ pub(crate) struct Key {
     scaling: &'static str,
     tracked: bool,
     linearizes: bool,
+    threads: Option<usize>,
 }
 
 impl Probed<'_> {
@@ -104,14 +108,16 @@ impl Probed<'_> {
             scaling: self.scaling.name(),
             tracked: self.tracked,
             linearizes: self.linearizes,
+            threads: self.threads,
         }
     }
 
     pub(super) fn measure(&self) -> Result<Costs> {
         let rounds = if TrackingAllocator::is_installed() { ROUNDS } else { 0 };
-        let mut costs = self.round()?;
+        let round = || sharing(self.threads, || self.round());
+        let mut costs = round()?;
         for n in 0..rounds {
-            let round = self.round()?;
+            let round = round()?;
             costs = if n == 0 { round } else { costs.least(&round) };
         }
         Ok(if rounds == 0 { costs.exact() } else { costs })
