@@ -2,7 +2,7 @@
 //! and the peak of the heap. Alternately, in one run. `cargo bench --bench threads`
 #![allow(missing_docs)]
 
-use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_core::{Device, Module, Tensor, Var};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use candle_ode::field::divergence::{LogDensity, Trace};
 use candle_ode::memory::TrackingAllocator;
@@ -31,7 +31,7 @@ fn step(ode: &Ode, y0: &State) -> candle_ode::Result<(f64, u64)> {
 }
 
 fn print(what: &str, field: &ModelField, shapes: &[&[usize]]) -> candle_ode::Result<()> {
-    let draw = |shape: &&[usize]| Ok(Var::from_tensor(&Tensor::randn(0f32, 1.0, *shape, &Device::Cpu)?)?);
+    let draw = |shape: &&[usize]| Var::from_tensor(&Tensor::randn(0f32, 1.0, *shape, &Device::Cpu)?);
     let y0: Vec<Var> = shapes.iter().map(draw).collect::<candle_core::Result<_>>()?;
     let y0 = State::from(y0.iter().map(|var| var.as_tensor().clone()).collect::<Vec<_>>());
     for precision in [Precision::F32, Precision::BF16] {

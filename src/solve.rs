@@ -291,18 +291,22 @@ impl Ode {
     /// [row-wise](crate::ModelField::row_wise). What a pass needs beside the trajectory (the stages and linearisations
     /// of a step) is that of one tile a thread.
     ///
-    /// By default, on a CPU, at most as many rows as have 8192 elements of the state, and 256, so that tiles are a power of
-    /// two, or one of each row; on other devices, and where a solve cannot be cut (adaptive steps, whose lengths all rows
-    /// share; an observer; [`Unrolled`](crate::Unrolled); times with gradients), all rows. The sums over the batch are made tile by tile, so the tile moves the last bits of
-    /// dL/dθ. The states and dL/dy0 of a row stay what they are, as far as f's matrix products do.
+    /// By default, on a CPU, at most 256 rows and at most as many as have 8192 elements of the state, the number of tiles
+    /// a power of two if there are so many rows; on other devices, and where a solve cannot be cut (adaptive steps, whose
+    /// lengths all rows share; an observer; [`Unrolled`](crate::Unrolled); times with gradients), all rows. The sums over the
+    /// batch are made tile by tile, so the tile moves the last bits of dL/dθ. The states and dL/dy0 of a row stay what they are, as far as f's matrix products do.
     pub fn tile(mut self, rows: usize) -> Self {
         self.cut.rows = Some(rows);
         self
     }
 
-    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Where the
-    /// batch is not cut, layers of this crate share their larger products among as many, unless the solve itself runs on
-    /// a thread of rayon's. Changes no bit of any result.
+    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Changes no bit
+    /// of any result.
+    ///
+    /// Where the batch is not cut, layers of this crate share their larger products among as many, and wait for the next
+    /// one for half a millisecond before they sleep. Without a number they leave cores to other solves that share theirs, and
+    /// nothing is shared on a thread of rayon's. ([`Unrolled`](crate::Unrolled) does not limit its backward pass, which is
+    /// Candle's.)
     pub fn threads(mut self, threads: usize) -> Self {
         self.cut.threads = Some(threads);
         self

@@ -3,7 +3,7 @@
 //! A field that treats the rows of a batch independently is solved tile by tile: what lives at once of its evaluations,
 //! linearisations and stages belongs to one tile a thread and stays in that core's cache. Tiles are as
 //! even as can be. What they add up to, dL/dθ, is summed in the order of the tiles, so that the bits depend on the tile and
-//! not on the number of threads.
+//! not on the number of threads. A batch that is not cut is solved whole; its kernels share their work.
 
 mod folding;
 
@@ -103,7 +103,7 @@ impl Tiles {
         wanted: Option<Wanted<'_>>,
     ) -> Result<(Finished, Vec<Arc<Counters>>)> {
         let start = start.detach();
-        forward.check_tile(&self.of(&start, 0)?, &start)?;
+        workers::sharing(Some(1), || forward.check_tile(&self.of(&start, 0)?, &start))?;
         let counters: Vec<Arc<Counters>> =
             (0..self.count()).map(|n| if n == 0 { forward.counters.clone() } else { Arc::default() }).collect();
         let scalings: Vec<Option<AdjointScaling>> =

@@ -15,6 +15,9 @@ thread_local! {
 /// Bytes of the stack of a worker: Candle's backward pass recurses. Only what is touched is taken.
 const STACK: usize = 16 << 20;
 
+/// How many kernels share their work at the moment.
+static SHARERS: AtomicUsize = AtomicUsize::new(0);
+
 /// How long a worker looks out for the next share before it sleeps: to wake it takes as long as a small share.
 const AWAKE: Duration = Duration::from_micros(500);
 
@@ -31,24 +34,32 @@ pub(crate) fn sharing<T>(threads: Option<usize>, run: impl FnOnce() -> T) -> T {
             SHARING.set(self.0);
         }
     }
-    let _outer = Outer(SHARING.replace(threads));
+    let outer = SHARING.get();
+    let _outer = Outer(outer);
+    SHARING.set(threads.or(outer));
     run()
 }
 
-/// Threads that a kernel may share its work among: those of the process, unless it runs on one that others run beside.
+/// Threads that a kernel may share its work among: unless it is said how many those of the process, as far as others do not
+/// share theirs; one where it runs on a worker.
 pub(crate) fn to_share() -> usize {
-    if rayon::current_thread_index().is_some() { 1 } else { SHARING.get().unwrap_or_else(most) }
+    let free = || most() / (1 + SHARERS.load(Ordering::Relaxed));
+    if rayon::current_thread_index().is_some() { 1 } else { SHARING.get().unwrap_or_else(free) }
 }
 
 /// Does the jobs at once, the last one on this thread. Who has done one stays awake for a while: others will follow.
 pub(crate) fn share<J: Send>(jobs: impl IntoIterator<Item = J>, job: impl Fn(J) + Sync) {
     let mut jobs: Vec<_> = jobs.into_iter().collect();
     let Some(here) = jobs.pop() else { return };
+    if jobs.is_empty() {
+        return job(here);
+    }
+    let _sharing = One::more(&SHARERS);
     let Some(team) = Team::of(jobs.len()) else { return jobs.into_iter().chain([here]).for_each(job) };
     let left = AtomicUsize::new(jobs.len());
     let jobs: Vec<_> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
     let work = |n: usize| {
-        let _done = Done(&left);
+        let _done = One(&left);
         let taken = jobs[n].lock().unwrap_or_else(PoisonError::into_inner).take();
         taken.into_iter().for_each(&job);
     };
@@ -62,10 +73,17 @@ pub(crate) fn share<J: Send>(jobs: impl IntoIterator<Item = J>, job: impl Fn(J) 
     team.0.iter().for_each(Worker::stay_awake);
 }
 
-/// One job less is left, however it ends.
-struct Done<'a>(&'a AtomicUsize);
+/// One of those that are counted, until it ends in whatever way.
+struct One<'a>(&'a AtomicUsize);
 
-impl Drop for Done<'_> {
+impl<'a> One<'a> {
+    fn more(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for One<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Release);
     }
@@ -78,13 +96,13 @@ pub(crate) fn each<T: Send>(threads: usize, jobs: usize, job: impl Fn(usize) -> 
     let subscriber = tracing::dispatcher::get_default(Clone::clone);
     let work = |worker: usize| {
         AT_WORK.set(true);
-        let share = || {
+        let own = || {
             for n in (worker..jobs).step_by(threads) {
                 let result = job(n);
                 done.lock().unwrap_or_else(PoisonError::into_inner)[n] = Some(result);
             }
         };
-        tracing::dispatcher::with_default(&subscriber, share);
+        tracing::dispatcher::with_default(&subscriber, own);
     };
     spread(&team.0, 0, &work, || {});
     drop(team);
@@ -111,7 +129,7 @@ struct Worker {
 
 impl Worker {
     fn new() -> Option<Self> {
-        let pool = ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).thread_name(|_| "tiles".into());
+        let pool = ThreadPoolBuilder::new().num_threads(1).stack_size(STACK).thread_name(|_| "candle-ode".into());
         Some(Self { pool: pool.build().ok()?, awake: Arc::default() })
     }
 
@@ -123,8 +141,9 @@ impl Worker {
         self.pool.spawn(move || {
             let mut since = Instant::now();
             while since.elapsed() < AWAKE {
-                if rayon::yield_now() == Some(Yield::Executed) {
-                    since = Instant::now();
+                match rayon::yield_now() {
+                    Some(Yield::Executed) => since = Instant::now(),
+                    _ => std::thread::yield_now(),
                 }
             }
             awake.store(false, Ordering::Release);

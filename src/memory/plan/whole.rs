@@ -118,7 +118,7 @@ impl Planned<'_> {
             total.give(Part::Owned(Category::Gradients), sums);
             total.give(Part::Owned(Category::Scratch), shared);
             total.give(Part::Outside, self.used.len() * handed);
-            self.hand_over(y0, &costs, &mut total);
+            self.hand_to_candle(y0, &costs, &mut total);
         }
         let counts_heap = TrackingAllocator::is_installed() && y0.device().is_cpu();
         let counts = kinds.iter().map(|tile| tile.counts).reduce(Counts::largest).unwrap_or_default();
@@ -137,15 +137,16 @@ impl Planned<'_> {
         })
     }
 
-    /// Candle is handed dL/dθ and dL/dy0: it adds each to zeros of its own, one after another.
-    fn hand_over(&self, y0: &State, costs: &Costs, total: &mut Tally) {
+    /// Candle is handed dL/dθ and dL/dy0, in the dtype of what they belong to: it adds each to zeros of its own, one after
+    /// another.
+    fn hand_to_candle(&self, y0: &State, costs: &Costs, total: &mut Tally) {
         let accumulate = self.precision.accumulate_dtype().size_in_bytes();
-        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        let three = |x: &Tensor, size: usize| x.elem_count() * (3 * size).saturating_sub(accumulate).max(size);
         let trainable = self.field.params().trainable(self.inputs);
-        let of_start = y0.tensors().iter().filter(|x| x.track_op()).map(|x| x.elem_count() * accumulate);
-        let largest = trainable.iter().flatten().map(bytes).chain(of_start).max().unwrap_or(0);
+        let of_trainable = trainable.iter().flatten().map(|x| three(x, x.dtype().size_in_bytes()));
+        let of_start = y0.tensors().iter().filter(|x| x.track_op()).map(|x| three(x, accumulate));
         total.take(Part::Outside, costs.sums);
-        total.pass(Part::Outside, 2 * largest);
+        total.pass(Part::Outside, of_trainable.chain(of_start).max().unwrap_or(0));
     }
 
     /// The kinds of tiles, and the kind of each.

@@ -1,4 +1,4 @@
-//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows and one thread.
+//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows.
 //!
 //! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16,
 //! the layers of this crate run in it: parameters are packed once per solve, weights that are made of the time once per

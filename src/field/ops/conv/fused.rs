@@ -1,4 +1,4 @@
-//! A convolution as one op of Candle's graph, on a tile of images and one thread.
+//! A convolution as one op of Candle's graph, on a tile of images.
 //!
 //! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering ([`Method`]). Pixels are turned
 //! channel by channel into a frame of zeros `(images, height, width, channels)`; the windows of a frame are then rows of

@@ -11,16 +11,15 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Single;
-use super::shares::shares;
+use super::shares::{OF_PRODUCT, in_shares};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
-use crate::workers::share;
 use std::ops::Range;
 
 /// Rows of the batch in a block at most.
 const ROWS: usize = 256;
 /// Rows of dW in the tallest block.
-const HEIGHT: usize = 4;
+const TALLEST: usize = 4;
 
 /// out = epilogue(Bᵀ x) for x `(k, rows)` and B `(k, n)`; the bias belongs to the rows of `out` `(n, rows)`.
 pub(crate) fn multiply_lanes(x: View<'_, f32>, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>, out: ViewMut<'_, f32>) {
@@ -38,11 +37,8 @@ pub(super) fn multiply_lanes_on(
     let shape = (out.rows(), out.columns());
     assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
     assert!(epilogue.fits(shape.0, shape.1, shape.0));
-    let Some(parts) = shares(shape.0, 1, [shape.1, b.depth()]) else {
-        return path.run(Multiply { x, b, epilogue, first: 0, out });
-    };
-    let outs = out.split(parts.iter().map(Range::len));
-    share(parts.into_iter().zip(outs), |(features, out)| {
+    let each = shape.1 * (b.depth() + epilogue.multiplications());
+    in_shares(out, (1, each, OF_PRODUCT), |features, out| {
         path.run(Multiply { x, b, epilogue, first: features.start, out });
     });
 }
@@ -161,11 +157,10 @@ pub(crate) fn add_outer_lanes(g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_
 /// [`add_outer_lanes`] on a path that this CPU has.
 pub(super) fn add_outer_lanes_on(path: Path, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
     assert_eq!((g.columns(), g.rows(), x.rows()), (x.columns(), dw.rows(), dw.columns()));
-    let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.columns()]) else {
-        return path.run(Outer { g, x, dw });
-    };
-    let outs = dw.split(parts.iter().map(Range::len));
-    share(parts.into_iter().zip(outs), |(rows, dw)| path.run(Outer { g: g.part(rows, 0..g.columns()), x, dw }));
+    let each = dw.columns() * g.columns();
+    in_shares(dw, (TALLEST, each, OF_PRODUCT), |rows, dw| {
+        path.run(Outer { g: g.part(rows, 0..g.columns()), x, dw });
+    });
 }
 
 struct Outer<'a> {

@@ -1,9 +1,10 @@
 //! Kernels of fused layers on the CPU: products, sums over rows and what is done with them, on tiles of rows.
 //!
 //! A pass takes a tile of rows through all its layers, on one thread, so that the tile stays in cache and threads meet
-//! nowhere. A batch that is not cut into tiles has its products shared among threads here ([`shares`]). Weights are packed once for many tiles ([`Packed`]); everything else is
-//! read and written where it lies. What a row gives depends on that row alone, to the last bit, so tiles cannot change
-//! results; sums over rows ([`add_outer`], [`add_column_sums`]) are made in F32, in the order of the rows.
+//! nowhere. Only a batch that is not cut into tiles has its larger products shared among threads ([`shares`]). Weights are
+//! packed once for many tiles ([`Packed`]); everything else is read and written where it lies. What a row gives depends on
+//! that row alone, to the last bit, so tiles cannot change results; sums over rows ([`add_outer`], [`add_column_sums`]) are
+//! made in F32, in the order of the rows.
 //!
 //! | here | formula | for |
 //! |---|---|---|

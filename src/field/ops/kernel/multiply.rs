@@ -9,12 +9,10 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Scheme;
-use super::shares::{shares, shares_of_convolution};
+use super::shares::{OF_CONVOLUTION, OF_PRODUCT, in_shares};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
-use crate::workers::share;
-use std::ops::Range;
 
 /// Rows of a block at most.
 const ROWS: usize = 8;
@@ -27,27 +25,20 @@ const GROUP: usize = 1 << 16;
 ///
 /// A row of the result depends on that row of x alone, to the last bit.
 pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
-    let path = T::path(Path::best());
-    let Some(parts) = shares(x.rows(), ROWS, [b.columns(), b.depth() / T::DEPTH]) else {
-        return multiply_on(path, x, b, epilogue, out);
-    };
-    let outs = out.split(parts.iter().map(Range::len));
-    share(parts.into_iter().zip(outs), |(rows, out)| {
-        multiply_on(path, x.part(rows.clone(), 0..x.columns()), b, &epilogue.part(rows), out);
+    let each = out.columns() * (b.depth() / T::DEPTH + epilogue.multiplications());
+    in_shares(out, (ROWS, each, OF_PRODUCT), |rows, out| {
+        let x = x.part(rows.clone(), 0..x.columns());
+        multiply_on(T::path(Path::best()), x, b, &epilogue.part(rows), out);
     });
 }
 
 /// [`multiply`] with the windows of images for rows: a convolution.
 pub(crate) fn convolve<T: Held>(x: Windows<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
-    let (path, looks) = (T::path(Path::best()), x.looks());
-    let windows = looks.windows[0] * looks.windows[1];
-    let Some(parts) = shares_of_convolution(looks.images, 1, [windows * b.columns(), b.depth() / T::DEPTH]) else {
-        return multiply_on(path, x, b, epilogue, out);
-    };
-    let outs = out.split(parts.iter().map(|images| images.len() * windows));
-    share(parts.into_iter().zip(outs), |(images, out)| {
-        let rows = images.start * windows..images.end * windows;
-        multiply_on(path, x.part(images), b, &epilogue.part(rows), out);
+    let windows = x.looks().windows[0] * x.looks().windows[1];
+    let each = out.columns() * (b.depth() / T::DEPTH + epilogue.multiplications());
+    in_shares(out, (windows, each, OF_CONVOLUTION), |rows, out| {
+        let x = x.part(rows.start / windows..rows.end / windows);
+        multiply_on(T::path(Path::best()), x, b, &epilogue.part(rows), out);
     });
 }
 

@@ -6,17 +6,16 @@ use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::scheme::Scheme;
-use super::shares::{shares, shares_of_convolution};
+use super::shares::{OF_CONVOLUTION, OF_PRODUCT, in_shares};
 use super::tile::{Left, Right, add, by_height, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
-use crate::workers::share;
 use std::ops::Range;
 
 /// Rows that are summed before they are added.
 const ROWS: usize = 256;
 /// Rows of dW in the tallest tile.
-const HEIGHT: usize = 8;
+const TALLEST: usize = 8;
 
 /// Space for the operands of [`add_outer`] in the order in which products of pairs take them; F32 needs none.
 #[derive(Debug, Default)]
@@ -60,7 +59,7 @@ pub(super) fn add_outer_on<T: Held>(
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::interleaved(x, &mut scratch.x));
     let (steps, step, depth) = (ROWS / T::DEPTH, x.stride(), dw.columns());
     let lines = Lines { images: 1, image: 0, block: 1, line: steps * step, steps, step, segments: 1, apart: 0, depth };
-    Outer { g, x: x.slice(), lines, dw }.run_on(path);
+    Outer { g, x: x.slice(), lines, dw }.run_on(path, OF_PRODUCT);
 }
 
 /// [`add_outer_windows`] on a path that this CPU has.
@@ -87,7 +86,7 @@ pub(super) fn add_outer_windows_on<T: Held>(
         depth: x.depth(),
     };
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::gathered(x.values(), shift, &mut scratch.x));
-    Outer { g, x, lines, dw }.run_on(path);
+    Outer { g, x, lines, dw }.run_on(path, OF_CONVOLUTION);
 }
 
 /// The operands have `DEPTH` rows side by side in one, a step of the sums.
@@ -99,15 +98,11 @@ struct Outer<'a, T> {
 }
 
 impl<T: Held> Outer<'_, T> {
-    /// The sums, the rows of dW shared among threads.
-    fn run_on(self, path: Path) {
+    /// The sums, the rows of dW shared among threads that make so many products at least.
+    fn run_on(self, path: Path, least: usize) {
         let Self { g, x, lines, dw } = self;
-        let shares = if lines.segments > 1 { shares_of_convolution } else { shares };
-        let Some(parts) = shares(dw.rows(), HEIGHT, [dw.columns(), g.rows()]) else {
-            return path.run(Outer { g, x, lines, dw });
-        };
-        let outs = dw.split(parts.iter().map(Range::len));
-        share(parts.into_iter().zip(outs), |(rows, dw)| {
+        let each = dw.columns() * g.rows();
+        in_shares(dw, (TALLEST, each, least), |rows, dw| {
             let g = g.part(0..g.rows(), rows.start * T::DEPTH..rows.end * T::DEPTH);
             path.run(Outer { g, x, lines, dw });
         });

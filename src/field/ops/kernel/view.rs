@@ -88,7 +88,10 @@ impl<'a, T> ViewMut<'a, T> {
         &mut self.values[n * self.stride..][..self.columns]
     }
 
-    /// Its rows in parts of so many that follow each other, as many rows as there are.
+    /// Its rows in parts of so many, which follow each other.
+    ///
+    /// # Panics
+    /// If that are not all rows there are.
     pub(super) fn split(mut self, rows: impl IntoIterator<Item = usize>) -> Vec<Self> {
         let parts = rows.into_iter().map(|rows| {
             let values = std::mem::take(&mut self.values);
@@ -96,7 +99,9 @@ impl<'a, T> ViewMut<'a, T> {
             self.values = rest;
             Self::new(part, rows, self.columns, self.stride)
         });
-        parts.collect()
+        let parts: Vec<Self> = parts.collect();
+        assert_eq!(parts.iter().map(Self::rows).sum::<usize>(), self.rows);
+        parts
     }
 
     pub(crate) fn slice_mut(&mut self) -> &mut [T] {

@@ -6,7 +6,7 @@ use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
 use crate::field::ops::kernel::packed::{PANEL, Packed};
 use crate::field::ops::kernel::scheme::Single;
-use crate::field::ops::kernel::shares::shares_of_convolution;
+use crate::field::ops::kernel::shares::{OF_CONVOLUTION, shares};
 use crate::field::ops::kernel::tile::{Left, Right, by_height, store, tile};
 use crate::field::ops::kernel::view::ViewMut;
 use crate::field::ops::kernel::windows::{Looks, Windows};
@@ -24,7 +24,7 @@ pub(crate) fn of_kernel(point: usize, w: impl Fn(usize) -> f32) -> f32 {
 /// The images that threads take, for so many outputs.
 pub(crate) fn shares_of_images(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
     let results = looks.windows[0] * looks.windows[1];
-    let parts = shares_of_convolution(looks.images, 1, [results * outputs, POINTS / 4 * looks.channels]);
+    let parts = shares(looks.images, 1, results * outputs * POINTS / 4 * looks.channels, OF_CONVOLUTION);
     parts.unwrap_or_else(|| std::iter::once(0..looks.images).collect())
 }
 
@@ -49,9 +49,10 @@ pub(crate) fn convolve_in_tiles(
     space: &mut [f32],
 ) {
     let (path, results) = (f32::path(Path::best()), x.looks().windows[0] * x.looks().windows[1]);
-    let each = space.len() / images.len().max(1);
+    let each = self::space(x.looks().channels, w.columns());
+    assert_eq!(space.len(), images.len() * each);
     let outs = out.split(images.iter().map(|images| images.len() * results));
-    share(images.into_iter().zip(outs).zip(space.chunks_exact_mut(each.max(1))), |((images, out), space)| {
+    share(images.into_iter().zip(outs).zip(space.chunks_exact_mut(each)), |((images, out), space)| {
         convolve_in_tiles_on(path, x.part(images), w, bias, out, space);
     });
 }
