@@ -51,9 +51,9 @@ fn layers_with_features_in_the_lanes() {
 
 #[test]
 fn layers_with_the_batch_in_the_lanes() {
-    mlp(&[2, 130, 2], Activation::Tanh, 6001);
-    mlp(&[3, 64, 64, 3], Activation::Silu, 3000);
-    mlp(&[4, 150, 4], Activation::Relu, 9000);
+    mlp(&[2, 130, 2], Activation::Tanh, 30_001);
+    mlp(&[3, 64, 64, 3], Activation::Silu, 9000);
+    mlp(&[4, 150, 4], Activation::Relu, 30_000);
 }
 
 fn convolutions(sizes: [usize; 3], images: &[usize]) {

@@ -11,7 +11,7 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Single;
-use super::shares::{OF_PRODUCT, in_shares};
+use super::shares::{OF_OTHERS, in_shares};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
 use std::ops::Range;
@@ -38,7 +38,7 @@ pub(super) fn multiply_lanes_on(
     assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
     assert!(epilogue.fits(shape.0, shape.1, shape.0));
     let each = shape.1 * (b.depth() + epilogue.multiplications());
-    in_shares(out, (1, each, OF_PRODUCT), |features, out| {
+    in_shares(out, (1, each, OF_OTHERS), |features, out| {
         path.run(Multiply { x, b, epilogue, first: features.start, out });
     });
 }
@@ -158,7 +158,7 @@ pub(crate) fn add_outer_lanes(g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_
 pub(super) fn add_outer_lanes_on(path: Path, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
     assert_eq!((g.columns(), g.rows(), x.rows()), (x.columns(), dw.rows(), dw.columns()));
     let each = dw.columns() * g.columns();
-    in_shares(dw, (TALLEST, each, OF_PRODUCT), |rows, dw| {
+    in_shares(dw, (TALLEST, each, OF_OTHERS), |rows, dw| {
         path.run(Outer { g: g.part(rows, 0..g.columns()), x, dw });
     });
 }

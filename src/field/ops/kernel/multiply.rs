@@ -9,7 +9,7 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Scheme;
-use super::shares::{OF_CONVOLUTION, OF_PRODUCT, in_shares};
+use super::shares::{OF_OTHERS, OF_ROWS, in_shares};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
@@ -26,7 +26,7 @@ const GROUP: usize = 1 << 16;
 /// A row of the result depends on that row of x alone, to the last bit.
 pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
     let each = out.columns() * (b.depth() / T::DEPTH + epilogue.multiplications());
-    in_shares(out, (ROWS, each, OF_PRODUCT), |rows, out| {
+    in_shares(out, (ROWS, each, OF_ROWS), |rows, out| {
         let x = x.part(rows.clone(), 0..x.columns());
         multiply_on(T::path(Path::best()), x, b, &epilogue.part(rows), out);
     });
@@ -36,7 +36,7 @@ pub(crate) fn multiply<T: Held>(x: View<'_, T>, b: &Packed<T>, epilogue: &Epilog
 pub(crate) fn convolve<T: Held>(x: Windows<'_, T>, b: &Packed<T>, epilogue: &Epilogue<'_, T>, out: ViewMut<'_, T>) {
     let windows = x.looks().windows[0] * x.looks().windows[1];
     let each = out.columns() * (b.depth() / T::DEPTH + epilogue.multiplications());
-    in_shares(out, (windows, each, OF_CONVOLUTION), |rows, out| {
+    in_shares(out, (windows, each, OF_OTHERS), |rows, out| {
         let x = x.part(rows.start / windows..rows.end / windows);
         multiply_on(T::path(Path::best()), x, b, &epilogue.part(rows), out);
     });

@@ -6,7 +6,7 @@ use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::scheme::Scheme;
-use super::shares::{OF_CONVOLUTION, OF_PRODUCT, in_shares};
+use super::shares::{OF_OTHERS, OF_ROWS, in_shares};
 use super::tile::{Left, Right, add, by_height, tile};
 use super::view::{View, ViewMut};
 use super::windows::{Rows, Windows};
@@ -59,7 +59,7 @@ pub(super) fn add_outer_on<T: Held>(
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::interleaved(x, &mut scratch.x));
     let (steps, step, depth) = (ROWS / T::DEPTH, x.stride(), dw.columns());
     let lines = Lines { images: 1, image: 0, block: 1, line: steps * step, steps, step, segments: 1, apart: 0, depth };
-    Outer { g, x: x.slice(), lines, dw }.run_on(path, OF_PRODUCT);
+    Outer { g, x: x.slice(), lines, dw }.run_on(path, OF_ROWS);
 }
 
 /// [`add_outer_windows`] on a path that this CPU has.
@@ -86,7 +86,7 @@ pub(super) fn add_outer_windows_on<T: Held>(
         depth: x.depth(),
     };
     let (g, x) = (T::interleaved(g, &mut scratch.g), T::gathered(x.values(), shift, &mut scratch.x));
-    Outer { g, x, lines, dw }.run_on(path, OF_CONVOLUTION);
+    Outer { g, x, lines, dw }.run_on(path, OF_OTHERS);
 }
 
 /// The operands have `DEPTH` rows side by side in one, a step of the sums.

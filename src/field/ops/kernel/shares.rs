@@ -8,11 +8,11 @@ use crate::workers::{share, to_share};
 use std::ops::Range;
 
 /// Multiplications of a thread at least, pairs of BF16 counted as one: some seventy microseconds.
-pub(super) const OF_PRODUCT: usize = 1 << 22;
+pub(super) const OF_ROWS: usize = 1 << 22;
 
-/// The same for a convolution: between two of them frames are made, and the threads that Candle has for its own ops are
-/// busy.
-pub(super) const OF_CONVOLUTION: usize = 4 * OF_PRODUCT;
+/// The same for convolutions, between which frames are made and the threads that Candle has for its own ops are busy, and
+/// for products with the batch in the lanes, between which are small ones.
+pub(super) const OF_OTHERS: usize = 4 * OF_ROWS;
 
 /// The parts of `rows` that threads take, each of a multiple of `unit` rows but the last, where a row takes `each`
 /// multiplications; nothing where one thread is as good.
@@ -52,7 +52,7 @@ mod tests {
 
     #[test]
     fn shares_follow_each_other_and_are_worth_it() {
-        let of = |threads, rows, unit, each| sharing(Some(threads), || shares(rows, unit, each, OF_PRODUCT));
+        let of = |threads, rows, unit, each| sharing(Some(threads), || shares(rows, unit, each, OF_ROWS));
         for (rows, unit, each, threads) in [(1024, 8, 1 << 16, 3), (2049, 8, 1 << 14, 5), (64, 8, 1 << 20, 16)] {
             let parts = of(threads, rows, unit, each).unwrap();
             assert!(parts.len() <= threads && parts.iter().all(|part| part.len() >= unit), "{parts:?}");
