@@ -15,8 +15,7 @@ pub(crate) use walked::{Finished, Walked, Wanted};
 use crate::State;
 use crate::adjoint::Anchors;
 use crate::error::{OdeError, PassKind, Result};
-use crate::field::ops::combine;
-use crate::field::{Fallback, Field, Finite, Opened, Opening};
+use crate::field::{Fallback, Field, Finite, Opened, Opening, all_finite};
 use crate::precision::{Precision, largest_finite};
 use crate::solver::{Clock, Linearized, Slopes, Solver, Stages, Step, StepAt, carry, no_linearizations, visible};
 use crate::stats::{Counters, count};
@@ -340,8 +339,7 @@ fn linearized_step(
 
 /// Whatever a solver says of its stages, the end of the step counts with the last of them.
 fn with_end(mut finite: Vec<Finite>, end: &State) -> Result<Vec<Finite>> {
-    let end = end.tensors().iter().map(combine::finite).collect::<candle_core::Result<Vec<_>>>()?;
     let last = finite.pop().unwrap_or_default();
-    finite.push(end.into_iter().fold(last, Finite::and));
+    finite.push(last.and(all_finite(end)?));
     Ok(finite)
 }

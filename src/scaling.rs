@@ -2,7 +2,9 @@
 //!
 //! A cotangent κ is multiplied by a power of two S (exact), pulled back, and divided by S in the accumulate dtype.
 
+use crate::State;
 use crate::error::{OdeError, Result};
+use crate::field::largest;
 use crate::field::ops::combine;
 use candle_core::{DType, Device, Tensor};
 use std::cell::OnceCell;
@@ -161,11 +163,16 @@ impl Scale {
     /// # Errors
     /// When the device fails.
     pub fn undo(&self, x: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+        Ok(self.undone(x, dtype)?.0)
+    }
+
+    /// x/S in `dtype`, and its largest absolute value where that is found on the way.
+    pub(crate) fn undone(&self, x: &Tensor, dtype: DType) -> candle_core::Result<(Tensor, Option<f64>)> {
         match self {
-            Self::Host(s) => combine::combine(None, &[(1.0 / s, x)], dtype),
+            Self::Host(s) => combine::combined(None, &[(1.0 / s, x)], dtype),
             #[cfg(feature = "cuda")]
-            Self::Device { inverse, .. } if let Some(scaled) = combine::times(x, inverse, dtype)? => Ok(scaled),
-            Self::Device { inverse, .. } => x.to_dtype(dtype)?.broadcast_mul(&inverse.to_dtype(dtype)?),
+            Self::Device { inverse, .. } if let Some(scaled) = combine::times(x, inverse, dtype)? => Ok((scaled, None)),
+            Self::Device { inverse, .. } => Ok((x.to_dtype(dtype)?.broadcast_mul(&inverse.to_dtype(dtype)?)?, None)),
         }
     }
 }
@@ -191,22 +198,18 @@ impl PowerOfTwo {
         Self { headroom, tables: OnceCell::new() }
     }
 
-    /// S for a cotangent of these tensors, without a read from the device.
-    pub(crate) fn scale(&self, tensors: &[Tensor]) -> candle_core::Result<Scale> {
+    /// S for a cotangent, without a read from the device.
+    pub(crate) fn scale(&self, cotangent: &State) -> Result<Scale> {
+        let tensors = cotangent.tensors();
         if tensors.iter().all(|x| x.device().is_cpu()) {
-            let mut largest = 0.0_f64;
-            for x in tensors {
-                let m = combine::max_abs(x)?;
-                largest = if m > largest || m.is_nan() { m } else { largest };
-            }
-            return Ok(Scale::Host(power_below(largest, self.headroom)));
+            return Ok(Scale::Host(power_below(largest(cotangent)?, self.headroom)));
         }
         #[cfg(feature = "cuda")]
         if let Some((scale, inverse)) = combine::power_of_two(tensors, self.headroom, (LOWEST, HIGHEST))? {
             return Ok(Scale::Device { scale, inverse });
         }
         let maxima = tensors.iter().map(combine::max_abs_on_device).collect::<candle_core::Result<Vec<_>>>()?;
-        self.look_up(&Tensor::stack(&maxima, 0)?.max(0)?)
+        Ok(self.look_up(&Tensor::stack(&maxima, 0)?.max(0)?)?)
     }
 
     fn look_up(&self, largest: &Tensor) -> candle_core::Result<Scale> {

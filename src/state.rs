@@ -17,27 +17,31 @@ use std::ops::Index;
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct State(Vec<Tensor>);
+pub struct State {
+    tensors: Vec<Tensor>,
+    /// The largest absolute value, NaN if any is not finite; where it was found when the tensors were made.
+    largest: Option<f64>,
+}
 
 impl State {
     /// How many tensors.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.tensors.len()
     }
 
     /// Whether there is no tensor at all.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.tensors.is_empty()
     }
 
     /// The tensors, in order.
     pub fn tensors(&self) -> &[Tensor] {
-        &self.0
+        &self.tensors
     }
 
     /// The tensors, in order, by value.
     pub fn into_tensors(self) -> Vec<Tensor> {
-        self.0
+        self.tensors
     }
 
     /// The tensor of a state of one.
@@ -45,7 +49,7 @@ impl State {
     /// # Errors
     /// [`OdeError::Unsupported`] if there are several.
     pub fn single(&self) -> Result<&Tensor> {
-        match self.0.as_slice() {
+        match self.tensors.as_slice() {
             [only] => Ok(only),
             several => Err(OdeError::Unsupported {
                 what: format!("taking the single tensor of a state of {}", several.len()),
@@ -56,7 +60,7 @@ impl State {
 
     /// Elements in all tensors together.
     pub fn numel(&self) -> usize {
-        self.0.iter().map(Tensor::elem_count).sum()
+        self.tensors.iter().map(Tensor::elem_count).sum()
     }
 
     /// Bytes of all tensors together in `dtype`.
@@ -66,23 +70,33 @@ impl State {
 
     /// Bytes of all tensors together, each in its own dtype.
     pub(crate) fn held_bytes(&self) -> usize {
-        self.0.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
+        self.tensors.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum()
     }
 
     /// The device of the first tensor.
     pub fn device(&self) -> &Device {
         static CPU: Device = Device::Cpu;
-        self.0.first().map_or(&CPU, Tensor::device)
+        self.tensors.first().map_or(&CPU, Tensor::device)
     }
 
     /// Whether Candle tracks any of the tensors.
     pub fn is_tracked(&self) -> bool {
-        self.0.iter().any(Tensor::track_op)
+        self.tensors.iter().any(Tensor::track_op)
     }
 
     /// The same values, cut from Candle's graph.
     pub fn detach(&self) -> Self {
-        Self(self.0.iter().map(Tensor::detach).collect())
+        Self { tensors: self.tensors.iter().map(Tensor::detach).collect(), ..*self }
+    }
+
+    /// Tensors whose largest absolute value is known.
+    pub(crate) fn with_largest(tensors: Vec<Tensor>, largest: Option<f64>) -> Self {
+        Self { tensors, largest }
+    }
+
+    /// The largest absolute value, NaN if any is not finite; `None` where it would have to be looked for.
+    pub(crate) fn known_largest(&self) -> Option<f64> {
+        self.largest
     }
 
     /// One function over all tensors.
@@ -90,7 +104,7 @@ impl State {
     /// # Errors
     /// The first error of `f`.
     pub fn try_map<E>(&self, f: impl FnMut(&Tensor) -> std::result::Result<Tensor, E>) -> std::result::Result<Self, E> {
-        self.0.iter().map(f).collect::<std::result::Result<_, E>>().map(Self)
+        self.tensors.iter().map(f).collect::<std::result::Result<Vec<_>, E>>().map(Self::from)
     }
 }
 
@@ -98,31 +112,31 @@ impl Index<usize> for State {
     type Output = Tensor;
 
     fn index(&self, index: usize) -> &Tensor {
-        &self.0[index]
+        &self.tensors[index]
     }
 }
 
 impl From<Tensor> for State {
     fn from(tensor: Tensor) -> Self {
-        Self(vec![tensor])
+        Self::from(vec![tensor])
     }
 }
 
 impl From<&Tensor> for State {
     fn from(tensor: &Tensor) -> Self {
-        Self(vec![tensor.clone()])
+        Self::from(vec![tensor.clone()])
     }
 }
 
 impl From<Vec<Tensor>> for State {
     fn from(tensors: Vec<Tensor>) -> Self {
-        Self(tensors)
+        Self { tensors, largest: None }
     }
 }
 
 impl<const N: usize> From<[Tensor; N]> for State {
     fn from(tensors: [Tensor; N]) -> Self {
-        Self(tensors.into())
+        Self::from(Vec::from(tensors))
     }
 }
 

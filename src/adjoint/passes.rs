@@ -6,11 +6,11 @@ use super::times::{Moments, gradients};
 use crate::State;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
-use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening};
+use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening, largest};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
 use crate::solver::{
-    Clock, Linearized, Pullbacks, Slopes, Solver, StageScale, Stages, StepAt, StepTimes, largest, no_linearizations,
+    Clock, Linearized, Pullbacks, Slopes, Solver, StageScale, Stages, StepAt, StepTimes, no_linearizations,
 };
 use crate::stats::{Counters, count};
 use candle_core::DType;

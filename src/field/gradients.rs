@@ -4,7 +4,7 @@ use super::ops::combine::{self, Finite};
 use crate::account::{Category, Owned};
 use crate::scaling::Scale;
 use candle_core::{DType, Tensor, TensorId};
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 /// The sums of dL/dθ (and dL/d(input)) of one backward pass, by slot, in the accumulate dtype.
 #[derive(Debug, Default)]

@@ -1,7 +1,7 @@
 //! Linearisations of a model: one of Candle's graphs, or layers of ours that pull back by themselves.
 
 use super::session::{Ran, WayBack};
-use super::{Gradients, Linearization, Pulled, sink, vjp};
+use super::{Gradients, Linearization, Pulled, all_finite, sink, vjp};
 use crate::State;
 use crate::field::ops::combine;
 use crate::scaling::Scale;
@@ -41,16 +41,17 @@ impl Linearization for Graph {
         let pulled = pulled?;
         drop(seeds);
         let (of_y, rest) = pulled.split_at(self.y.len());
-        let mut finite = combine::Finite::default();
-        let mut y = Vec::with_capacity(of_y.len());
+        let (mut y, mut largest) = (Vec::with_capacity(of_y.len()), Some(0.0));
         for (pulled, leaf) in of_y.iter().zip(self.y.tensors()) {
-            let mu = match pulled {
-                Some(pulled) => scale.undo(pulled, accumulate)?,
-                None => Tensor::zeros(leaf.shape(), accumulate, leaf.device())?,
+            let (mu, most) = match pulled {
+                Some(pulled) => scale.undone(pulled, accumulate)?,
+                None => (Tensor::zeros(leaf.shape(), accumulate, leaf.device())?, Some(0.0)),
             };
-            finite = finite.and(combine::finite(&mu)?);
+            largest = largest.zip(most).map(|(a, b)| combine::larger(a, b));
             y.push(mu);
         }
+        let y = State::with_largest(y, largest);
+        let mut finite = all_finite(&y)?;
         let mut t: Option<Tensor> = None;
         for (gradient, leaf) in rest.iter().zip(&self.wanted[self.y.len()..]) {
             let Some(gradient) = gradient else { continue };
@@ -63,7 +64,7 @@ impl Linearization for Graph {
                 });
             }
         }
-        Ok(Pulled { y: State::from(y), t, finite: finite.and(gradients.take_finite()) })
+        Ok(Pulled { y, t, finite: finite.and(gradients.take_finite()) })
     }
 }
 
@@ -93,8 +94,9 @@ impl Linearization for Layered {
         gradients.set_scale(scale);
         let (pulled, sums) = sink::open(std::mem::take(gradients), || self.way_back.pull(value, &seed));
         *gradients = sums;
-        let mu = scale.undo(&pulled?, cotangent.dtype())?;
-        let finite = combine::finite(&mu)?.and(gradients.take_finite());
-        Ok(Pulled { y: State::from(mu), t: None, finite })
+        let (mu, largest) = scale.undone(&pulled?, cotangent.dtype())?;
+        let y = State::with_largest(vec![mu], largest);
+        let finite = all_finite(&y)?.and(gradients.take_finite());
+        Ok(Pulled { y, t: None, finite })
     }
 }

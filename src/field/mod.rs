@@ -22,7 +22,7 @@ pub use gradients::Gradients;
 pub use model::ModelField;
 pub(crate) use opened::{Fallback, Opened};
 pub use params::{Casts, Params};
-pub(crate) use sum::{all_finite, sum};
+pub(crate) use sum::{all_finite, largest, sum};
 
 use crate::error::Result;
 use crate::scaling::Scale;

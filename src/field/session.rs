@@ -4,10 +4,10 @@
 use super::ops::kernel::{Held, Packed, Scratch, View};
 use crate::account::{Category, Owned};
 use candle_core::{Tensor, TensorId};
+use foldhash::HashMap;
 use half::bf16;
 use std::any::{Any, TypeId};
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -251,9 +251,13 @@ impl<T: Held> Spare<T> {
     pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
         let len = rows * columns;
         let mut unused = lock(&self.0);
-        let fitting =
-            unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| (len..=2 * len).contains(&buffer.len()));
-        let best = fitting.min_by_key(|(_, (buffer, _))| buffer.len()).map(|(n, _)| n);
+        // Of those that fit exactly the last, which the cache may still hold.
+        let exact = unused.buffers.iter().rposition(|(buffer, _)| buffer.len() == len);
+        let best = exact.or_else(|| {
+            let fits = |buffer: &Vec<T>| (len..=2 * len).contains(&buffer.len());
+            let fitting = unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| fits(buffer));
+            fitting.min_by_key(|(_, (buffer, _))| buffer.len()).map(|(n, _)| n)
+        });
         let buffer = match best {
             Some(n) => unused.buffers.swap_remove(n),
             None => (vec![T::default(); len], Owned::new(Category::Scratch, len * size_of::<T>())),

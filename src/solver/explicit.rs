@@ -69,13 +69,11 @@ impl<M: ExplicitRungeKutta> Solver for M {
 
     fn linearized_step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Option<(Step, Linearized)>> {
         let tableau = ExplicitRungeKutta::tableau(self);
-        let mut finite = vec![Finite::default(); tableau.stages()];
-        let all = linearizations(tableau, stages, at, y, |i, point, k| {
-            finite[i] = finite_stage(at, point, k)?;
-            Ok(())
-        })?;
+        let mut watch = Watch::new(tableau);
+        let all = linearizations(tableau, stages, at, y, |i, point| watch.point(tableau, at, i, point))?;
         let terms = weighted(at.h, tableau.weights().iter().copied(), values(&all));
         let y = sum(Some(y), &terms, stages.accumulate())?;
+        let finite = watch.finite(&y, values(&all))?;
         Ok(Some((Step { y, finite }, Linearized(all))))
     }
 
@@ -183,14 +181,53 @@ fn stepped(
     first: Option<&Slope>,
     matter: &[bool],
 ) -> Result<(Step, Vec<Option<Slope>>)> {
-    let mut finite = vec![Finite::default(); tableau.stages()];
-    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, k| {
-        finite[i] = finite_stage(at, point, k)?;
-        Ok(())
-    })?;
+    let mut watch = Watch::new(tableau);
+    let slopes = slopes(tableau, stages, at, y, first, matter, |i, point, _| watch.point(tableau, at, i, point))?;
     let terms = weighted(at.h, tableau.weights().iter().copied(), states(&slopes));
     let y = sum(Some(y), &terms, stages.accumulate())?;
+    let finite = watch.finite(&y, states(&slopes))?;
     Ok((Step { y, finite }, slopes))
+}
+
+/// Whether the stages of a step are finite. A slope that is not makes the sums not finite that it is a term of: where all
+/// of them are known to be finite, slopes are not looked at by themselves.
+struct Watch {
+    /// By stage, whether its state is finite, where that matters by itself.
+    points: Vec<Finite>,
+    /// By stage, whether a sum of which its slope is a term has been seen.
+    summed: Vec<bool>,
+    sums_are_finite: bool,
+}
+
+impl Watch {
+    fn new(tableau: &Tableau) -> Self {
+        let summed = tableau.weights().iter().map(|weight| *weight != 0.0).collect();
+        Self { points: vec![Finite::default(); tableau.stages()], summed, sums_are_finite: true }
+    }
+
+    /// Stage `i` begins at `point`.
+    fn point(&mut self, tableau: &Tableau, at: &StepAt<'_>, i: usize, point: &State) -> Result<()> {
+        self.points[i] = finite_point(at, point)?;
+        self.sees(point);
+        (0..i).for_each(|j| self.summed[j] |= tableau.a(i, j) != 0.0);
+        Ok(())
+    }
+
+    fn sees(&mut self, sum: &State) {
+        self.sums_are_finite &= sum.known_largest().is_some_and(|largest| !largest.is_nan());
+    }
+
+    /// By stage, for a step that has led to `y`.
+    fn finite<'a>(mut self, y: &State, slopes: impl Iterator<Item = Option<&'a State>>) -> Result<Vec<Finite>> {
+        self.sees(y);
+        let Self { points, summed, sums_are_finite } = self;
+        let stages = points.into_iter().zip(summed).zip(slopes);
+        let finite = stages.map(|((point, is_summed), slope)| match slope {
+            Some(slope) if !(is_summed && sums_are_finite) => Ok(point.and(all_finite(slope)?)),
+            _ => Ok(point),
+        });
+        finite.collect()
+    }
 }
 
 pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
@@ -245,7 +282,7 @@ fn linearizations(
     stages: &Stages<'_>,
     at: &StepAt<'_>,
     y: &State,
-    mut see: impl FnMut(usize, &State, &State) -> Result<()>,
+    mut see: impl FnMut(usize, &State) -> Result<()>,
 ) -> Result<Vec<Option<Box<dyn Linearization>>>> {
     let mut all: Vec<Option<Box<dyn Linearization>>> = Vec::with_capacity(tableau.stages());
     for i in 0..tableau.stages() {
@@ -253,7 +290,7 @@ fn linearizations(
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             let point = stage_state(tableau, at, y, i, |j| all[j].as_ref().map(|f| f.value()))?;
             let linearization = stages.linearize(at, i, &point)?;
-            see(i, &point, linearization.value())?;
+            see(i, &point)?;
             Some(linearization)
         } else {
             None
@@ -341,7 +378,7 @@ impl<'a> Points<'a> {
         end: usize,
     ) -> Result<Self> {
         Ok(match memory {
-            StageMemory::All => Self::All(linearizations(tableau, stages, at, y, |_, _, _| Ok(()))?),
+            StageMemory::All => Self::All(linearizations(tableau, stages, at, y, |_, _| Ok(()))?),
             StageMemory::One => Self::One {
                 y: y.clone(),
                 slopes: slopes(tableau, stages, at, y, None, &used(tableau)[..end], |_, _, _| Ok(()))?,
@@ -392,9 +429,13 @@ pub(super) fn weighted<'a>(
     pairs.filter(|(c, _)| *c != 0.0).filter_map(|(c, state)| state.map(|state| (h * c, state))).collect()
 }
 
-/// Whether a stage came out finite. A stage state that overflows in F16 may come out of f as finite nonsense:
-/// tanh(∞) = 1.
+/// Whether a stage came out finite.
 pub(super) fn finite_stage(at: &StepAt<'_>, point: &State, k: &State) -> Result<Finite> {
-    let before = if at.dtype == DType::F16 { all_finite(point)? } else { Finite::default() };
-    Ok(before.and(all_finite(k)?))
+    Ok(finite_point(at, point)?.and(all_finite(k)?))
+}
+
+/// Whether a stage state is finite, where it may have overflown: in F16. It may come out of f as finite nonsense:
+/// tanh(∞) = 1.
+fn finite_point(at: &StepAt<'_>, point: &State) -> Result<Finite> {
+    if at.dtype == DType::F16 { all_finite(point) } else { Ok(Finite::default()) }
 }

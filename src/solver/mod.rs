@@ -18,7 +18,7 @@ pub use reversible::{Reversal, Reversible};
 pub use reversible_heun::ReversibleHeun;
 pub use slope::Slope;
 pub use stages::{Clock, Pullbacks, Stages, StepAt};
-pub(crate) use stages::{Slopes, StageScale, StepTimes, largest, zeros_like};
+pub(crate) use stages::{Slopes, StageScale, StepTimes, zeros_like};
 pub use tableau::Tableau;
 
 use crate::State;

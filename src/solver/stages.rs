@@ -338,7 +338,7 @@ impl<'a> Pullbacks<'a> {
         let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
         count(&self.counters.pullbacks);
         let scale = match &self.scale {
-            StageScale::FromCotangent(powers) => powers.scale(kappa.tensors())?,
+            StageScale::FromCotangent(powers) => powers.scale(kappa)?,
             StageScale::Fixed(s) => Scale::Host(*s),
         };
         let pulled =
@@ -355,16 +355,6 @@ impl<'a> Pullbacks<'a> {
     pub(crate) fn finish(self) -> (Vec<(usize, Finite)>, Option<StepTimes>) {
         (self.finite, self.times)
     }
-}
-
-/// The largest absolute value over a state, on the host.
-pub(crate) fn largest(state: &State) -> Result<f64> {
-    let mut largest = 0.0_f64;
-    for tensor in state.tensors() {
-        let m = crate::field::ops::combine::max_abs(tensor)?;
-        largest = if m > largest || m.is_nan() { m } else { largest };
-    }
-    Ok(largest)
 }
 
 /// A tensor of zeros for each tensor of `like`, in `dtype`.

@@ -13,10 +13,13 @@ pub(crate) use accumulate::{accumulate_by, in_place};
 pub(crate) use finite::power_of_two;
 pub use finite::{Finite, all_finite, finite, max_abs, max_abs_on_device};
 
+use super::cpu::{CHUNK, Kernel, vectorised};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
-use wide::{CHUNK, Wide, load};
+use std::ops::Deref;
+pub(crate) use wide::larger;
+use wide::{Wide, dense, largest};
 
 /// `base + Σ cᵢ·xᵢ` in `dtype`. The terms are summed first, in F64 if `base` or any term is F64 and else in F32, and
 /// `base` is added last. A sum of one operand that is in `dtype` already is that operand, not a copy.
@@ -24,6 +27,11 @@ use wide::{CHUNK, Wide, load};
 /// # Errors
 /// Operands of different shapes or devices.
 pub fn combine(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) -> Result<Tensor> {
+    Ok(combined(base, terms, dtype)?.0)
+}
+
+/// [`combine`], and the largest |x| of the sum (NaN if any is not finite) where it is found on the way: on the CPU.
+pub(crate) fn combined(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) -> Result<(Tensor, Option<f64>)> {
     let operands = || base.into_iter().chain(terms.iter().map(|(_, x)| *x));
     let Some(first) = operands().next() else { candle_core::bail!("a sum needs at least one operand") };
     if let Some(other) = operands().find(|x| x.dims() != first.dims()) {
@@ -35,19 +43,19 @@ pub fn combine(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) ->
         _ => None,
     };
     if let Some(only) = alone.filter(|only| only.dtype() == dtype) {
-        return Ok(only.clone());
+        return Ok((only.clone(), None));
     }
     let wide = operands().any(|x| x.dtype() == DType::F64) || dtype == DType::F64;
     let tracked = operands().any(Tensor::track_op);
     #[cfg(feature = "cuda")]
     if !tracked && let Some((sum, _)) = super::cuda::combine(base, terms, None, dtype, false)? {
-        return Ok(sum);
+        return Ok((sum, None));
     }
     if tracked || !operands().all(|x| x.device().is_cpu() && is_float(x.dtype())) {
-        return compose(base, terms, if wide { DType::F64 } else { DType::F32 }, dtype);
+        return Ok((compose(base, terms, if wide { DType::F64 } else { DType::F32 }, dtype)?, None));
     }
-    let storage = if wide { on_cpu::<f64>(base, terms, dtype) } else { on_cpu::<f32>(base, terms, dtype) }?;
-    Ok(Tensor::from_storage(Storage::Cpu(storage), first.shape(), BackpropOp::none(), false))
+    let (storage, most) = if wide { on_cpu::<f64>(base, terms, dtype) } else { on_cpu::<f32>(base, terms, dtype) }?;
+    Ok((Tensor::from_storage(Storage::Cpu(storage), first.shape(), BackpropOp::none(), false), Some(most)))
 }
 
 /// A copy of `x` in `dtype`, outside any graph, and whether all of it is finite.
@@ -60,8 +68,8 @@ pub fn rounded(x: &Tensor, dtype: DType) -> Result<(Tensor, Finite)> {
     if let Some((copy, Some(flag))) = super::cuda::combine(Some(&x), &[], None, dtype, true)? {
         return Ok((copy, Finite::Device(vec![flag])));
     }
-    let copy = combine(Some(&x), &[], dtype)?;
-    let finite = finite(&copy)?;
+    let (copy, most) = combined(Some(&x), &[], dtype)?;
+    let finite = most.map_or_else(|| finite(&copy), |most| Ok(Finite::Host(!most.is_nan())))?;
     Ok((copy, finite))
 }
 
@@ -95,34 +103,65 @@ fn compose(base: Option<&Tensor>, terms: &[(f64, &Tensor)], sum_dtype: DType, dt
     total.to_dtype(dtype)
 }
 
-fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) -> Result<CpuStorage> {
-    let terms: Vec<(f64, Tensor)> = terms.iter().map(|(c, x)| Ok((*c, x.contiguous()?))).collect::<Result<_>>()?;
-    let base = base.map(Tensor::contiguous).transpose()?;
-    let count = base.as_ref().or(terms.first().map(|(_, x)| x)).map_or(0, Tensor::elem_count);
-    let mut result = match dtype {
+fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) -> Result<(CpuStorage, f64)> {
+    let base = base.map(dense).transpose()?;
+    let terms = terms.iter().map(|(c, x)| Ok((A::of(*c), dense(x)?))).collect::<Result<Vec<_>>>()?;
+    let count = base.iter().chain(terms.iter().map(|(_, x)| x)).next().map_or(0, |x| x.elem_count());
+    let result = match dtype {
         DType::F16 => CpuStorage::F16(Vec::with_capacity(count)),
         DType::BF16 => CpuStorage::BF16(Vec::with_capacity(count)),
         DType::F32 => CpuStorage::F32(Vec::with_capacity(count)),
         DType::F64 => CpuStorage::F64(Vec::with_capacity(count)),
         other => candle_core::bail!("a sum cannot be kept in {other:?}"),
     };
-    let (mut sums, mut loaded) = ([A::default(); CHUNK], [A::default(); CHUNK]);
-    for from in (0..count).step_by(CHUNK) {
-        let length = CHUNK.min(count - from);
-        let (sums, loaded) = (&mut sums[..length], &mut loaded[..length]);
-        sums.fill(A::default());
-        for (c, x) in &terms {
-            load(x, from, loaded)?;
-            let c = A::from_f64(*c);
-            sums.iter_mut().zip(&*loaded).for_each(|(sum, x)| *sum += c * *x);
-        }
-        if let Some(base) = &base {
-            load(base, from, loaded)?;
-            sums.iter_mut().zip(&*loaded).for_each(|(sum, x)| *sum = *x + *sum);
-        }
-        A::store(sums, &mut result);
+    let base = base.as_ref().map(|x| x.storage_and_layout());
+    let terms: Vec<_> = terms.iter().map(|(c, x)| (*c, x.storage_and_layout())).collect();
+    let base = base.as_ref().map(|x| operand(x)).transpose()?;
+    let terms = terms.iter().map(|(c, x)| Ok((*c, operand(x)?))).collect::<Result<Vec<_>>>()?;
+    vectorised(Sum { base, terms: &terms, count, result })
+}
+
+/// A storage, and where in it a tensor begins.
+type Operand<'a> = (&'a CpuStorage, usize);
+
+fn operand<'a>((storage, layout): &'a (impl Deref<Target = Storage>, &Layout)) -> Result<Operand<'a>> {
+    match &**storage {
+        Storage::Cpu(storage) => Ok((storage, layout.start_offset())),
+        _ => candle_core::bail!("expected a tensor on the CPU"),
     }
-    Ok(result)
+}
+
+/// base + Σ terms, chunk by chunk, appended to `result`; gives max |x| of it, too.
+struct Sum<'a, A> {
+    base: Option<Operand<'a>>,
+    terms: &'a [(A, Operand<'a>)],
+    count: usize,
+    result: CpuStorage,
+}
+
+impl<A: Wide> Kernel for Sum<'_, A> {
+    type Output = Result<(CpuStorage, f64)>;
+
+    #[inline(always)]
+    fn run(mut self) -> Self::Output {
+        let (mut sums, mut space, mut most) = ([A::ZERO; CHUNK], [A::ZERO; CHUNK], 0.0);
+        for from in (0..self.count).step_by(CHUNK) {
+            let to = self.count.min(from + CHUNK);
+            let (sums, space) = (&mut sums[..to - from], &mut space[..to - from]);
+            sums.fill(A::ZERO);
+            for (c, (x, first)) in self.terms {
+                let x = A::read(x, first + from..first + to, space)?;
+                sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += *c * *x);
+            }
+            if let Some((x, first)) = self.base {
+                let x = A::read(x, first + from..first + to, space)?;
+                sums.iter_mut().zip(x).for_each(|(sum, x)| *sum = *x + *sum);
+            }
+            A::write(sums, &mut self.result);
+            most = larger(most, largest(&self.result, from..to)?);
+        }
+        Ok((self.result, most))
+    }
 }
 
 /// A copy of `x` in `dtype` that Candle can differentiate with respect to, made without a second copy.

@@ -166,11 +166,13 @@ pub(super) trait Kernel {
     fn run(self) -> Self::Output;
 }
 
-/// Runs a kernel with the widest vectors of this CPU. No variant fuses or reorders, so all give the same bits.
+/// Runs a kernel with the widest vectors of this CPU. No variant fuses what others do not, or reorders, so all give the
+/// same bits.
 pub(super) fn vectorised<K: Kernel>(kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     {
-        if std::is_x86_feature_detected!("avx512f")
+        if std::is_x86_feature_detected!("fma")
+            && std::is_x86_feature_detected!("avx512f")
             && std::is_x86_feature_detected!("avx512dq")
             && std::is_x86_feature_detected!("avx512bw")
             && std::is_x86_feature_detected!("avx512vl")
@@ -178,8 +180,8 @@ pub(super) fn vectorised<K: Kernel>(kernel: K) -> K::Output {
             // SAFETY: the features were found on this CPU.
             return unsafe { avx512(kernel) };
         }
-        if std::is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was found on this CPU.
+        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            // SAFETY: the features were found on this CPU.
             return unsafe { avx2(kernel) };
         }
     }
@@ -187,13 +189,13 @@ pub(super) fn vectorised<K: Kernel>(kernel: K) -> K::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+#[target_feature(enable = "fma,avx512f,avx512dq,avx512bw,avx512vl")]
 fn avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }

@@ -1,17 +1,18 @@
 //! What F32 calculates by minimax approximations, relative errors below 2⁻²⁴; F64 uses series in their place.
 //!
-//! Fitted with 50 digits; all but those that alternate have positive coefficients, so that sums lose nothing.
+//! Fitted with 50 digits; all but those that alternate have positive coefficients, so that sums lose nothing. Products are
+//! added with one rounding, which has the same bits on every CPU; one without such an instruction is slow at it.
 
 /// c₀ + c₁ x + c₂ x² + …
 #[inline(always)]
 fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    coefficients.into_iter().rev().reduce(|sum, c| sum * x + c).unwrap_or(0.0)
+    coefficients.into_iter().rev().reduce(|sum, c| sum.mul_add(x, c)).unwrap_or(0.0)
 }
 
 /// tanh x = 2 n d / (d² + n²), where n / d = x P(x²) / Q(x²) is tanh(x / 2), for |x| ≤ 9, where it becomes 1.
 ///
 /// The form damps what n and d have lost to rounding. P(0) is 1.75, not 1, because numbers just above a power of two
-/// lose most. Of all F32 the worst is 3.7 ulp off.
+/// lose most. Of all F32 the worst is 3.3 ulp off.
 #[inline(always)]
 pub(super) fn tanh(x: f32) -> f32 {
     const END: f32 = 9.0;
@@ -24,7 +25,7 @@ pub(super) fn tanh(x: f32) -> f32 {
     let n = size * polynomial(square, P);
     let d = polynomial(square, Q);
     let product = n * d;
-    let y = (product + product) / (d * d + n * n);
+    let y = (product + product) / d.mul_add(d, n * n);
     (if y > 1.0 { 1.0 } else { y }).copysign(x)
 }
 

@@ -2,9 +2,11 @@
 
 use super::finite::{Finite, finite};
 use super::is_float;
-use super::wide::{CHUNK, Wide, load, poison};
+use super::wide::{Wide, dense, larger, largest, on_cpu};
+use crate::field::ops::cpu::{CHUNK, Kernel, vectorised};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
+use std::cell::Cell;
 
 /// `sum += c·x`, in place on the CPU and by kernels of ours. Says whether every c·x is finite.
 ///
@@ -15,7 +17,8 @@ pub fn accumulate(sum: &mut Tensor, c: f64, x: &Tensor) -> Result<Finite> {
         candle_core::bail!("adding a gradient of shape {:?} to a sum of shape {:?}", x.dims(), sum.dims())
     }
     if sum.device().is_cpu() && is_float(x.dtype()) {
-        let add = AddScaled { c, x: x.contiguous()?, finite: std::cell::Cell::new(true) };
+        let x = dense(x)?;
+        let add = AddScaled { c, x: &x, finite: Cell::new(true) };
         sum.inplace_op1(&add)?;
         return Ok(Finite::Host(add.finite.get()));
     }
@@ -38,29 +41,46 @@ pub(crate) fn accumulate_by(sum: &mut Tensor, number: &Tensor, x: &Tensor) -> Re
     accumulate(sum, 1.0, &scaled)
 }
 
-struct AddScaled {
+struct AddScaled<'a> {
     c: f64,
-    x: Tensor,
-    finite: std::cell::Cell<bool>,
+    x: &'a Tensor,
+    finite: Cell<bool>,
 }
 
-impl AddScaled {
+impl AddScaled<'_> {
     fn add<A: Wide>(&self, sums: &mut [A]) -> Result<()> {
-        let c = A::from_f64(self.c);
-        let mut loaded = [A::default(); CHUNK];
-        let mut zero = A::default();
-        for (n, sums) in sums.chunks_mut(CHUNK).enumerate() {
-            let loaded = &mut loaded[..sums.len()];
-            load(&self.x, n * CHUNK, loaded)?;
-            sums.iter_mut().zip(&*loaded).for_each(|(sum, x)| *sum += c * *x);
-            zero += poison(loaded);
-        }
-        self.finite.set(zero.to_f64() == 0.0);
+        let most = on_cpu(self.x, |x, range| vectorised(Add { c: A::of(self.c), x, first: range.start, sums }))?;
+        self.finite.set(!most.is_nan());
         Ok(())
     }
 }
 
-impl InplaceOp1 for AddScaled {
+/// sums += c·x; gives max |x|.
+struct Add<'a, A> {
+    c: A,
+    x: &'a CpuStorage,
+    first: usize,
+    sums: &'a mut [A],
+}
+
+impl<A: Wide> Kernel for Add<'_, A> {
+    type Output = Result<f64>;
+
+    #[inline(always)]
+    fn run(self) -> Result<f64> {
+        let Self { c, x, first, sums } = self;
+        let (mut space, mut most) = ([A::ZERO; CHUNK], 0.0);
+        for (n, sums) in sums.chunks_mut(CHUNK).enumerate() {
+            let range = first + n * CHUNK..first + n * CHUNK + sums.len();
+            most = larger(most, largest(x, range.clone())?);
+            let x = A::read(x, range, &mut space[..sums.len()])?;
+            sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += c * *x);
+        }
+        Ok(most)
+    }
+}
+
+impl InplaceOp1 for AddScaled<'_> {
     fn name(&self) -> &'static str {
         "add-scaled"
     }
@@ -80,10 +100,10 @@ impl InplaceOp1 for AddScaled {
 /// # Errors
 /// For any other tensor.
 pub(crate) fn in_place(x: &Tensor, write: impl FnOnce(&mut [f32])) -> Result<()> {
-    x.inplace_op1(&Write(std::cell::Cell::new(Some(write))))
+    x.inplace_op1(&Write(Cell::new(Some(write))))
 }
 
-struct Write<F>(std::cell::Cell<Option<F>>);
+struct Write<F>(Cell<Option<F>>);
 
 impl<F: FnOnce(&mut [f32])> InplaceOp1 for Write<F> {
     fn name(&self) -> &'static str {

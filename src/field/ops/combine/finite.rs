@@ -1,7 +1,7 @@
 //! Whether values are finite, and how large they are.
 
 use super::combine;
-use super::wide::{each_chunk, largest, poison};
+use super::wide::{dense, largest, on_cpu};
 use candle_core::{DType, Result, Tensor};
 
 /// Whether values are finite: known on the host, or a 0-d F32 tensor on the device that is 0 (finite) or NaN.
@@ -87,12 +87,7 @@ pub fn finite(x: &Tensor) -> Result<Finite> {
     if !x.device().is_cpu() {
         return Ok(Finite::Device(vec![(x.detach() * 0.0)?.to_dtype(DType::F32)?.sum_all()?]));
     }
-    let mut zero = 0.0;
-    match x.dtype() {
-        DType::F64 => each_chunk(x, |chunk: &[f64]| zero += poison(chunk))?,
-        _ => each_chunk(x, |chunk: &[f32]| zero += f64::from(poison(chunk)))?,
-    }
-    Ok(Finite::Host(zero == 0.0))
+    Ok(Finite::Host(!max_abs(x)?.is_nan()))
 }
 
 /// Whether every element of all tensors is finite.
@@ -111,16 +106,7 @@ pub fn max_abs(x: &Tensor) -> Result<f64> {
     if !x.device().is_cpu() {
         return max_abs_on_device(x)?.to_dtype(DType::F64)?.to_scalar();
     }
-    let (mut most, mut zero) = (0.0_f64, 0.0);
-    let mut see = |largest: f64, poison: f64| {
-        most = most.max(largest);
-        zero += poison;
-    };
-    match x.dtype() {
-        DType::F64 => each_chunk(x, |chunk: &[f64]| see(largest(chunk), poison(chunk)))?,
-        _ => each_chunk(x, |chunk: &[f32]| see(f64::from(largest(chunk)), f64::from(poison(chunk))))?,
-    }
-    Ok(if zero == 0.0 { most } else { f64::NAN })
+    on_cpu(dense(x)?.as_ref(), largest)
 }
 
 /// max |x| as a 0-d F32 tensor, without a read from the device.

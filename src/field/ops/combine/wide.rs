@@ -1,106 +1,123 @@
-//! CPU tensors chunk by chunk, widened to the number that sums are made in.
+//! Elements of CPU tensors in the number that sums are made in, and how large they are.
 
-use candle_core::backend::BackendStorage;
+use crate::field::ops::cpu::{Element, Kernel, vectorised};
+use crate::field::ops::real::Real;
 use candle_core::{CpuStorage, Result, Storage, Tensor};
 use half::{bf16, f16};
+use std::borrow::Cow;
+use std::ops::Range;
 
 /// The number a sum is made in.
-pub(super) trait Wide:
-    Copy + Default + PartialOrd + std::ops::AddAssign + std::ops::Mul<Output = Self> + std::ops::Add<Output = Self>
-{
-    fn from_f64(x: f64) -> Self;
-    fn to_f64(self) -> f64;
-    fn magnitude(self) -> Self;
-    fn load(storage: &CpuStorage, from: usize, into: &mut [Self]) -> Result<()>;
-    fn store(sums: &[Self], into: &mut CpuStorage);
+pub(super) trait Wide: Real + Element {
+    /// Some elements in this number: where they lie, if they are such, or in `space`, as long as they are.
+    fn read<'a>(storage: &'a CpuStorage, range: Range<usize>, space: &'a mut [Self]) -> Result<&'a [Self]>;
+    /// Appends the values, rounded to nearest.
+    fn write(values: &[Self], to: &mut CpuStorage);
 }
 
 macro_rules! wide {
-    ($wide:ty, $to_half:ident, $from_half:ident) => {
+    ($wide:ty, $own:ident, $other:ident($other_type:ty), $widen:expr, $narrow:expr) => {
         impl Wide for $wide {
-            fn from_f64(x: f64) -> Self {
-                x as $wide
-            }
-
-            fn to_f64(self) -> f64 {
-                f64::from(self)
-            }
-
-            fn magnitude(self) -> Self {
-                self.abs()
-            }
-
-            fn load(storage: &CpuStorage, from: usize, into: &mut [Self]) -> Result<()> {
-                let range = from..from + into.len();
+            #[inline(always)]
+            fn read<'a>(storage: &'a CpuStorage, range: Range<usize>, space: &'a mut [Self]) -> Result<&'a [Self]> {
+                let widen = $widen;
                 match storage {
-                    CpuStorage::F32(x) => into.iter_mut().zip(&x[range]).for_each(|(to, x)| *to = *x as $wide),
-                    CpuStorage::F64(x) => into.iter_mut().zip(&x[range]).for_each(|(to, x)| *to = *x as $wide),
-                    CpuStorage::F16(x) => into.iter_mut().zip(&x[range]).for_each(|(to, x)| *to = x.$to_half()),
-                    CpuStorage::BF16(x) => into.iter_mut().zip(&x[range]).for_each(|(to, x)| *to = x.$to_half()),
-                    other => candle_core::bail!("{:?} in a sum of floats", other.dtype()),
+                    CpuStorage::$own(x) => return Ok(&x[range]),
+                    CpuStorage::$other(x) => space.iter_mut().zip(&x[range]).for_each(|(to, x)| *to = *x as $wide),
+                    CpuStorage::F16(x) => widen.0(&x[range], space),
+                    CpuStorage::BF16(x) => widen.1(&x[range], space),
+                    other => return Err(not_float(other)),
                 }
-                Ok(())
+                Ok(space)
             }
 
-            fn store(sums: &[Self], into: &mut CpuStorage) {
-                match into {
-                    CpuStorage::F32(to) => to.extend(sums.iter().map(|x| *x as f32)),
-                    CpuStorage::F64(to) => to.extend(sums.iter().map(|x| f64::from(*x))),
-                    CpuStorage::F16(to) => to.extend(sums.iter().map(|x| f16::$from_half(*x))),
-                    CpuStorage::BF16(to) => to.extend(sums.iter().map(|x| bf16::$from_half(*x))),
+            #[inline(always)]
+            fn write(values: &[Self], to: &mut CpuStorage) {
+                let narrow = $narrow;
+                match to {
+                    CpuStorage::$own(to) => to.extend_from_slice(values),
+                    CpuStorage::$other(to) => to.extend(values.iter().map(|x| *x as $other_type)),
+                    CpuStorage::F16(to) => narrow.0(values, to),
+                    CpuStorage::BF16(to) => narrow.1(values, to),
                     _ => {}
                 }
             }
         }
     };
 }
-wide!(f32, to_f32, from_f32);
-wide!(f64, to_f64, from_f64);
+wide!(
+    f32,
+    F32,
+    F64(f64),
+    (<f16 as Element>::widen, <bf16 as Element>::widen),
+    (<f16 as Element>::append, <bf16 as Element>::append)
+);
+wide!(
+    f64,
+    F64,
+    F32(f32),
+    (
+        |x: &[f16], to: &mut [f64]| to.iter_mut().zip(x).for_each(|(to, x)| *to = x.to_f64()),
+        |x: &[bf16], to: &mut [f64]| to.iter_mut().zip(x).for_each(|(to, x)| *to = x.to_f64())
+    ),
+    (
+        |x: &[f64], to: &mut Vec<f16>| to.extend(x.iter().map(|x| f16::from_f64(*x))),
+        |x: &[f64], to: &mut Vec<bf16>| to.extend(x.iter().map(|x| bf16::from_f64(*x)))
+    )
+);
 
-/// Elements a sum is made of at a time, in cache.
-pub(super) const CHUNK: usize = 1024;
+fn not_float(storage: &CpuStorage) -> candle_core::Error {
+    use candle_core::backend::BackendStorage;
+    candle_core::Error::Msg(format!("{:?} in a sum of floats", storage.dtype()))
+}
 
-/// Elements `from..from + into.len()` of a contiguous CPU tensor.
-pub(super) fn load<A: Wide>(x: &Tensor, from: usize, into: &mut [A]) -> Result<()> {
+/// The tensor, or a copy of it that has no gaps.
+pub(super) fn dense(x: &Tensor) -> Result<Cow<'_, Tensor>> {
+    if x.is_contiguous() { Ok(Cow::Borrowed(x)) } else { x.contiguous().map(Cow::Owned) }
+}
+
+/// Lets `see` see the storage of a contiguous tensor on the CPU, and which part of it is the tensor.
+pub(super) fn on_cpu<R>(x: &Tensor, see: impl FnOnce(&CpuStorage, Range<usize>) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(cpu) => A::load(cpu, layout.start_offset() + from, into),
-        _ => candle_core::bail!("expected a tensor on the CPU"),
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((from, to))) => see(storage, from..to),
+        _ => candle_core::bail!("expected a contiguous tensor on the CPU"),
     }
 }
 
-/// Shows a CPU tensor to `see`, chunk by chunk, widened.
-pub(super) fn each_chunk<A: Wide>(x: &Tensor, mut see: impl FnMut(&[A])) -> Result<()> {
-    let x = x.contiguous()?;
-    let mut loaded = [A::default(); CHUNK];
-    for from in (0..x.elem_count()).step_by(CHUNK) {
-        let loaded = &mut loaded[..CHUNK.min(x.elem_count() - from)];
-        load(&x, from, loaded)?;
-        see(loaded);
+/// max |x| of some elements; NaN if any of them is not finite.
+pub(super) fn largest(storage: &CpuStorage, range: Range<usize>) -> Result<f64> {
+    match storage {
+        CpuStorage::F16(x) => Ok(vectorised(Largest(&x[range]))),
+        CpuStorage::BF16(x) => Ok(vectorised(Largest(&x[range]))),
+        CpuStorage::F32(x) => Ok(vectorised(Largest(&x[range]))),
+        CpuStorage::F64(x) => Ok(vectorised(Largest(&x[range]))),
+        other => Err(not_float(other)),
     }
-    Ok(())
 }
 
-/// Independent sums or maxima that a loop keeps, so that it can be vectorised.
-const LANES: usize = 16;
-
-/// 0 if all values are finite, else NaN.
-pub(super) fn poison<A: Wide>(values: &[A]) -> A {
-    let mut lanes = [A::default(); LANES];
-    for values in values.chunks(LANES) {
-        lanes.iter_mut().zip(values).for_each(|(lane, x)| *lane += *x * A::default());
-    }
-    lanes.into_iter().fold(A::default(), |sum, lane| sum + lane)
+/// The larger of two such; NaN if either is.
+pub(crate) fn larger(a: f64, b: f64) -> f64 {
+    if a > b || a.is_nan() { a } else { b }
 }
 
-/// max |x| of finite values.
-pub(super) fn largest<A: Wide>(values: &[A]) -> A {
-    let mut lanes = [A::default(); LANES];
-    for values in values.chunks(LANES) {
-        for (lane, x) in lanes.iter_mut().zip(values) {
-            let size = x.magnitude();
-            *lane = if size > *lane { size } else { *lane };
-        }
-    }
-    lanes.into_iter().fold(A::default(), |most, lane| if lane > most { lane } else { most })
+/// The bits of |x| are ordered as |x| is; what is not finite has the largest.
+struct Largest<'a, T>(&'a [T]);
+
+macro_rules! largest {
+    ($($float:ty: $bits:ty),*) => {
+        $(
+            impl Kernel for Largest<'_, $float> {
+                type Output = f64;
+
+                #[inline(always)]
+                fn run(self) -> f64 {
+                    let most = self.0.iter().fold(0, |most: $bits, x| most.max(x.to_bits() & (<$bits>::MAX >> 1)));
+                    let most = f64::from(<$float>::from_bits(most));
+                    if most.is_finite() { most } else { f64::NAN }
+                }
+            }
+        )*
+    };
 }
+largest!(f16: u16, bf16: u16, f32: u32, f64: u64);

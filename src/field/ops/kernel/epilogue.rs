@@ -1,7 +1,7 @@
 //! What happens to a product before it is stored: gate, bias, activation or its slope.
 
 use super::held::Held;
-use super::view::{View, ViewMut};
+use super::view::View;
 use crate::field::ops::Activation;
 use std::ops::Range;
 
@@ -34,11 +34,12 @@ impl<T> Default for Epilogue<'_, T> {
     }
 }
 
-/// Sums of `rows × stride` that are to be finished.
+/// Rows of sums that are to be finished.
 pub(super) struct Sums<'a> {
-    /// The sums; a row of them is `stride` long, of which the columns that lie in the result count.
+    /// They begin `stride` apart, and so many of each count; where that is all, they are one slice.
     pub(super) values: &'a mut [f32],
     pub(super) stride: usize,
+    pub(super) length: usize,
     /// Space for as many slopes.
     pub(super) slopes: &'a mut [f32],
 }
@@ -67,37 +68,48 @@ impl<T: Held> Epilogue<'_, T> {
         self.bias.filter(|_| self.gate.is_none())
     }
 
-    /// Finishes the sums, which began with [`start`](Self::start), and stores them in those rows and columns of `out`.
+    /// Finishes the sums of those rows and columns of the result, which began with [`start`](Self::start), in place.
     #[inline(always)]
-    pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>, out: &mut ViewMut<'_, T>) {
-        let Sums { values, stride, slopes } = sums;
+    pub(super) fn finish(&self, sums: Sums<'_>, rows: Range<usize>, columns: Range<usize>) {
+        let Sums { values, stride, length, slopes } = sums;
         if let Some(gate) = self.gate {
-            for values in values.chunks_exact_mut(stride) {
+            let bias = self.bias.map_or(&[][..], |bias| &bias[columns.clone()]);
+            for values in values.chunks_mut(stride) {
                 values.iter_mut().zip(&gate[columns.clone()]).for_each(|(value, gate)| *value *= gate);
-                let bias = self.bias.map_or(&[][..], |bias| &bias[columns.clone()]);
                 values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
             }
         }
         match self.then {
             Then::Nothing => {}
-            Then::Activation(activation) => activation.value_in_place(values),
-            Then::TimesSlope(activation, kept) => {
-                for (slopes, row) in slopes.chunks_exact_mut(stride).zip(rows.clone()) {
-                    for (slope, kept) in slopes.iter_mut().zip(&kept.row(row)[columns.clone()]) {
-                        *slope = kept.wide();
+            Then::Activation(activation) if length == stride => activation.value_in_place(values),
+            Then::Activation(activation) => {
+                values.chunks_mut(stride).for_each(|values| activation.value_in_place(&mut values[..length]));
+            }
+            Then::TimesSlope(activation, kept) => match T::floats(kept.slice()) {
+                Some(floats) if length == stride && length == columns.len() && length == kept.stride() => {
+                    let first = rows.start * length;
+                    activation.times_slope(&floats[first..first + values.len()], values);
+                }
+                Some(floats) => {
+                    for (values, row) in values.chunks_mut(stride).zip(rows) {
+                        let first = row * kept.stride() + columns.start;
+                        let kept = &floats[first..first + columns.len()];
+                        activation.times_slope(kept, &mut values[..kept.len()]);
                     }
                 }
-                activation.slope_in_place(slopes);
-                for (sum, &slope) in values.iter_mut().zip(slopes.iter()) {
-                    *sum *= slope;
+                None => {
+                    let slopes = &mut slopes[..values.len()];
+                    for (slopes, row) in slopes.chunks_mut(stride).zip(rows) {
+                        for (slope, kept) in slopes.iter_mut().zip(&kept.row(row)[columns.clone()]) {
+                            *slope = kept.wide();
+                        }
+                    }
+                    activation.slope_in_place(slopes);
+                    for (sum, &slope) in values.iter_mut().zip(slopes.iter()) {
+                        *sum *= slope;
+                    }
                 }
-            }
-        }
-        for (row, values) in rows.zip(values.chunks_exact(stride)) {
-            let out = &mut out.row(row)[columns.clone()];
-            for (out, &value) in out.iter_mut().zip(values) {
-                *out = T::of(value);
-            }
+            },
         }
     }
 }

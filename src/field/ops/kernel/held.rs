@@ -16,6 +16,10 @@ pub(crate) trait Held: std::fmt::Debug + Copy + Default + Send + Sync + 'static 
     fn of(value: f32) -> Self;
     /// Exactly.
     fn wide(self) -> f32;
+    /// The elements, if they are what sums are made in.
+    fn floats(values: &[Self]) -> Option<&[f32]>;
+    /// The elements to be written, if sums can be made in them.
+    fn floats_mut(values: &mut [Self]) -> Option<&mut [f32]>;
     /// The path for such elements on a CPU that has `best`.
     fn path(best: Path) -> Path;
     /// The matrix with `DEPTH` rows side by side, element by element, in place of one; the last filled up with zeros.
@@ -35,6 +39,14 @@ impl Held for f32 {
     #[inline(always)]
     fn wide(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn floats(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+    #[inline(always)]
+    fn floats_mut(values: &mut [Self]) -> Option<&mut [f32]> {
+        Some(values)
     }
     fn path(best: Path) -> Path {
         #[cfg(target_arch = "x86_64")]
@@ -67,6 +79,14 @@ impl Held for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn floats(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    #[inline(always)]
+    fn floats_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
     }
     fn path(best: Path) -> Path {
         best

@@ -1,7 +1,7 @@
 //! y = f(x B + b), row-major: blocks of rows times panels of B.
 //!
 //! x is read in place; a block of rows takes a group of panels that stays in the second cache, so that its sums lie in
-//! the first one when the epilogue takes them.
+//! the first one when the epilogue takes them. They are made where the result is to be, if it can hold them.
 
 use super::epilogue::{Epilogue, Sums};
 use super::held::Held;
@@ -71,73 +71,89 @@ impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
     unsafe fn run<M: Machine>(mut self) {
         let (mut start, mut sums, mut slopes) = ([0.0; COLUMNS], [0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
         let group = (GROUP / self.b.depth().max(1) / PANEL * PANEL).clamp(PANEL, COLUMNS);
-        let (rows, columns) = (self.out.rows(), self.out.columns());
+        let (rows, columns, apart) = (self.out.rows(), self.out.columns(), self.out.stride());
         for first in (0..columns).step_by(group) {
             let columns = first..columns.min(first + group);
-            let stride = columns.len().div_ceil(PANEL / 2) * (PANEL / 2);
+            let padded = columns.len().next_multiple_of(PANEL / 2);
             if let Some(bias) = self.epilogue.start() {
                 start[..columns.len()].copy_from_slice(&bias[columns.clone()]);
             }
             let mut row = 0;
             while row < rows {
+                let there = T::floats_mut(self.out.slice_mut()).filter(|_| padded == columns.len());
+                let is_there = there.is_some();
+                let (values, stride, length) = match there {
+                    Some(values) => (&mut values[row * apart + first..], apart, padded),
+                    None => (&mut sums[..], padded, padded),
+                };
                 let height = by_height!(M::Lanes, rows - row, HEIGHT => {
                     for panel in columns.clone().step_by(PANEL) {
                         let at = panel - first;
                         // SAFETY: the CPU has the instructions, says the caller; the block lies in x, the panel in the
                         // group.
-                        unsafe { self.block::<M, HEIGHT>(row, panel, &start[at..], &mut sums[at..], stride) };
+                        unsafe {
+                            block::<T, M, HEIGHT>(&self.x, self.b, (row, panel), &start[at..], &mut values[at..], stride);
+                        }
                     }
                 });
-                let space = height * stride;
-                let sums = Sums { values: &mut sums[..space], stride, slopes: &mut slopes[..space] };
-                self.epilogue.finish(sums, row..row + height, columns.clone(), &mut self.out);
+                let values = &mut values[..(height - 1) * stride + length];
+                let block = row..row + height;
+                self.epilogue.finish(
+                    Sums { values, stride, length, slopes: &mut slopes },
+                    block.clone(),
+                    columns.clone(),
+                );
+                if !is_there {
+                    for (row, values) in block.zip(sums.chunks_exact(stride)) {
+                        let out = self.out.row(row)[columns.clone()].iter_mut();
+                        out.zip(values).for_each(|(out, &value)| *out = T::of(value));
+                    }
+                }
                 row += height;
             }
         }
     }
 }
 
-impl<T: Held, X: Rows<T>> Multiply<'_, T, X> {
-    /// The products of `HEIGHT` rows of x from `row` on with the panel at `column`, added to `start`, to the first columns
-    /// of `sums`.
-    ///
-    /// # Safety
-    /// The CPU has the instructions of `M`; there are so many rows, and that panel.
-    #[inline(always)]
-    unsafe fn block<M: Machine, const HEIGHT: usize>(
-        &self,
-        row: usize,
-        column: usize,
-        start: &[f32],
-        sums: &mut [f32],
-        stride: usize,
-    ) {
-        let panel = self.b.panel(column);
-        let (depth, apart) = (self.x.depth(), self.x.apart());
-        let values = self.x.values().as_ptr();
-        assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width && start.len() >= panel.width);
-        let mut at = 0;
-        while at < panel.width {
-            // SAFETY: x has the rows, and in them as much as the panel is deep, `multiply_on` has seen to that; the panel
-            // is as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
-            unsafe {
-                let rows = std::array::from_fn(|m| values.add(self.x.start(row + m)));
-                let panel_at = panel.values.as_ptr().add(at * T::DEPTH);
-                let to = sums.as_mut_ptr().add(at);
-                let start = |_, v| M::Lanes::load(start.as_ptr().add(at + v * M::Lanes::WIDTH));
-                let segment = |n: usize| {
-                    let a = Left { rows: rows.map(|row: *const T| row.add(n * apart)), step: T::DEPTH };
-                    (a, Right { at: panel_at.add(n * depth * panel.width), step: panel.width * T::DEPTH })
-                };
-                if panel.width - at >= 2 * M::Lanes::WIDTH {
-                    let sums = segmented::<T::Scheme<M>, HEIGHT, 2>(self.x.segments(), depth, segment, start);
-                    store(sums, to, stride, M::Lanes::WIDTH);
-                    at += 2 * M::Lanes::WIDTH;
-                } else {
-                    let sums = segmented::<T::Scheme<M>, HEIGHT, 1>(self.x.segments(), depth, segment, start);
-                    store(sums, to, stride, M::Lanes::WIDTH);
-                    at += M::Lanes::WIDTH;
-                }
+/// The products of `HEIGHT` rows of x from `row` on with the panel of B at `column`, added to `start`, to the first columns
+/// of `sums`.
+///
+/// # Safety
+/// The CPU has the instructions of `M`; there are so many rows, and that panel.
+#[inline(always)]
+unsafe fn block<T: Held, M: Machine, const HEIGHT: usize>(
+    x: &impl Rows<T>,
+    b: &Packed<T>,
+    (row, column): (usize, usize),
+    start: &[f32],
+    sums: &mut [f32],
+    stride: usize,
+) {
+    let panel = b.panel(column);
+    let (depth, apart) = (x.depth(), x.apart());
+    let values = x.values().as_ptr();
+    assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width && start.len() >= panel.width);
+    let mut at = 0;
+    while at < panel.width {
+        // SAFETY: x has the rows, and in them as much as the panel is deep, `multiply_on` has seen to that; the panel is
+        // as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
+        unsafe {
+            let rows = std::array::from_fn(|m| values.add(x.start(row + m)));
+            let panel_at = panel.values.as_ptr().add(at * T::DEPTH);
+            let to = sums.as_mut_ptr().add(at);
+            let start = |_, v| M::Lanes::load(start.as_ptr().add(at + v * M::Lanes::WIDTH));
+            let segment = |n: usize| {
+                let a = Left { rows: rows.map(|row: *const T| row.add(n * apart)), step: T::DEPTH };
+                (a, Right { at: panel_at.add(n * depth * panel.width), step: panel.width * T::DEPTH })
+            };
+            if panel.width - at >= 2 * M::Lanes::WIDTH {
+                let sums = segmented::<T::Scheme<M>, HEIGHT, 2>(x.segments(), depth, segment, start);
+                store(sums, to, stride, M::Lanes::WIDTH);
+                at += 2 * M::Lanes::WIDTH;
+            } else {
+                let sums = segmented::<T::Scheme<M>, HEIGHT, 1>(x.segments(), depth, segment, start);
+                store(sums, to, stride, M::Lanes::WIDTH);
+                at += M::Lanes::WIDTH;
             }
         }
     }

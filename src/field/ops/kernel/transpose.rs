@@ -39,9 +39,13 @@ impl<T: Held, const N: usize> Work for Apart<'_, T, N> {
 
     #[inline(always)]
     unsafe fn run<M: Machine>(mut self) {
-        for n in 0..N {
-            for (to, from) in self.to.row(n).iter_mut().zip(self.from.slice().as_chunks::<N>().0) {
-                *to = from[n];
+        // All features of a row at once: loads of whole vectors that are shuffled, and no gathering.
+        let (rows, stride) = (self.to.columns(), self.to.stride());
+        let mut features = self.to.slice_mut().chunks_mut(stride.max(1));
+        let mut to: [&mut [T]; N] = std::array::from_fn(|_| &mut features.next().unwrap_or_default()[..rows]);
+        for (row, from) in self.from.slice().as_chunks::<N>().0.iter().enumerate().take(rows) {
+            for (to, from) in to.iter_mut().zip(from) {
+                to[row] = *from;
             }
         }
     }
