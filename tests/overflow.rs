@@ -80,6 +80,47 @@ fn a_stage_state_that_overflows_is_seen_though_f_saturates() {
     }
 }
 
+/// One element of one slope is not finite, and f saturates, so that nothing else need show it.
+#[test]
+fn the_stage_whose_slope_is_not_finite_is_named_whatever_becomes_of_the_step() {
+    let y0 = Tensor::new(&[0.3f32, -0.2, 0.1], &Device::Cpu).unwrap();
+    let solvers: [&dyn Solver; 7] = [&Euler, &Midpoint, &Heun, &Rk4, &Bosh3, &Dopri5, &Tsit5];
+    for tableau in solvers.into_iter().filter_map(Solver::tableau) {
+        let evaluated = |step: usize| {
+            let stages = (0..tableau.stages()).filter(|stage| tableau.is_used(*stage));
+            stages.map(move |stage| (step, stage, 0.5 * (step as f64 + tableau.nodes()[stage])))
+        };
+        for (_, _, bad) in evaluated(1) {
+            let is_bad = move |t: f64| (t - bad).abs() < 1e-9;
+            let (step, stage, _) = (0..2).flat_map(evaluated).find(|(_, _, t)| is_bad(*t)).unwrap();
+            for value in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+                let spoil = Tensor::new(&[0.0, value, 0.0], &Device::Cpu).unwrap();
+                let field = FnField::new(move |t: &Time, y: &Tensor| match is_bad(t.value()) {
+                    true => y.tanh()? + spoil.to_dtype(y.dtype())?,
+                    false => y.clamp(-1.0, 1.0)?.tanh(),
+                });
+                for precision in [Precision::F64, Precision::F32, Precision::BF16, Precision::F16] {
+                    for tracked in [false, true] {
+                        let y0 = if tracked { Var::from_tensor(&y0).unwrap().as_tensor().clone() } else { y0.clone() };
+                        let ode = Ode::new(&field).solver(tableau.clone()).span(0.0, 1.0).steps(2).precision(precision);
+                        match ode.solve(&y0).unwrap_err() {
+                            OdeError::Overflow { pass: PassKind::Forward, place, .. } => {
+                                assert_eq!(
+                                    (place.step, place.stage),
+                                    (step, stage),
+                                    "{} {value} {precision:?}",
+                                    tableau.name()
+                                );
+                            }
+                            other => panic!("{other}"),
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_solution_without_bounds_is_an_error_in_every_dtype() {
     let field = FnField::new(|_, y: &Tensor| y.sqr());

@@ -164,10 +164,11 @@ impl<'a> Stages<'a> {
         let place = at.place(stage);
         let slope = self.field.eval(&at.time(stage), y).map_err(|error| from_field(error, place))?;
         check_slope(y, &slope, place)?;
-        match self.slopes {
-            Slopes::Keep => return Ok(slope),
-            Slopes::Cut => {}
-            Slopes::Refuse => check_captured(self.field, &slope)?,
+        if self.slopes == Slopes::Keep || !slope.is_tracked() {
+            return Ok(slope);
+        }
+        if self.slopes == Slopes::Refuse {
+            check_captured(self.field, &slope)?;
         }
         Ok(slope.detach())
     }

@@ -17,9 +17,9 @@ use super::cpu::{CHUNK, Kernel, vectorised};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 pub(crate) use wide::larger;
-use wide::{Wide, dense, largest};
+use wide::{Wide, largest};
 
 /// `base + Σ cᵢ·xᵢ` in `dtype`. The terms are summed first, in F64 if `base` or any term is F64 and else in F32, and
 /// `base` is added last. A sum of one operand that is in `dtype` already is that operand, not a copy.
@@ -104,9 +104,13 @@ fn compose(base: Option<&Tensor>, terms: &[(f64, &Tensor)], sum_dtype: DType, dt
 }
 
 fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType) -> Result<(CpuStorage, f64)> {
-    let base = base.map(dense).transpose()?;
-    let terms = terms.iter().map(|(c, x)| Ok((A::of(*c), dense(x)?))).collect::<Result<Vec<_>>>()?;
-    let count = base.iter().chain(terms.iter().map(|(_, x)| x)).next().map_or(0, |x| x.elem_count());
+    if !base.into_iter().chain(terms.iter().map(|(_, x)| *x)).all(Tensor::is_contiguous) {
+        let base = base.map(Tensor::contiguous).transpose()?;
+        let terms = terms.iter().map(|(c, x)| Ok((*c, x.contiguous()?))).collect::<Result<Vec<_>>>()?;
+        let terms: Vec<_> = terms.iter().map(|(c, x)| (*c, x)).collect();
+        return on_cpu::<A>(base.as_ref(), &terms, dtype);
+    }
+    let count = base.or(terms.first().map(|(_, x)| *x)).map_or(0, Tensor::elem_count);
     let result = match dtype {
         DType::F16 => CpuStorage::F16(Vec::with_capacity(count)),
         DType::BF16 => CpuStorage::BF16(Vec::with_capacity(count)),
@@ -114,51 +118,53 @@ fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType
         DType::F64 => CpuStorage::F64(Vec::with_capacity(count)),
         other => candle_core::bail!("a sum cannot be kept in {other:?}"),
     };
-    let base = base.as_ref().map(|x| x.storage_and_layout());
-    let terms: Vec<_> = terms.iter().map(|(c, x)| (*c, x.storage_and_layout())).collect();
-    let base = base.as_ref().map(|x| operand(x)).transpose()?;
-    let terms = terms.iter().map(|(c, x)| Ok((*c, operand(x)?))).collect::<Result<Vec<_>>>()?;
+    let base = base.map(Tensor::storage_and_layout);
+    let terms: Vec<_> = terms.iter().map(|(c, x)| (A::of(*c), x.storage_and_layout())).collect();
     vectorised(Sum { base, terms: &terms, count, result })
 }
 
-/// A storage, and where in it a tensor begins.
-type Operand<'a> = (&'a CpuStorage, usize);
-
-fn operand<'a>((storage, layout): &'a (impl Deref<Target = Storage>, &Layout)) -> Result<Operand<'a>> {
+/// Some elements of a contiguous tensor, in the number sums are made in.
+#[inline(always)]
+fn read<'a, A: Wide>(
+    (storage, layout): &'a (impl Deref<Target = Storage>, &Layout),
+    range: Range<usize>,
+    space: &'a mut [A],
+) -> Result<&'a [A]> {
+    let first = layout.start_offset();
     match &**storage {
-        Storage::Cpu(storage) => Ok((storage, layout.start_offset())),
+        Storage::Cpu(storage) => A::read(storage, first + range.start..first + range.end, space),
         _ => candle_core::bail!("expected a tensor on the CPU"),
     }
 }
 
 /// base + Σ terms, chunk by chunk, appended to `result`; gives max |x| of it, too.
-struct Sum<'a, A> {
-    base: Option<Operand<'a>>,
-    terms: &'a [(A, Operand<'a>)],
+struct Sum<'a, A, S> {
+    base: Option<(S, &'a Layout)>,
+    terms: &'a [(A, (S, &'a Layout))],
     count: usize,
     result: CpuStorage,
 }
 
-impl<A: Wide> Kernel for Sum<'_, A> {
+impl<A: Wide, S: Deref<Target = Storage>> Kernel for Sum<'_, A, S> {
     type Output = Result<(CpuStorage, f64)>;
 
     #[inline(always)]
     fn run(mut self) -> Self::Output {
         let (mut sums, mut space, mut most) = ([A::ZERO; CHUNK], [A::ZERO; CHUNK], 0.0);
         for from in (0..self.count).step_by(CHUNK) {
-            let to = self.count.min(from + CHUNK);
-            let (sums, space) = (&mut sums[..to - from], &mut space[..to - from]);
+            let range = from..self.count.min(from + CHUNK);
+            let (sums, space) = (&mut sums[..range.len()], &mut space[..range.len()]);
             sums.fill(A::ZERO);
-            for (c, (x, first)) in self.terms {
-                let x = A::read(x, first + from..first + to, space)?;
+            for (c, x) in self.terms {
+                let x = read(x, range.clone(), space)?;
                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += *c * *x);
             }
-            if let Some((x, first)) = self.base {
-                let x = A::read(x, first + from..first + to, space)?;
+            if let Some(x) = &self.base {
+                let x = read(x, range.clone(), space)?;
                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum = *x + *sum);
             }
             A::write(sums, &mut self.result);
-            most = larger(most, largest(&self.result, from..to)?);
+            most = larger(most, largest(&self.result, range)?);
         }
         Ok((self.result, most))
     }

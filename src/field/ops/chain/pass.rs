@@ -47,30 +47,32 @@ pub(super) fn value<C: Compute>(
     let way = Way { session, order, given };
     let x = C::held(session, order, x, rows);
     let (last, before) = (&links[links.len() - 1], &links[..links.len() - 1]);
-    let (mut hidden, mut inputs) = (Vec::<Matrix<C::Held>>::new(), vec![]);
+    let looks_back = saves != Saves::Nothing;
+    // Of what nobody looks back at there is the last alone.
+    let (mut hidden, mut inputs, mut at) = (vec![], vec![], None::<Matrix<C::Held>>);
     for link in before {
         let mut out = order.tile(session, rows, link.outputs);
-        inputs.push(link.value(way, from(&x, &hidden), &mut out)?);
-        if saves == Saves::Nothing {
-            // Nobody looks back.
-            hidden.clear();
-            inputs.clear();
+        let from = at.as_ref().or(hidden.last()).map_or_else(|| x.view(), Matrix::view);
+        let kept = link.value(way, from, &mut out)?;
+        if looks_back {
+            hidden.push(out);
+            inputs.push(kept);
+        } else {
+            at = Some(out);
         }
-        hidden.push(out);
     }
     let mut kept = Ok(None);
     let stored = C::stored(session, order, [rows, last.outputs], |out| {
-        kept = last.value(way, from(&x, &hidden), out);
+        let from = at.as_ref().or(hidden.last()).map_or_else(|| x.view(), Matrix::view);
+        kept = last.value(way, from, out);
     });
-    inputs.push(kept?);
+    let kept = kept?;
+    if !looks_back {
+        return Ok((stored, None));
+    }
+    inputs.push(kept);
     let x = (saves == Saves::All).then(|| x.own(session));
-    let saved = (saves != Saves::Nothing).then_some(Saved { x, hidden, inputs });
-    Ok((stored, saved))
-}
-
-/// What the next layer is given.
-fn from<'a, T: Ordered>(x: &'a Input<'_, T>, hidden: &'a [Matrix<T>]) -> View<'a, T> {
-    hidden.last().map_or_else(|| x.view(), Matrix::view)
+    Ok((stored, Some(Saved { x, hidden, inputs })))
 }
 
 /// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx; `x` is there unless it has been saved.

@@ -271,7 +271,12 @@ impl Kernel for AddScaledRows<'_> {
 fn add_elements(x: &Tensor, c: f32, (first, step): (usize, usize), sum: &mut [f32]) -> Result<()> {
     let x = x.contiguous()?;
     with_float!(x.dtype(), S => with_elements::<S, _>(&x, |x| {
-        x.iter().skip(first).step_by(step).zip(sum).for_each(|(x, sum)| *sum += c * float(*x));
+        let add = |(sum, x): (&mut f32, &S)| *sum += c * float(*x);
+        match step {
+            // Elements side by side are added in vectors.
+            1 => sum.iter_mut().zip(&x[first..]).for_each(add),
+            _ => sum.iter_mut().zip(x.iter().skip(first).step_by(step)).for_each(add),
+        }
         Ok(())
     }))
 }
