@@ -89,9 +89,20 @@ impl State {
         Self { tensors: self.tensors.iter().map(Tensor::detach).collect(), ..*self }
     }
 
-    /// Tensors whose largest absolute value is known.
-    pub(crate) fn with_largest(tensors: Vec<Tensor>, largest: Option<f64>) -> Self {
-        Self { tensors, largest }
+    /// Tensors, each with its largest absolute value where that is known.
+    ///
+    /// # Errors
+    /// The first among them.
+    pub(crate) fn noted<E>(
+        parts: impl ExactSizeIterator<Item = std::result::Result<(Tensor, Option<f64>), E>>,
+    ) -> std::result::Result<Self, E> {
+        let (mut tensors, mut largest) = (Vec::with_capacity(parts.len()), Some(0.0));
+        for part in parts {
+            let (tensor, most) = part?;
+            largest = largest.zip(most).map(|(a, b)| larger(a, b));
+            tensors.push(tensor);
+        }
+        Ok(Self { tensors, largest })
     }
 
     /// The largest absolute value, NaN if any is not finite; `None` where it would have to be looked for.
@@ -106,6 +117,11 @@ impl State {
     pub fn try_map<E>(&self, f: impl FnMut(&Tensor) -> std::result::Result<Tensor, E>) -> std::result::Result<Self, E> {
         self.tensors.iter().map(f).collect::<std::result::Result<Vec<_>, E>>().map(Self::from)
     }
+}
+
+/// The larger of two numbers that are not negative; NaN if either is.
+pub(crate) fn larger(a: f64, b: f64) -> f64 {
+    if a > b || a.is_nan() { a } else { b }
 }
 
 impl Index<usize> for State {

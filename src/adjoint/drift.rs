@@ -3,6 +3,7 @@
 use crate::State;
 use crate::error::Result;
 use crate::field::on_host;
+use crate::state::larger;
 use crate::stats::Counters;
 use candle_core::Tensor;
 
@@ -38,7 +39,7 @@ impl Drifts {
             let [difference, size] = [pair[0], pair[1]].map(f64::sqrt);
             // Of a state that is zero there is no relative error: its absolute one is told.
             let drift = if size == 0.0 { difference } else { difference / size };
-            largest = if drift > largest || drift.is_nan() { drift } else { largest };
+            largest = larger(largest, drift);
         }
         counters.drifted(largest);
         Ok(())

@@ -41,16 +41,11 @@ impl Linearization for Graph {
         let pulled = pulled?;
         drop(seeds);
         let (of_y, rest) = pulled.split_at(self.y.len());
-        let (mut y, mut largest) = (Vec::with_capacity(of_y.len()), Some(0.0));
-        for (pulled, leaf) in of_y.iter().zip(self.y.tensors()) {
-            let (mu, most) = match pulled {
-                Some(pulled) => scale.undone(pulled, accumulate)?,
-                None => (Tensor::zeros(leaf.shape(), accumulate, leaf.device())?, Some(0.0)),
-            };
-            largest = largest.zip(most).map(|(a, b)| combine::larger(a, b));
-            y.push(mu);
-        }
-        let y = State::with_largest(y, largest);
+        let undone = |(pulled, leaf): (&Option<Tensor>, &Tensor)| match pulled {
+            Some(pulled) => scale.undone(pulled, accumulate),
+            None => Ok((Tensor::zeros(leaf.shape(), accumulate, leaf.device())?, Some(0.0))),
+        };
+        let y = State::noted(of_y.iter().zip(self.y.tensors()).map(undone))?;
         let mut finite = all_finite(&y)?;
         let mut t: Option<Tensor> = None;
         for (gradient, leaf) in rest.iter().zip(&self.wanted[self.y.len()..]) {
@@ -94,8 +89,7 @@ impl Linearization for Layered {
         gradients.set_scale(scale);
         let (pulled, sums) = sink::open(std::mem::take(gradients), || self.way_back.pull(value, &seed));
         *gradients = sums;
-        let (mu, largest) = scale.undone(&pulled?, cotangent.dtype())?;
-        let y = State::with_largest(vec![mu], largest);
+        let y = State::noted(std::iter::once(scale.undone(&pulled?, cotangent.dtype())))?;
         let finite = all_finite(&y)?.and(gradients.take_finite());
         Ok(Pulled { y, t: None, finite })
     }

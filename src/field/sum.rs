@@ -3,26 +3,22 @@
 use super::ops::combine::{self, Finite};
 use crate::State;
 use crate::error::Result;
+use crate::state::larger;
 use candle_core::DType;
 
 /// base + Σ terms, rounded once to `dtype`. Without any term or base there is nothing to sum, which no caller does.
 pub(crate) fn sum(base: Option<&State>, terms: &[(f64, &State)], dtype: DType) -> Result<State> {
-    let alone = match (base, terms) {
-        (Some(only), []) => Some(only),
-        _ => None,
-    };
-    if let Some(only) = alone.filter(|only| only.tensors().iter().all(|x| x.dtype() == dtype)) {
+    if let (Some(only), []) = (base, terms)
+        && only.tensors().iter().all(|x| x.dtype() == dtype)
+    {
         return Ok(only.clone());
     }
     let tensors = base.or(terms.first().map(|(_, state)| *state)).map_or(0, State::len);
-    let (mut sums, mut largest) = (Vec::with_capacity(tensors), Some(0.0));
-    for n in 0..tensors {
+    let one = |n: usize| {
         let terms: Vec<_> = terms.iter().map(|(c, state)| (*c, &state[n])).collect();
-        let (sum, most) = combine::combined(base.map(|base| &base[n]), &terms, dtype)?;
-        largest = largest.zip(most).map(|(a, b)| combine::larger(a, b));
-        sums.push(sum);
-    }
-    Ok(State::with_largest(sums, largest))
+        combine::combined(base.map(|base| &base[n]), &terms, dtype)
+    };
+    Ok(State::noted((0..tensors).map(one))?)
 }
 
 /// Whether every element of a state is finite.
@@ -35,7 +31,7 @@ pub(crate) fn all_finite(state: &State) -> Result<Finite> {
 
 /// The largest absolute value over a state, on the host; NaN if any is not finite.
 pub(crate) fn largest(state: &State) -> Result<f64> {
-    let of_all = || state.tensors().iter().try_fold(0.0, |most, x| Ok(combine::larger(most, combine::max_abs(x)?)));
+    let of_all = || state.tensors().iter().try_fold(0.0, |most, x| Ok(larger(most, combine::max_abs(x)?)));
     state.known_largest().map_or_else(of_all, Ok)
 }
 
@@ -70,6 +66,21 @@ mod tests {
                 }
             }
         }
+        // Whatever lies between the elements, or before them.
+        let wide = Tensor::new(&[[9f32, 1.0, 2.0], [9.0, 3.0, -4.0]], &Device::Cpu).unwrap();
+        let part = wide.narrow(1, 1, 2).unwrap();
+        for x in [part.t().unwrap(), part.clone(), wide.narrow(0, 1, 1).unwrap().narrow(1, 1, 2).unwrap()] {
+            let spread = Tensor::new(0.5f32, &Device::Cpu).unwrap().broadcast_as(x.shape()).unwrap();
+            let sums = sum(Some(&State::from(&x)), &[(2.0, &State::from(spread))], DType::F32).unwrap();
+            let exact = ((&x + 1.0).unwrap(), 4.0);
+            assert_eq!(sums[0].to_vec2::<f32>().unwrap(), exact.0.to_vec2::<f32>().unwrap());
+            assert_eq!((sums.known_largest(), largest(&State::from(&x)).unwrap()), (Some(exact.1), 4.0));
+        }
+        // Who has other tensors knows nothing of them.
+        let sums = sum(None, &[(2.0, &state(&[&[1.0]], DType::F32))], DType::F32).unwrap();
+        assert_eq!(sums.detach().known_largest(), Some(2.0));
+        assert_eq!(sums.try_map(Tensor::neg).unwrap().known_largest(), None);
+        assert_eq!(State::from(sums.into_tensors()).known_largest(), None);
         // Finite before it is rounded, and not after.
         let sums = sum(None, &[(1e4, &state(&[&[1.0], &[7.0]], DType::F32))], DType::F16).unwrap();
         assert!(sums.known_largest().unwrap().is_nan());

@@ -6,12 +6,12 @@
 
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
+use super::watch::Watch;
 use super::{EstimatedStep, Slope, Solver, Step};
 use crate::State;
 use crate::account::Category;
 use crate::error::{OdeError, Result};
-use crate::field::{Finite, Linearization, all_finite, sum};
-use candle_core::DType;
+use crate::field::{Linearization, sum};
 use std::fmt::Debug;
 
 /// An explicit Runge–Kutta method is its tableau.
@@ -187,47 +187,6 @@ fn stepped(
     let y = sum(Some(y), &terms, stages.accumulate())?;
     let finite = watch.finite(&y, states(&slopes))?;
     Ok((Step { y, finite }, slopes))
-}
-
-/// Whether the stages of a step are finite. A slope that is not makes the sums not finite that it is a term of: where all
-/// of them are known to be finite, slopes are not looked at by themselves.
-struct Watch {
-    /// By stage, whether its state is finite, where that matters by itself.
-    points: Vec<Finite>,
-    /// By stage, whether a sum of which its slope is a term has been seen.
-    summed: Vec<bool>,
-    sums_are_finite: bool,
-}
-
-impl Watch {
-    fn new(tableau: &Tableau) -> Self {
-        let summed = tableau.weights().iter().map(|weight| *weight != 0.0).collect();
-        Self { points: vec![Finite::default(); tableau.stages()], summed, sums_are_finite: true }
-    }
-
-    /// Stage `i` begins at `point`.
-    fn point(&mut self, tableau: &Tableau, at: &StepAt<'_>, i: usize, point: &State) -> Result<()> {
-        self.points[i] = finite_point(at, point)?;
-        self.sees(point);
-        (0..i).for_each(|j| self.summed[j] |= tableau.a(i, j) != 0.0);
-        Ok(())
-    }
-
-    fn sees(&mut self, sum: &State) {
-        self.sums_are_finite &= sum.known_largest().is_some_and(|largest| !largest.is_nan());
-    }
-
-    /// By stage, for a step that has led to `y`.
-    fn finite<'a>(mut self, y: &State, slopes: impl Iterator<Item = Option<&'a State>>) -> Result<Vec<Finite>> {
-        self.sees(y);
-        let Self { points, summed, sums_are_finite } = self;
-        let stages = points.into_iter().zip(summed).zip(slopes);
-        let finite = stages.map(|((point, is_summed), slope)| match slope {
-            Some(slope) if !(is_summed && sums_are_finite) => Ok(point.and(all_finite(slope)?)),
-            _ => Ok(point),
-        });
-        finite.collect()
-    }
 }
 
 pub(super) fn states(slopes: &[Option<Slope>]) -> impl Iterator<Item = Option<&State>> {
@@ -427,15 +386,4 @@ pub(super) fn weighted<'a>(
 ) -> Vec<(f64, &'a State)> {
     let pairs = coefficients.into_iter().zip(states);
     pairs.filter(|(c, _)| *c != 0.0).filter_map(|(c, state)| state.map(|state| (h * c, state))).collect()
-}
-
-/// Whether a stage came out finite.
-pub(super) fn finite_stage(at: &StepAt<'_>, point: &State, k: &State) -> Result<Finite> {
-    Ok(finite_point(at, point)?.and(all_finite(k)?))
-}
-
-/// Whether a stage state is finite, where it may have overflown: in F16. It may come out of f as finite nonsense:
-/// tanh(∞) = 1.
-fn finite_point(at: &StepAt<'_>, point: &State) -> Result<Finite> {
-    if at.dtype == DType::F16 { all_finite(point) } else { Ok(Finite::default()) }
 }

@@ -9,6 +9,7 @@ mod reversible_heun;
 mod slope;
 mod stages;
 mod tableau;
+mod watch;
 
 pub(crate) use carried::{carry, fold, lift, visible};
 pub use explicit::{ExplicitRungeKutta, Linearized, StageMemory};

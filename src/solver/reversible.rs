@@ -9,10 +9,10 @@
 
 use super::carried::{joined, split};
 use super::explicit::{
-    ExplicitRungeKutta, Points, StageMemory, cotangents, estimate, finite_stage, increment, pull, slopes, states, used,
-    weighted,
+    ExplicitRungeKutta, Points, StageMemory, cotangents, estimate, increment, pull, slopes, states, used, weighted,
 };
 use super::stages::{Pullbacks, Stages, StepAt};
+use super::watch::finite_stage;
 use super::{EstimatedStep, Slope, Solver, Step, Tableau};
 use crate::State;
 use crate::account::{Category, Owned};

@@ -4,10 +4,11 @@
 //! z̄* = z̄⁺ + h/2 J⁺ᵀȳ⁺, ȳ = ȳ⁺ + 2 z̄*, z̄ = Jᵀ(h/2 ȳ⁺ + h z̄*) − z̄*.
 
 use super::carried::{joined, split};
-use super::explicit::{StageMemory, finite_stage};
+use super::explicit::StageMemory;
 use super::reversible::Reversal;
 use super::slope::Slope;
 use super::stages::{Pullbacks, Stages, StepAt};
+use super::watch::finite_stage;
 use super::{Solver, Step};
 use crate::State;
 use crate::account::{Category, Owned};

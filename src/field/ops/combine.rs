@@ -14,11 +14,11 @@ pub(crate) use finite::power_of_two;
 pub use finite::{Finite, all_finite, finite, max_abs, max_abs_on_device};
 
 use super::cpu::{CHUNK, Kernel, vectorised};
+use crate::state::larger;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
-use std::ops::{Deref, Range};
-pub(crate) use wide::larger;
+use candle_core::{CpuStorage, DType, Layout, MetalStorage, Result, Shape, Storage, StorageRef, Tensor};
+use std::ops::Range;
 use wide::{Wide, largest};
 
 /// `base + Σ cᵢ·xᵢ` in `dtype`. The terms are summed first, in F64 if `base` or any term is F64 and else in F32, and
@@ -126,7 +126,7 @@ fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType
 /// Some elements of a contiguous tensor, in the number sums are made in.
 #[inline(always)]
 fn read<'a, A: Wide>(
-    (storage, layout): &'a (impl Deref<Target = Storage>, &Layout),
+    (storage, layout): &'a (StorageRef<'_>, &Layout),
     range: Range<usize>,
     space: &'a mut [A],
 ) -> Result<&'a [A]> {
@@ -138,14 +138,14 @@ fn read<'a, A: Wide>(
 }
 
 /// base + Σ terms, chunk by chunk, appended to `result`; gives max |x| of it, too.
-struct Sum<'a, A, S> {
-    base: Option<(S, &'a Layout)>,
-    terms: &'a [(A, (S, &'a Layout))],
+struct Sum<'a, A> {
+    base: Option<(StorageRef<'a>, &'a Layout)>,
+    terms: &'a [(A, (StorageRef<'a>, &'a Layout))],
     count: usize,
     result: CpuStorage,
 }
 
-impl<A: Wide, S: Deref<Target = Storage>> Kernel for Sum<'_, A, S> {
+impl<A: Wide> Kernel for Sum<'_, A> {
     type Output = Result<(CpuStorage, f64)>;
 
     #[inline(always)]

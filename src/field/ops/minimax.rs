@@ -1,7 +1,7 @@
 //! What F32 calculates by minimax approximations, relative errors below 2⁻²⁴; F64 uses series in their place.
 //!
-//! Fitted with 50 digits; all but those that alternate have positive coefficients, so that sums lose nothing. Products are
-//! added with one rounding, which has the same bits on every CPU; one without such an instruction is slow at it.
+//! Fitted with 50 digits; all but those that alternate have positive coefficients, so that sums lose nothing.
+//! Polynomials are made with fused products: the same bits on every CPU, slow on one that lacks the instruction.
 
 /// c₀ + c₁ x + c₂ x² + …
 #[inline(always)]

@@ -1,10 +1,10 @@
 //! The elementary functions behind the activations, written so that plain loops over them become vector code.
 //!
 //! No branches, no tables, no calls: every function is a fixed sequence of adds, multiplications, divisions and
-//! selections, of which none but those of [`minimax`] are fused, so each CPU gives the same bits. exp and expm1 are polynomials on
-//! |r| ≤ ln 2 / 2 after x = k ln 2 + r; log1p is 2 artanh(u / (2 + u)). The polynomials are Taylor's in F64 and minimax
-//! in F32, which has more such forms in [`minimax`]; erfc in F64 is a Chebyshev series of ln(erfc(z) e^{z²} / t) in
-//! t = 2 / (2 + z).
+//! selections, of which none but those of [`minimax`] are fused, so each CPU gives the same bits. exp and expm1 are
+//! polynomials on |r| ≤ ln 2 / 2 after x = k ln 2 + r; log1p is 2 artanh(u / (2 + u)). The polynomials are Taylor's in
+//! F64 and minimax in F32, which has more such forms in [`minimax`]; erfc in F64 is a Chebyshev series of
+//! ln(erfc(z) e^{z²} / t) in t = 2 / (2 + z).
 
 use super::minimax;
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub};

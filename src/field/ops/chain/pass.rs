@@ -48,12 +48,11 @@ pub(super) fn value<C: Compute>(
     let x = C::held(session, order, x, rows);
     let (last, before) = (&links[links.len() - 1], &links[..links.len() - 1]);
     let looks_back = saves != Saves::Nothing;
-    // Of what nobody looks back at there is the last alone.
+    // Where nobody looks back, only the last result is kept.
     let (mut hidden, mut inputs, mut at) = (vec![], vec![], None::<Matrix<C::Held>>);
     for link in before {
         let mut out = order.tile(session, rows, link.outputs);
-        let from = at.as_ref().or(hidden.last()).map_or_else(|| x.view(), Matrix::view);
-        let kept = link.value(way, from, &mut out)?;
+        let kept = link.value(way, from(&x, at.as_ref().or(hidden.last())), &mut out)?;
         if looks_back {
             hidden.push(out);
             inputs.push(kept);
@@ -63,8 +62,7 @@ pub(super) fn value<C: Compute>(
     }
     let mut kept = Ok(None);
     let stored = C::stored(session, order, [rows, last.outputs], |out| {
-        let from = at.as_ref().or(hidden.last()).map_or_else(|| x.view(), Matrix::view);
-        kept = last.value(way, from, out);
+        kept = last.value(way, from(&x, at.as_ref().or(hidden.last())), out);
     });
     let kept = kept?;
     if !looks_back {
@@ -73,6 +71,11 @@ pub(super) fn value<C: Compute>(
     inputs.push(kept);
     let x = (saves == Saves::All).then(|| x.own(session));
     Ok((stored, Some(Saved { x, hidden, inputs })))
+}
+
+/// What the next layer is given.
+fn from<'a, T: Ordered>(x: &'a Input<'_, T>, result: Option<&'a Matrix<T>>) -> View<'a, T> {
+    result.map_or_else(|| x.view(), Matrix::view)
 }
 
 /// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx; `x` is there unless it has been saved.

@@ -2,13 +2,14 @@
 
 use super::finite::{Finite, finite};
 use super::is_float;
-use super::wide::{Wide, dense, larger, largest, on_cpu};
+use super::wide::{Wide, dense, largest, with_storage};
 use crate::field::ops::cpu::{CHUNK, Kernel, vectorised};
+use crate::state::larger;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor};
 use std::cell::Cell;
 
-/// `sum += c·x`, in place on the CPU and by kernels of ours. Says whether every c·x is finite.
+/// `sum += c·x`, in place on the CPU and by kernels of ours. Says whether every x is finite.
 ///
 /// # Errors
 /// Operands of different shapes or devices.
@@ -49,7 +50,7 @@ struct AddScaled<'a> {
 
 impl AddScaled<'_> {
     fn add<A: Wide>(&self, sums: &mut [A]) -> Result<()> {
-        let most = on_cpu(self.x, |x, range| vectorised(Add { c: A::of(self.c), x, first: range.start, sums }))?;
+        let most = with_storage(self.x, |x, range| vectorised(Add { c: A::of(self.c), x, first: range.start, sums }))?;
         self.finite.set(!most.is_nan());
         Ok(())
     }

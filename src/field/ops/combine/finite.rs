@@ -1,7 +1,8 @@
 //! Whether values are finite, and how large they are.
 
 use super::combine;
-use super::wide::{dense, largest, on_cpu};
+use super::wide::{Largest, dense, with_storage};
+use crate::field::ops::cpu::vectorised;
 use candle_core::{DType, Result, Tensor};
 
 /// Whether values are finite: known on the host, or a 0-d F32 tensor on the device that is 0 (finite) or NaN.
@@ -106,7 +107,7 @@ pub fn max_abs(x: &Tensor) -> Result<f64> {
     if !x.device().is_cpu() {
         return max_abs_on_device(x)?.to_dtype(DType::F64)?.to_scalar();
     }
-    on_cpu(dense(x)?.as_ref(), largest)
+    with_storage(dense(x)?.as_ref(), |x, range| vectorised(Largest(x, range)))
 }
 
 /// max |x| as a 0-d F32 tensor, without a read from the device.

@@ -20,8 +20,6 @@ use std::ops::Range;
 const ROWS: usize = 256;
 /// Rows of dW in the tallest block.
 const TALLEST: usize = 4;
-/// Features that are summed, of which a block makes [`TALLEST`] results at most: more would wait for their addresses.
-const SHALLOW: usize = 8;
 
 /// out = epilogue(Bᵀ x) for x `(k, rows)` and B `(k, n)`; the bias belongs to the rows of `out` `(n, rows)`.
 pub(crate) fn multiply_lanes(x: View<'_, f32>, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>, out: ViewMut<'_, f32>) {
@@ -67,8 +65,7 @@ impl Work for Multiply<'_> {
             while feature < last {
                 let end = last.min((feature / PANEL + 1) * PANEL);
                 while feature < end {
-                    let most = if self.b.depth() <= SHALLOW { TALLEST } else { end };
-                    let height = by_height!(M::Lanes, most.min(end - feature), HEIGHT => {
+                    let height = by_height!(M::Lanes, end - feature, HEIGHT => {
                         // SAFETY: the CPU has the instructions, says the caller; the loops stay in the shapes.
                         unsafe { self.block::<M, HEIGHT>(feature, rows.clone()) };
                     });
@@ -101,7 +98,7 @@ impl Multiply<'_> {
                 let b = Right { at: self.x.as_ptr().add(at), step: self.x.stride() };
                 let to = self.out.as_mut_ptr().add((feature - self.first) * stride + at);
                 let start = |m: usize, _| M::Lanes::splat(bias[m]);
-                if HEIGHT <= 4 && left >= 4 * width {
+                if HEIGHT <= 2 && left >= 4 * width {
                     // Few sums wait for each other; these are enough to fill the time.
                     store(tile::<Single<M::Lanes>, HEIGHT, 4, true>(depth, a, b, 0, start), to, stride, width);
                     at += 4 * width;

@@ -40,7 +40,7 @@ pub(super) struct Sums<'a> {
     pub(super) values: &'a mut [f32],
     pub(super) stride: usize,
     pub(super) length: usize,
-    /// Space for as many slopes.
+    /// Space for their slopes, where what is kept is not F32.
     pub(super) slopes: &'a mut [f32],
 }
 

@@ -33,6 +33,19 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn split(self) -> (Self, Self);
 }
 
+/// Has the cache fetch what lies at `at`, which will be read and written soon. Nothing need lie there.
+#[inline(always)]
+pub(super) fn fetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and no address makes it fail.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Lanes without intrinsics: the compiler makes of them what the target has.
 #[derive(Clone, Copy)]
 pub(crate) struct Plain([f32; 4]);

@@ -1,7 +1,8 @@
 //! y = f(x B + b), row-major: blocks of rows times panels of B.
 //!
 //! x is read in place; a block of rows takes a group of panels that stays in the second cache, so that its sums lie in
-//! the first one when the epilogue takes them. They are made where the result is to be, if it can hold them.
+//! the first one when the epilogue takes them. Where the result is F32 and a group of its columns fills vectors, they are
+//! made there.
 
 use super::epilogue::{Epilogue, Sums};
 use super::held::Held;
@@ -82,27 +83,23 @@ impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
             while row < rows {
                 let there = T::floats_mut(self.out.slice_mut()).filter(|_| padded == columns.len());
                 let is_there = there.is_some();
-                let (values, stride, length) = match there {
-                    Some(values) => (&mut values[row * apart + first..], apart, padded),
-                    None => (&mut sums[..], padded, padded),
+                let (values, stride) = match there {
+                    Some(values) => (&mut values[row * apart + first..], apart.max(padded)),
+                    None => (&mut sums[..], padded),
                 };
                 let height = by_height!(M::Lanes, rows - row, HEIGHT => {
                     for panel in columns.clone().step_by(PANEL) {
                         let at = panel - first;
+                        let (start, sums) = (&start[at..], &mut values[at..]);
                         // SAFETY: the CPU has the instructions, says the caller; the block lies in x, the panel in the
                         // group.
-                        unsafe {
-                            block::<T, M, HEIGHT>(&self.x, self.b, (row, panel), &start[at..], &mut values[at..], stride);
-                        }
+                        unsafe { block::<T, M, HEIGHT>(&self.x, self.b, (row, panel), start, sums, stride) };
                     }
                 });
-                let values = &mut values[..(height - 1) * stride + length];
-                let block = row..row + height;
-                self.epilogue.finish(
-                    Sums { values, stride, length, slopes: &mut slopes },
-                    block.clone(),
-                    columns.clone(),
-                );
+                let values = &mut values[..(height - 1) * stride + padded];
+                let (block, sums_of) =
+                    (row..row + height, Sums { values, stride, length: padded, slopes: &mut slopes });
+                self.epilogue.finish(sums_of, block.clone(), columns.clone());
                 if !is_there {
                     for (row, values) in block.zip(sums.chunks_exact(stride)) {
                         let out = self.out.row(row)[columns.clone()].iter_mut();
@@ -115,8 +112,8 @@ impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
     }
 }
 
-/// The products of `HEIGHT` rows of x from `row` on with the panel of B at `column`, added to `start`, to the first columns
-/// of `sums`.
+/// The products of `HEIGHT` rows of x from `row` on with the panel of B at `column`, added to `start`, to the first
+/// columns of `sums`.
 ///
 /// # Safety
 /// The CPU has the instructions of `M`; there are so many rows, and that panel.
@@ -135,8 +132,8 @@ unsafe fn block<T: Held, M: Machine, const HEIGHT: usize>(
     assert!(sums.len() >= (HEIGHT - 1) * stride + panel.width && start.len() >= panel.width);
     let mut at = 0;
     while at < panel.width {
-        // SAFETY: x has the rows, and in them as much as the panel is deep, `multiply_on` has seen to that; the panel is
-        // as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
+        // SAFETY: x has the rows, and in them as much as the panel is deep, `multiply_on` has seen to that; the panel
+        // is as wide as the vectors from `at` on, and start and sums are wide enough for them, asserted above.
         unsafe {
             let rows = std::array::from_fn(|m| values.add(x.start(row + m)));
             let panel_at = panel.values.as_ptr().add(at * T::DEPTH);

@@ -3,7 +3,7 @@
 //! A block of rows is summed in registers and added once, so the sums over a long batch stay accurate.
 
 use super::held::Held;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, fetch};
 use super::machine::{Machine, Path, Work};
 use super::scheme::Scheme;
 use super::shares::{OF_OTHERS, OF_ROWS, in_shares};
@@ -199,6 +199,11 @@ impl<T: Held> Outer<'_, T> {
             };
             let lines = rows.len().div_ceil(steps);
             let to = self.dw.as_mut_ptr().add(row * stride + segment * depth + column);
+            for row in 0..HEIGHT {
+                // It is on its way to the cache while the sums are made that are added to it.
+                fetch(to.wrapping_add(row * stride));
+                fetch(to.wrapping_add(row * stride + width));
+            }
             if columns >= 2 * width {
                 add(summed::<T::Scheme<M>, HEIGHT, 2, true>(lines, operands, 0), to, stride, width);
             } else if columns > width {

@@ -69,10 +69,10 @@ impl<T: Held> Matrix<T> {
     }
 }
 
-/// (rows, in, out): every one of them odd, empty, and from 1 to 70.
+/// (rows, in, out): every one of them odd, empty, and from 1 to 70; several groups of panels, with and without a rest.
 fn shapes() -> Vec<(usize, usize, usize)> {
-    let mut shapes =
-        vec![(0, 3, 5), (3, 0, 5), (3, 5, 0), (1, 1, 1), (300, 7, 5), (2, 300, 3), (2, 3, 300), (5, 3000, 40)];
+    let mut shapes = vec![(0, 3, 5), (3, 0, 5), (3, 5, 0), (1, 1, 1), (300, 7, 5), (2, 300, 3), (2, 3, 300)];
+    shapes.extend([(5, 3000, 40), (5, 3000, 64), (3, 4, 512), (11, 48, 64), (130, 3, 4), (130, 12, 4)]);
     for n in 1..=70 {
         shapes.push((n, 71 - n, 1 + n * 37 % 70));
     }
@@ -92,10 +92,10 @@ fn products_are_right<T: Held>(bound: f64, stored: f64) {
             let wide: Vec<f32> = weight.values.iter().map(|w| w.wide()).collect();
             let weights = View::new(&wide, output, input, weight.stride);
             let bias = noise(output, 3);
-            let saved = Matrix::<T>::noise(rows, input, 7);
             let gate = noise(output, 8);
-            for gate in [None, Some(&gate[..])] {
-                let mut y = Matrix::<T>::noise(rows, output, 5);
+            // With a gap between the rows of the result, and without.
+            for (gate, seed) in [(None, 5), (Some(&gate[..]), 5), (None, 4), (Some(&gate[..]), 4)] {
+                let mut y = Matrix::<T>::noise(rows, output, seed);
                 let epilogue = Epilogue { gate, bias: Some(&bias), then: Then::Activation(Activation::Tanh) };
                 multiply_on(path, x.view(), &Packed::transposed(weights), &epilogue, y.view_mut());
                 let product = |row, out| sum((0..input).map(|k| x.at(row, k) * weight.at(out, k)));
@@ -104,13 +104,17 @@ fn products_are_right<T: Held>(bound: f64, stored: f64) {
                 y.check(&what, bound + stored, |row, out| z(row, out).tanh());
             }
 
-            let mut back = Matrix::<T>::noise(rows, input, 6);
             let g = Matrix::<T>::noise(rows, output, 4);
-            let epilogue = Epilogue { then: Then::TimesSlope(Activation::Tanh, saved.view()), ..Epilogue::default() };
-            multiply_on(path, g.view(), &Packed::straight(weights), &epilogue, back.view_mut());
-            back.check(&what, bound + stored, |row, k| {
-                sum((0..output).map(|out| g.at(row, out) * weight.at(out, k))) * (1.0 - saved.at(row, k).powi(2))
-            });
+            for (seed, of_saved) in [(6, 7), (4, 7), (6, 8), (4, 8)] {
+                let mut back = Matrix::<T>::noise(rows, input, seed);
+                let saved = Matrix::<T>::noise(rows, input, of_saved);
+                let then = Then::TimesSlope(Activation::Tanh, saved.view());
+                let epilogue = Epilogue { then, ..Epilogue::default() };
+                multiply_on(path, g.view(), &Packed::straight(weights), &epilogue, back.view_mut());
+                back.check(&what, bound + stored, |row, k| {
+                    sum((0..output).map(|out| g.at(row, out) * weight.at(out, k))) * (1.0 - saved.at(row, k).powi(2))
+                });
+            }
 
             let before = Matrix::<f32>::noise(output, input, 9);
             let mut dw = before.clone();
@@ -140,8 +144,8 @@ fn products_in_bf16_are_right_on_every_path() {
 }
 
 /// A row's bits must not depend on how many rows there are, or on where it lies among them.
-fn rows_do_not_know_each_other<T: Held>() {
-    let (rows, input, output) = (41, 37, 67);
+fn rows_do_not_know_each_other<T: Held>(output: usize) {
+    let (rows, input) = (41, 37);
     let (x, weight) = (Matrix::<T>::noise(rows, input, 1), noise(output * input, 2));
     let b = Packed::<T>::transposed(View::new(&weight, output, input, input));
     let bias = noise(output, 3);
@@ -161,23 +165,26 @@ fn rows_do_not_know_each_other<T: Held>() {
 
 #[test]
 fn rows_are_independent_to_the_bit() {
-    rows_do_not_know_each_other::<f32>();
-    rows_do_not_know_each_other::<bf16>();
+    for output in [64, 67] {
+        rows_do_not_know_each_other::<f32>(output);
+        rows_do_not_know_each_other::<bf16>(output);
+    }
 }
 
 #[test]
 fn vectors_of_any_width_give_the_same_bits_where_products_are_fused() {
-    let (rows, input, output) = (13, 50, 35);
-    let (x, weight) = (noise(rows * input, 1), noise(output * input, 2));
-    let b = Packed::<f32>::transposed(View::new(&weight, output, input, input));
-    let mut results = Path::all().into_iter().filter(|&path| path != Path::Portable).map(|path| {
-        let mut y = vec![0.0; rows * output];
-        let (x, out) = (View::new(&x, rows, input, input), ViewMut::new(&mut y, rows, output, output));
-        multiply_on(path, x, &b, &Epilogue::default(), out);
-        y
-    });
-    if let Some(first) = results.next() {
-        assert!(results.all(|y| y == first));
+    for (rows, input, output) in [(13, 50, 35), (13, 50, 48)] {
+        let (x, weight) = (noise(rows * input, 1), noise(output * input, 2));
+        let b = Packed::<f32>::transposed(View::new(&weight, output, input, input));
+        let mut results = Path::all().into_iter().filter(|&path| path != Path::Portable).map(|path| {
+            let mut y = vec![0.0; rows * output];
+            let (x, out) = (View::new(&x, rows, input, input), ViewMut::new(&mut y, rows, output, output));
+            multiply_on(path, x, &b, &Epilogue::default(), out);
+            y
+        });
+        if let Some(first) = results.next() {
+            assert!(results.all(|y| y == first));
+        }
     }
 }
 
