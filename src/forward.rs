@@ -144,7 +144,7 @@ impl<'a> Forward<'a> {
         let mut dtypes = vec![];
         let mut pace = match &self.course {
             Course::Grid(clock) => Pace::Grid(clock),
-            Course::Adaptive(adaptive) => Pace::Adaptive(Stepper::new(self, adaptive, opened, &y)?),
+            Course::Adaptive(adaptive) => Pace::Adaptive(Box::new(Stepper::new(self, adaptive, opened, &y)?)),
         };
         for n in 0.. {
             let (after, error) = match &mut pace {

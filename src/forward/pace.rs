@@ -44,7 +44,7 @@ pub(super) struct Taken<'a> {
 /// The steps of one walk.
 pub(super) enum Pace<'a> {
     Grid(&'a Clock),
-    Adaptive(Stepper<'a>),
+    Adaptive(Box<Stepper<'a>>),
 }
 
 impl Pace<'_> {
