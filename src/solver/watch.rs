@@ -7,8 +7,8 @@ use crate::error::Result;
 use crate::field::{Finite, all_finite};
 use candle_core::DType;
 
-/// Watches the stages of a step. A slope that is not finite makes the sums not finite that it is a term of: where all of
-/// these are known to be finite, slopes are not looked at by themselves.
+/// Watches the stages of a step. A slope that is not finite makes the sums not finite that it is a term of: where all
+/// of these are known to be finite, slopes are not looked at by themselves.
 pub(super) struct Watch {
     /// By stage that was evaluated, whether its state is finite, where that matters by itself.
     points: Vec<Option<Finite>>,

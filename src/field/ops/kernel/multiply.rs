@@ -1,8 +1,8 @@
 //! y = f(x B + b), row-major: blocks of rows times panels of B.
 //!
 //! x is read in place; a block of rows takes a group of panels that stays in the second cache, so that its sums lie in
-//! the first one when the epilogue takes them. Where the result is F32 and a group of its columns fills vectors, they are
-//! made there.
+//! the first one when the epilogue takes them. Where the result is F32 and a group of its columns fills vectors, they
+//! are made there.
 
 use super::epilogue::{Epilogue, Sums};
 use super::held::Held;
