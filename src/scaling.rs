@@ -202,7 +202,7 @@ impl PowerOfTwo {
     pub(crate) fn scale(&self, cotangent: &State) -> Result<Scale> {
         let tensors = cotangent.tensors();
         if tensors.iter().all(|x| x.device().is_cpu()) {
-            return Ok(Scale::Host(power_below(largest(cotangent)?, self.headroom)));
+            return Ok(Scale::Host(self.below(largest(cotangent)?)));
         }
         #[cfg(feature = "cuda")]
         if let Some((scale, inverse)) = combine::power_of_two(tensors, self.headroom, (LOWEST, HIGHEST))? {
@@ -210,6 +210,11 @@ impl PowerOfTwo {
         }
         let maxima = tensors.iter().map(combine::max_abs_on_device).collect::<candle_core::Result<Vec<_>>>()?;
         Ok(self.look_up(&Tensor::stack(&maxima, 0)?.max(0)?)?)
+    }
+
+    /// S for a cotangent of that size.
+    pub(crate) fn below(&self, largest: f64) -> f64 {
+        power_below(largest, self.headroom)
     }
 
     fn look_up(&self, largest: &Tensor) -> candle_core::Result<Scale> {

@@ -1,6 +1,6 @@
 //! What layers of this crate work in is reused across stages, steps and passes: in a step nothing as large as a page is
-//! allocated but the tensors that the model and the solver hand each other. Alone in its process: the counter is
-//! process-wide.
+//! allocated but the tensors that the model and the solver hand each other; of these a field that is layers and nothing
+//! else needs the state that the step leads to, and backwards λ. Alone in its process: the counter is process-wide.
 #![allow(missing_docs)]
 
 mod common;
@@ -37,29 +37,40 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static HEAP: Counting = Counting;
 
+/// How many large allocations each further step of a pass makes.
+fn in_a_step(field: &ModelField, precision: Precision, pass: &dyn Fn(&Ode)) -> usize {
+    let large = |steps: usize| {
+        let ode = Ode::new(field).solver(Rk4).span(0.0, 1.0).steps(steps).precision(precision);
+        pass(&ode);
+        let before = LARGE.load(Relaxed);
+        pass(&ode);
+        LARGE.load(Relaxed) - before
+    };
+    let (few, many) = (large(8), large(40));
+    assert_eq!((many - few) % 32, 0, "{few} and {many}");
+    (many - few) / 32
+}
+
 #[test]
 fn a_step_allocates_nothing_large_but_its_states() {
     let vars = VarMap::new();
-    let build = |vb: VarBuilder| Mlp::new(&[64, 128, 128, 64], Activation::Tanh, vb);
-    let field = ModelField::new(&vars, &Device::Cpu, build, |mlp: &Mlp, _: &Time, y| mlp.forward(y)).unwrap();
+    let build = |vb: VarBuilder<'static>| Mlp::new(&[64, 128, 128, 64], Activation::Tanh, vb);
+    let called = ModelField::new(&vars, &Device::Cpu, build, |mlp: &Mlp, _: &Time, y| mlp.forward(y)).unwrap();
     fill(&vars, 1, 1.0);
     let y0 = variable(9, &[128, 64], DType::F32);
-    // RK4: three stage states (the first is y), four slopes and y⁺.
     let forward = |ode: &Ode| drop(ode.clone().no_grad().solve(y0.as_tensor()).unwrap());
     let trained = |ode: &Ode| drop(ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().unwrap());
-    let in_a_step = |pass: &dyn Fn(&Ode)| {
-        let large = |steps: usize| {
-            let ode = Ode::new(&field).solver(Rk4).span(0.0, 1.0).steps(steps);
-            pass(&ode);
-            let before = LARGE.load(Relaxed);
-            pass(&ode);
-            LARGE.load(Relaxed) - before
-        };
-        let (few, many) = (large(8), large(40));
-        assert_eq!((many - few) % 32, 0, "{few} and {many}");
-        (many - few) / 32
-    };
-    assert_eq!(in_a_step(&forward), 3 + 4 + 1);
+    // RK4: three stage states (the first is y), four slopes and y⁺.
+    assert_eq!(in_a_step(&called, Precision::F32, &forward), 3 + 4 + 1);
     // Backwards those but y⁺ again, and for each stage its cotangent and what the pullback makes of it; at last λ.
-    assert_eq!(in_a_step(&trained), (3 + 4 + 1) + (3 + 4) + (4 + 4) + 1);
+    assert_eq!(in_a_step(&called, Precision::F32, &trained), (3 + 4 + 1) + (3 + 4) + (4 + 4) + 1);
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let declared = ModelField::of_layers(vb, build).unwrap();
+    assert_eq!(in_a_step(&declared, Precision::F32, &forward), 1);
+    assert_eq!(in_a_step(&declared, Precision::F32, &trained), 1 + 1);
+    for precision in [Precision::F16, Precision::BF16] {
+        assert_eq!(in_a_step(&declared, precision, &forward), 1);
+        // What is kept of y⁺, in half precision, and read again.
+        assert_eq!(in_a_step(&declared, precision, &trained), (1 + 1) + (1 + 1));
+    }
 }

@@ -1,5 +1,6 @@
 //! What is integrated: vector fields, their linearisations and tangents.
 
+mod bare;
 mod connected;
 pub(crate) use connected::beside;
 pub mod divergence;
@@ -17,10 +18,12 @@ pub mod sink;
 mod sum;
 mod vjp;
 
+pub use bare::Bare;
 pub use function::FnField;
 pub use gradients::Gradients;
 pub use model::ModelField;
 pub(crate) use opened::{Fallback, Opened};
+pub(crate) use ops::with_elements;
 pub use params::{Casts, Params};
 pub(crate) use sum::{all_finite, largest, sum};
 
@@ -90,6 +93,14 @@ pub trait VectorField {
     /// # Errors
     /// Whatever the field reports.
     fn linearize(&self, t: &Time, y: &State) -> candle_core::Result<Box<dyn Linearization>>;
+
+    /// The layers that it consists of, if it is layers of this crate alone that steps from states like `y` can run on
+    /// buffers: see [`ModelField::of_layers`]. Their values and gradients are those of [`eval`](Self::eval) and
+    /// [`linearize`](Self::linearize), to the bit.
+    fn bare(&self, y: &State) -> Option<&Bare> {
+        let _ = y;
+        None
+    }
 
     /// One tensor per parameter and input: what stands for them in this pass.
     fn leaves(&self) -> &[Tensor] {

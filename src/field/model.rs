@@ -1,15 +1,17 @@
 //! A Candle model as a vector field: rebuilt over casts of its parameters, otherwise unchanged.
 
+use super::bare::{Bare, Site};
 use super::linearized::{Graph, Layered};
 use super::params::{Casts, Params};
 use super::session::{Call, Ran, Session};
 use super::{Field, Linearization, Opening, VectorField, connected, draw};
 use crate::error::{OdeError, Result};
-use crate::field::ops::{combine, cuda_kernels};
+use crate::field::ops::{Layers, combine, cuda_kernels};
 use crate::{State, Time};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{VarBuilder, VarMap};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -121,14 +123,42 @@ impl ModelField {
         build: impl Fn(VarBuilder<'static>) -> candle_core::Result<M> + Send + Sync + 'static,
         eval: impl Fn(&M, &Time, &State, &[Tensor]) -> candle_core::Result<State> + Send + Sync + 'static,
     ) -> Result<Self> {
-        let (device, dtype) = (vb.device().clone(), vb.dtype());
-        let recorder = Recorder { source: vb, seen: Arc::default() };
-        let seen = recorder.seen.clone();
-        let recording = VarBuilder::from_backend(Box::new(recorder), dtype, device);
-        draw::seeded(0, || build(recording)).map_err(|source| OdeError::Build { dtype, source })?;
-        let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
-        let params = Params::new(seen);
+        let params = recorded(vb, &build)?;
         let model = Arc::new(Closures { build, eval: Arc::new(eval) });
+        Ok(Self { model, params, probed: Arc::default(), learned: Arc::default(), rows: Rows::default() })
+    }
+
+    /// A field over a state of one tensor that is layers of this crate and nothing else: f(t, y) is their value.
+    ///
+    /// That nothing else sees what the layers are given and make lets fixed steps of explicit Runge–Kutta methods, and
+    /// their pullbacks, run on buffers that serve one step after another: a step then makes a tensor of the state it
+    /// leads to, and backwards of λ, and of nothing else. Values and gradients are those of a closure that calls the
+    /// layers, to the bit. So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
+    /// layers that do not see the time, and activations. Any others run as in [`new`](Self::new).
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_ode::ops::{Activation, Mlp};
+    /// use candle_ode::prelude::*;
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let field = ModelField::of_layers(vb, |vb| Mlp::new(&[2, 64, 2], Activation::Tanh, vb))?.row_wise();
+    /// let y0 = Tensor::ones((256, 2), DType::F32, &Device::Cpu)?;
+    /// let solution = Ode::new(&field).span(0.0, 1.0).steps(8).solve(&y0)?;
+    /// assert_eq!(solution.last().dims(), [256, 2]);
+    /// # Ok::<(), OdeError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Whatever `build` reports.
+    pub fn of_layers<L: Layers>(
+        vb: VarBuilder<'static>,
+        build: impl Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let params = recorded(vb, &build)?;
+        let model = Arc::new(OfLayers(build));
         Ok(Self { model, params, probed: Arc::default(), learned: Arc::default(), rows: Rows::default() })
     }
 
@@ -214,7 +244,7 @@ impl Field for ModelField {
         let on_cuda = casts.device().is_cuda() && cuda_kernels();
         let has_kernels = opening != Opening::Track && (casts.device().is_cpu() || on_cuda);
         let session = has_kernels.then(|| casts.session(opening == Opening::Linearize));
-        Ok(Box::new(OpenModel { model, casts, source, session }))
+        Ok(Box::new(OpenModel { model, casts, source, session, bare: OnceCell::new() }))
     }
 
     fn needs_probe(&self) -> bool {
@@ -262,6 +292,36 @@ where
 /// A built model, with its type forgotten. Lives on one thread.
 pub(super) trait Model {
     fn eval(&self, t: &Time, y: &State, inputs: &[Tensor]) -> candle_core::Result<State>;
+
+    /// The layers that it consists of, if it consists of nothing else.
+    fn bare(&self, site: &Site<'_>) -> Option<Bare> {
+        let _ = site;
+        None
+    }
+}
+
+struct OfLayers<B>(B);
+
+impl<L: Layers, B> Constructor for OfLayers<B>
+where
+    B: Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync,
+{
+    fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>> {
+        Ok(Box::new(Only((self.0)(vb)?)))
+    }
+}
+
+/// Layers, and nothing else.
+struct Only<L>(L);
+
+impl<L: Layers> Model for Only<L> {
+    fn eval(&self, t: &Time, y: &State, _: &[Tensor]) -> candle_core::Result<State> {
+        self.0.forward_at(t, y.single()?).map(State::from)
+    }
+
+    fn bare(&self, site: &Site<'_>) -> Option<Bare> {
+        self.0.bare(site)
+    }
 }
 
 struct Built<M, E> {
@@ -281,6 +341,8 @@ struct OpenModel {
     source: Source,
     /// Nothing where Candle's own graph is wanted.
     session: Option<Arc<Session>>,
+    /// The layers that it consists of, once they have been asked for.
+    bare: OnceCell<Option<Bare>>,
 }
 
 /// Where an open model came from.
@@ -356,9 +418,33 @@ impl VectorField for OpenModel {
         Ok(Box::new(Graph::new(y, output, wanted)))
     }
 
+    fn bare(&self, y: &State) -> Option<&Bare> {
+        let ([y], Some(session)) = (y.tensors(), &self.session) else { return None };
+        let features = y.dims().last().copied().filter(|features| *features > 0)?;
+        let made = self.bare.get_or_init(|| {
+            let like = Tensor::zeros((1, features), self.casts.dtype(), y.device()).ok()?;
+            self.model.bare(&Site { session, x: &like })
+        });
+        made.as_ref().filter(|bare| bare.features() == features)
+    }
+
     fn leaves(&self) -> &[Tensor] {
         self.casts.leaves()
     }
+}
+
+/// The parameters that a model asks of its `VarBuilder`, which is built once to see.
+fn recorded<M>(
+    vb: VarBuilder<'static>,
+    build: &dyn Fn(VarBuilder<'static>) -> candle_core::Result<M>,
+) -> Result<Params> {
+    let (device, dtype) = (vb.device().clone(), vb.dtype());
+    let recorder = Recorder { source: vb, seen: Arc::default() };
+    let seen = recorder.seen.clone();
+    let recording = VarBuilder::from_backend(Box::new(recorder), dtype, device);
+    draw::seeded(0, || build(recording)).map_err(|source| OdeError::Build { dtype, source })?;
+    let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(Params::new(seen))
 }
 
 /// Notes which tensors a model asks of its `VarBuilder`.

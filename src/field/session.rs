@@ -5,7 +5,7 @@ use super::ops::kernel::{Held, Packed, Scratch, View};
 use crate::account::{Category, Owned};
 use candle_core::{Tensor, TensorId};
 use foldhash::HashMap;
-use half::bf16;
+use half::{bf16, f16};
 use std::any::{Any, TypeId};
 use std::cell::RefCell;
 use std::fmt;
@@ -61,6 +61,7 @@ pub(crate) struct Session {
     seen: Mutex<Packs>,
     linearises: bool,
     single: Spare<f32>,
+    half: Spare<f16>,
     brain: Spare<bf16>,
 }
 
@@ -73,6 +74,7 @@ impl Session {
             seen: Mutex::default(),
             linearises,
             single: Spare::default(),
+            half: Spare::default(),
             brain: Spare::default(),
         })
     }
@@ -211,22 +213,33 @@ impl<T> Deref for Shared<T> {
     }
 }
 
-/// Elements that tiles hold, each with its own spare buffers.
-pub(crate) trait Tile: Held {
+/// Elements with spare buffers of their own.
+pub(crate) trait Buffered: Copy + Default {
     fn spare(session: &Session) -> &Spare<Self>;
 }
 
-impl Tile for f32 {
+impl Buffered for f32 {
     fn spare(session: &Session) -> &Spare<Self> {
         &session.single
     }
 }
 
-impl Tile for bf16 {
+impl Buffered for f16 {
+    fn spare(session: &Session) -> &Spare<Self> {
+        &session.half
+    }
+}
+
+impl Buffered for bf16 {
     fn spare(session: &Session) -> &Spare<Self> {
         &session.brain
     }
 }
+
+/// Elements that tiles hold.
+pub(crate) trait Tile: Held + Buffered {}
+
+impl<T: Held + Buffered> Tile for T {}
 
 /// Buffers that nobody uses at the moment.
 #[derive(Debug)]
@@ -246,7 +259,7 @@ impl<T: Default> Default for Spare<T> {
     }
 }
 
-impl<T: Held> Spare<T> {
+impl<T: Copy + Default> Spare<T> {
     /// A matrix with anything in it: the smallest buffer it fits into, or a new one.
     pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
         let len = rows * columns;
@@ -289,7 +302,7 @@ pub(crate) struct Matrix<T> {
     home: Arc<Mutex<Unused<T>>>,
 }
 
-impl<T: Held> Matrix<T> {
+impl<T> Matrix<T> {
     pub(crate) fn view(&self) -> View<'_, T> {
         View::new(self, self.rows, self.columns, self.columns)
     }

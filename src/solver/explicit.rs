@@ -4,6 +4,7 @@
 //! dtype. Pullback of λ, for i = s … 1: κᵢ = h (bᵢ λ + Σ_{j>i} aⱼᵢ μⱼ), μᵢ = (∂f/∂y)ᵀκᵢ at Yᵢ, θ̄ += (∂f/∂θ)ᵀκᵢ; at last
 //! dL/dy = λ + Σ μᵢ.
 
+use super::bare;
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
 use super::watch::Watch;
@@ -64,6 +65,11 @@ impl<M: ExplicitRungeKutta> Solver for M {
 
     fn step(&self, stages: &Stages<'_>, at: &StepAt<'_>, y: &State) -> Result<Step> {
         let tableau = ExplicitRungeKutta::tableau(self);
+        if let Some(layers) = stages.bare(&[y])
+            && let Some(step) = bare::step(tableau, layers, stages, at, y)?
+        {
+            return Ok(step);
+        }
         Ok(stepped(tableau, stages, at, y, None, &used(tableau))?.0)
     }
 
@@ -126,6 +132,9 @@ impl<M: ExplicitRungeKutta> Solver for M {
         pullbacks: &mut Pullbacks<'_>,
     ) -> Result<State> {
         let tableau = ExplicitRungeKutta::tableau(self);
+        if let (Some(layers), StageMemory::All) = (stages.bare(&[&y, lambda]), memory) {
+            return bare::pullback(tableau, layers, stages, at, y, lambda, pullbacks);
+        }
         let points = Points::new(tableau, stages, at, &y, memory)?;
         drop(y);
         let mus = pull(tableau, stages, at, points, (1.0, lambda), pullbacks)?;
@@ -143,7 +152,7 @@ pub(super) fn pull(
     pullbacks: &mut Pullbacks<'_>,
 ) -> Result<Vec<Option<Slope>>> {
     let mut mus: Vec<Option<Slope>> = (0..tableau.stages()).map(|_| None).collect();
-    for i in (0..tableau.stages()).rev().filter(|&i| tableau.is_used(i)) {
+    for i in stages_used(tableau).rev() {
         let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
         let Some(linearization) = points.take(tableau, stages, at, i)? else { continue };
         let of_lambda = std::iter::once((factor * tableau.weights()[i], Some(lambda)));
@@ -207,6 +216,16 @@ pub(crate) fn estimate(tableau: &Tableau) -> Result<(Vec<f64>, Vec<bool>)> {
 /// By stage, whether it matters for y⁺.
 pub(super) fn used(tableau: &Tableau) -> Vec<bool> {
     (0..tableau.stages()).map(|i| tableau.is_used(i)).collect()
+}
+
+/// The stages that matter for y⁺.
+pub(super) fn stages_used(tableau: &Tableau) -> impl DoubleEndedIterator<Item = usize> {
+    (0..tableau.stages()).filter(|&i| tableau.is_used(i))
+}
+
+/// h·c of the stages before `end`, where that is not structurally zero.
+pub(super) fn coefficients(h: f64, end: usize, c: impl Fn(usize) -> f64) -> Vec<(f64, usize)> {
+    (0..end).filter(|&j| c(j) != 0.0).map(|j| (h * c(j), j)).collect()
 }
 
 /// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
@@ -313,7 +332,7 @@ impl<'a> Points<'a> {
         memory: StageMemory,
     ) -> Result<Self> {
         // The slope of the last stage that matters would be of no use.
-        let last = (0..tableau.stages()).rev().find(|&i| tableau.is_used(i)).unwrap_or(0);
+        let last = stages_used(tableau).last().unwrap_or(0);
         Self::below(tableau, stages, at, y, memory, last)
     }
 

@@ -2,9 +2,9 @@
 
 use crate::State;
 use crate::error::{OdeError, Place, Result};
-use crate::field::{Finite, Gradients, Linearization, VectorField};
+use crate::field::{Bare, Finite, Gradients, Linearization, VectorField, sink};
 use crate::scaling::{PowerOfTwo, Scale};
-use crate::stats::{Counters, count};
+use crate::stats::{self, Counters, count};
 use crate::time::{Time, TimeGrid, TimeTable};
 use candle_core::{DType, Device, Tensor};
 use std::rc::Rc;
@@ -171,6 +171,44 @@ impl<'a> Stages<'a> {
             check_captured(self.field, &slope)?;
         }
         Ok(slope.detach())
+    }
+
+    /// The layers that the field consists of, if it is layers alone and steps from `states` can run them on buffers.
+    pub(super) fn bare(&self, states: &[&State]) -> Option<&Bare> {
+        let is_plain = |state: &&State| {
+            let [x] = state.tensors() else { return false };
+            x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous() && x.elem_count() > 0 && !x.track_op()
+        };
+        let fits = !self.times && self.accumulate == DType::F32 && states.iter().all(is_plain);
+        fits.then(|| states.first().and_then(|y| self.field.bare(y))).flatten()
+    }
+
+    /// As [`slope`](Self::slope), by `run` on buffers. It is not counted yet: see [`evaluated`](Self::evaluated).
+    pub(super) fn bare_slope<T>(
+        &self,
+        at: &StepAt<'_>,
+        stage: usize,
+        run: impl FnOnce() -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let _span = tracing::trace_span!(target: "candle_ode", "field").entered();
+        run().map_err(|error| from_field(error, at.place(stage)))
+    }
+
+    /// So many slopes have been made on buffers.
+    pub(super) fn evaluated(&self, slopes: usize) {
+        stats::add(&self.counters.evaluations, slopes);
+    }
+
+    /// As [`linearize`](Self::linearize), by `run` on buffers.
+    pub(super) fn bare_linearization<T>(
+        &self,
+        at: &StepAt<'_>,
+        stage: usize,
+        run: impl FnOnce() -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let _span = tracing::trace_span!(target: "candle_ode", "linearise").entered();
+        count(&self.counters.linearizations);
+        run().map_err(|error| from_field(error, at.place(stage)))
     }
 
     /// f at a stage with its pullback; `y` is in the dtype of the step.
@@ -350,6 +388,33 @@ impl<'a> Pullbacks<'a> {
             times.add(pulled.t, c, at.h, kappa, linearization.value())?;
         }
         Ok(pulled.y)
+    }
+
+    /// As [`pull`](Self::pull) for a cotangent on buffers, which is `largest`: runs `pull` with the scale. Says whether what was
+    /// added to the sums is finite; the result is for the caller to look at, and to [`note`](Self::note).
+    pub(super) fn pull_bare(
+        &mut self,
+        at: &StepAt<'_>,
+        stage: usize,
+        largest: f64,
+        pull: impl FnOnce(f64) -> candle_core::Result<()>,
+    ) -> Result<Finite> {
+        let _span = tracing::trace_span!(target: "candle_ode", "pullback").entered();
+        count(&self.counters.pullbacks);
+        let scale = match &self.scale {
+            StageScale::FromCotangent(powers) => powers.below(largest),
+            StageScale::Fixed(s) => *s,
+        };
+        self.gradients.set_scale(&Scale::Host(scale));
+        let (pulled, sums) = sink::open(std::mem::take(self.gradients), || pull(scale));
+        *self.gradients = sums;
+        pulled.map_err(|error| from_field(error, at.place(stage)))?;
+        Ok(self.gradients.take_finite())
+    }
+
+    /// Notes whether what a pullback has given is finite.
+    pub(super) fn note(&mut self, at: &StepAt<'_>, stage: usize, finite: Finite) {
+        self.finite.push((at.place(stage).stage, finite));
     }
 
     /// Per pullback, the stage and whether the result is finite; and the cotangents of the times, if they are wanted.

@@ -40,8 +40,10 @@ enum Kind {
 /// Whose layers the field is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Layers {
-    /// `candle_ode::ops`.
+    /// `candle_ode::ops`; a field that is layers alone where the work is.
     Ours,
+    /// `candle_ode::ops`, called by a closure.
+    Called,
     /// `candle_nn` as it is.
     Candle,
 }
@@ -158,6 +160,10 @@ fn mlp(
 ) -> candle_ode::Result<ModelField> {
     match layers {
         Layers::Ours => {
+            let vb = VarBuilder::from_varmap(vars, dtype, device);
+            ModelField::of_layers(vb, move |vb| Mlp::new(&sizes, Activation::Tanh, vb))
+        }
+        Layers::Called => {
             let build = move |vb| Mlp::new(&sizes, Activation::Tanh, vb);
             ModelField::new_in(dtype, vars, device, build, |m, _: &Time, y| m.forward(y))
         }
@@ -184,7 +190,7 @@ fn conv(
 ) -> candle_ode::Result<ModelField> {
     let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
     match layers {
-        Layers::Ours => {
+        Layers::Ours | Layers::Called => {
             let layer = move |vb: VarBuilder<'static>| ops::conv2d(channels, channels, 3, same, vb);
             let build = move |vb: VarBuilder<'static>| Ok((layer(vb.pp(0))?, layer(vb.pp(1))?));
             ModelField::new_in(dtype, vars, device, build, |m, _: &Time, y| m.1.forward(&ops::relu(&m.0.forward(y)?)?))

@@ -13,13 +13,13 @@ pub(crate) use accumulate::{accumulate_by, in_place};
 pub(crate) use finite::power_of_two;
 pub use finite::{Finite, all_finite, finite, max_abs, max_abs_on_device};
 
-use super::cpu::{CHUNK, Kernel, vectorised};
+use super::cpu::{CHUNK, Element, Kernel, vectorised};
 use crate::state::larger;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Layout, MetalStorage, Result, Shape, Storage, StorageRef, Tensor};
 use std::ops::Range;
-use wide::{Wide, largest};
+use wide::{Wide, largest, largest_of};
 
 /// `base + Σ cᵢ·xᵢ` in `dtype`. The terms are summed first, in F64 if `base` or any term is F64 and else in F32, and
 /// `base` is added last. A sum of one operand that is in `dtype` already is that operand, not a copy.
@@ -111,7 +111,7 @@ fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType
         return on_cpu::<A>(base.as_ref(), &terms, dtype);
     }
     let count = base.or(terms.first().map(|(_, x)| *x)).map_or(0, Tensor::elem_count);
-    let result = match dtype {
+    let mut result = match dtype {
         DType::F16 => CpuStorage::F16(Vec::with_capacity(count)),
         DType::BF16 => CpuStorage::BF16(Vec::with_capacity(count)),
         DType::F32 => CpuStorage::F32(Vec::with_capacity(count)),
@@ -120,53 +120,96 @@ fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType
     };
     let base = base.map(Tensor::storage_and_layout);
     let terms: Vec<_> = terms.iter().map(|(c, x)| (A::of(*c), x.storage_and_layout())).collect();
-    vectorised(Sum { base, terms: &terms, count, result })
+    let most = vectorised(Sum { base, terms: &terms, count, to: &mut result })?;
+    Ok((result, most))
 }
 
-/// Some elements of a contiguous tensor, in the number sums are made in.
-#[inline(always)]
-fn read<'a, A: Wide>(
-    (storage, layout): &'a (StorageRef<'_>, &Layout),
-    range: Range<usize>,
-    space: &'a mut [A],
-) -> Result<&'a [A]> {
-    let first = layout.start_offset();
-    match &**storage {
-        Storage::Cpu(storage) => A::read(storage, first + range.start..first + range.end, space),
-        _ => candle_core::bail!("expected a tensor on the CPU"),
+/// What a sum in A reads an operand from.
+pub(super) trait Source<A> {
+    /// Some elements: where they lie, if they are in A, or in `space`, as long as they are.
+    fn read<'a>(&'a self, range: Range<usize>, space: &'a mut [A]) -> Result<&'a [A]>;
+}
+
+/// A contiguous tensor.
+impl<A: Wide> Source<A> for (StorageRef<'_>, &Layout) {
+    #[inline(always)]
+    fn read<'a>(&'a self, range: Range<usize>, space: &'a mut [A]) -> Result<&'a [A]> {
+        let first = self.1.start_offset();
+        match &*self.0 {
+            Storage::Cpu(storage) => A::read(storage, first + range.start..first + range.end, space),
+            _ => candle_core::bail!("expected a tensor on the CPU"),
+        }
     }
 }
 
-/// base + Σ terms, chunk by chunk, appended to `result`; gives max |x| of it, too.
-struct Sum<'a, A> {
-    base: Option<(StorageRef<'a>, &'a Layout)>,
-    terms: &'a [(A, (StorageRef<'a>, &'a Layout))],
-    count: usize,
-    result: CpuStorage,
+impl<T: Element> Source<T::Wide> for &[T] {
+    #[inline(always)]
+    fn read<'a>(&'a self, range: Range<usize>, space: &'a mut [T::Wide]) -> Result<&'a [T::Wide]> {
+        Ok(T::widened(&self[range], space))
+    }
 }
 
-impl<A: Wide> Kernel for Sum<'_, A> {
-    type Output = Result<(CpuStorage, f64)>;
+/// What a sum in A is written to.
+pub(super) trait Target<A> {
+    /// Writes some elements, which follow those before, rounded to nearest; gives max |x| of what it has written, NaN if
+    /// any of them is not finite.
+    fn write(&mut self, range: Range<usize>, values: &[A]) -> Result<f64>;
+}
+
+impl<A: Wide> Target<A> for CpuStorage {
+    #[inline(always)]
+    fn write(&mut self, range: Range<usize>, values: &[A]) -> Result<f64> {
+        A::write(values, self);
+        largest(self, range)
+    }
+}
+
+impl Target<f32> for Vec<f32> {
+    #[inline(always)]
+    fn write(&mut self, _: Range<usize>, values: &[f32]) -> Result<f64> {
+        self.extend_from_slice(values);
+        Ok(largest_of(values))
+    }
+}
+
+impl<T: Element<Wide = f32>> Target<f32> for [T] {
+    #[inline(always)]
+    fn write(&mut self, range: Range<usize>, values: &[f32]) -> Result<f64> {
+        let (written, mut space) = (&mut self[range], [0.0; CHUNK]);
+        T::narrow(values, written);
+        Ok(largest_of(T::widened(written, &mut space[..values.len()])))
+    }
+}
+
+/// base + Σ terms, chunk by chunk; gives max |x| of it.
+pub(super) struct Sum<'a, A, B, X, T: ?Sized> {
+    pub(super) base: Option<B>,
+    pub(super) terms: &'a [(A, X)],
+    pub(super) count: usize,
+    pub(super) to: &'a mut T,
+}
+
+impl<A: Wide, B: Source<A>, X: Source<A>, T: Target<A> + ?Sized> Kernel for Sum<'_, A, B, X, T> {
+    type Output = Result<f64>;
 
     #[inline(always)]
-    fn run(mut self) -> Self::Output {
+    fn run(self) -> Result<f64> {
         let (mut sums, mut space, mut most) = ([A::ZERO; CHUNK], [A::ZERO; CHUNK], 0.0);
         for from in (0..self.count).step_by(CHUNK) {
             let range = from..self.count.min(from + CHUNK);
             let (sums, space) = (&mut sums[..range.len()], &mut space[..range.len()]);
             sums.fill(A::ZERO);
             for (c, x) in self.terms {
-                let x = read(x, range.clone(), space)?;
+                let x = x.read(range.clone(), space)?;
                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += *c * *x);
             }
             if let Some(x) = &self.base {
-                let x = read(x, range.clone(), space)?;
+                let x = x.read(range.clone(), space)?;
                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum = *x + *sum);
             }
-            A::write(sums, &mut self.result);
-            most = larger(most, largest(&self.result, range)?);
+            most = larger(most, self.to.write(range, sums)?);
         }
-        Ok((self.result, most))
+        Ok(most)
     }
 }
 

@@ -24,6 +24,8 @@ pub(super) trait Element: WithDType {
     fn narrow(wide: &[Self::Wide], narrow: &mut [Self]);
     /// The same values: these, where they are wide, or `space`, as long as they are.
     fn widened<'a>(narrow: &'a [Self], space: &'a mut [Self::Wide]) -> &'a [Self::Wide];
+    /// The values themselves, where they are wide.
+    fn same(wide: &[Self::Wide]) -> Option<&[Self]>;
     /// Lets `change` change the values, in `space` if they are not wide; rounded to nearest.
     fn change(narrow: &mut [Self], space: &mut [Self::Wide], change: impl FnOnce(&mut [Self::Wide]));
     /// Appends the values, rounded to nearest.
@@ -46,6 +48,10 @@ macro_rules! wide_element {
             #[inline(always)]
             fn widened<'a>(narrow: &'a [Self], _: &'a mut [Self]) -> &'a [Self] {
                 narrow
+            }
+            #[inline(always)]
+            fn same(wide: &[Self]) -> Option<&[Self]> {
+                Some(wide)
             }
             #[inline(always)]
             fn change(narrow: &mut [Self], _: &mut [Self], change: impl FnOnce(&mut [Self])) {
@@ -78,6 +84,10 @@ macro_rules! half_element {
             fn widened<'a>(narrow: &'a [Self], space: &'a mut [f32]) -> &'a [f32] {
                 Self::widen(narrow, space);
                 space
+            }
+            #[inline(always)]
+            fn same(_: &[f32]) -> Option<&[Self]> {
+                None
             }
             #[inline(always)]
             fn change(narrow: &mut [Self], space: &mut [f32], change: impl FnOnce(&mut [f32])) {

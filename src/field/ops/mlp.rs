@@ -1,13 +1,14 @@
 //! The multilayer perceptron: linear layers with an activation between them, optionally seeing the time.
 
 use super::Activation;
-use super::chain::{self, Linked};
+use super::chain::{self, Linked, Stacked};
 use super::concat_time::{ConcatLinear, concat_linear};
 use super::linear::{Linear, linear};
-use super::sequential::Timed;
+use super::sequential::{Layers, Timed};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
+use crate::field::bare::{Bare, Site};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -108,6 +109,14 @@ impl Mlp {
             };
         }
         Ok((y, v))
+    }
+}
+
+impl Layers for Mlp {}
+
+impl Stacked for Mlp {
+    fn bare(&self, site: &Site<'_>) -> Option<Bare> {
+        chain::bare(self.layers(), site)
     }
 }
 

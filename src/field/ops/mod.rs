@@ -55,6 +55,7 @@ mod weight;
 
 pub use activation::{Activation, cos, elu, gelu, log_cosh, relu, sigmoid, silu, sin, softplus, tanh};
 pub use bias::add_bias;
+pub(crate) use chain::with_elements;
 pub use concat_time::{ConcatLinear, concat_linear};
 pub use conv::{Conv2d, conv2d, conv2d_no_bias};
 pub use cuda::cuda_kernels;
@@ -66,5 +67,5 @@ pub use norm::{
     GroupNorm, InstanceNorm, LayerNorm, group_norm, instance_norm, layer_norm, layer_norm_no_bias, rms_norm,
 };
 pub use planar::Planar;
-pub use sequential::{Sequential, Timed, seq};
+pub use sequential::{Layers, Sequential, Timed, seq};
 pub use softmax::{Softmax, softmax};

@@ -1,10 +1,11 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
-use super::chain::{self, Chain, Linked};
+use super::chain::{self, Chain, Linked, Stacked};
 use super::{Activation, ConcatLinear, ConcatSquashLinear, HyperLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
+use crate::field::bare::{Bare, Site};
 use candle_core::{Module, Result, Tensor};
 use std::any::Any;
 use std::fmt;
@@ -17,6 +18,10 @@ pub trait Timed {
     /// Shapes or dtypes that do not fit; whatever the device reports.
     fn forward_at(&self, t: &Time, x: &Tensor) -> Result<Tensor>;
 }
+
+/// Layers of this crate that may be all there is to a field ([`ModelField::of_layers`](crate::ModelField::of_layers)):
+/// [`Sequential`] and [`Mlp`](super::Mlp). It cannot be implemented elsewhere.
+pub trait Layers: Timed + Stacked + 'static {}
 
 /// Layers one after another: the twin of [`candle_nn::Sequential`], with a tangent, and `Send` and `Sync`.
 ///
@@ -106,6 +111,14 @@ impl Module for Sequential {
 impl Timed for Sequential {
     fn forward_at(&self, t: &Time, x: &Tensor) -> Result<Tensor> {
         self.run(Some(t), x)
+    }
+}
+
+impl Layers for Sequential {}
+
+impl Stacked for Sequential {
+    fn bare(&self, site: &Site<'_>) -> Option<Bare> {
+        chain::bare(self.linked(), site)
     }
 }
 

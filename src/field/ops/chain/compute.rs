@@ -3,7 +3,7 @@
 use super::order::{Order, Ordered};
 use crate::field::ops::cpu::Element;
 use crate::field::ops::kernel::{View, ViewMut, transpose};
-use crate::field::session::{Matrix, Session};
+use crate::field::session::{Buffered, Matrix, Session};
 use candle_core::{CpuStorage, WithDType};
 use half::slice::HalfFloatSliceExt;
 use std::marker::PhantomData;
@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 /// A compute dtype.
 pub(in crate::field::ops) trait Compute {
     /// What its tensors store.
-    type Stored: Element<Wide = f32> + Into<f32>;
+    type Stored: Element<Wide = f32> + Buffered + Into<f32>;
     /// What tiles hold of it.
     type Held: Ordered;
 
@@ -36,13 +36,26 @@ pub(in crate::field::ops) trait Compute {
     /// Stored rows into as many of a tile.
     fn copy(session: &Session, order: Order, stored: View<'_, Self::Stored>, to: ViewMut<'_, Self::Held>);
 
+    /// Stores the rows, so many, of a tile that `fill` fills.
+    fn store(
+        session: &Session,
+        order: Order,
+        rows: usize,
+        to: &mut [Self::Stored],
+        fill: impl FnOnce(&mut [Self::Held]),
+    );
+
     /// Rows to be stored, of a tile of that shape (rows, features) that `fill` fills.
     fn stored(
         session: &Session,
         order: Order,
-        shape: [usize; 2],
+        [rows, features]: [usize; 2],
         fill: impl FnOnce(&mut [Self::Held]),
-    ) -> Vec<Self::Stored>;
+    ) -> Vec<Self::Stored> {
+        let mut stored = vec![Self::Stored::default(); rows * features];
+        Self::store(session, order, rows, &mut stored, fill);
+        stored
+    }
 
     /// As a storage of Candle's.
     fn storage(stored: Vec<Self::Stored>) -> CpuStorage {
@@ -131,24 +144,22 @@ impl<T: Ordered + Element<Wide = f32> + Into<f32>> Compute for AsStored<T> {
         }
     }
 
-    fn stored(session: &Session, order: Order, [rows, features]: [usize; 2], fill: impl FnOnce(&mut [T])) -> Vec<T> {
-        let mut stored = vec![T::zero(); rows * features];
+    fn store(session: &Session, order: Order, rows: usize, to: &mut [T], fill: impl FnOnce(&mut [T])) {
         match order {
-            Order::Rows => fill(&mut stored),
+            Order::Rows => fill(to),
             Order::Lanes => {
-                let mut tile = order.tile(session, rows, features);
+                let mut tile = order.tile(session, rows, to.len() / rows.max(1));
                 fill(&mut tile);
-                transpose(tile.view(), Order::Rows.write(&mut stored, rows));
+                transpose(tile.view(), Order::Rows.write(to, rows));
             }
         }
-        stored
     }
 }
 
 /// Tiles hold half precision in F32.
 pub(in crate::field::ops) struct Widened<T>(PhantomData<T>);
 
-impl<T: Element<Wide = f32> + Into<f32>> Compute for Widened<T>
+impl<T: Element<Wide = f32> + Buffered + Into<f32>> Compute for Widened<T>
 where
     [T]: HalfFloatSliceExt,
 {
@@ -166,8 +177,8 @@ where
         }
     }
 
-    fn stored(session: &Session, order: Order, shape: [usize; 2], fill: impl FnOnce(&mut [f32])) -> Vec<T> {
-        let [rows, features] = shape;
+    fn store(session: &Session, order: Order, rows: usize, to: &mut [T], fill: impl FnOnce(&mut [f32])) {
+        let features = to.len() / rows.max(1);
         let mut wide = Order::Rows.tile(session, rows, features);
         match order {
             Order::Rows => fill(&mut wide),
@@ -177,8 +188,6 @@ where
                 transpose(tile.view(), Order::Rows.write(&mut wide, rows));
             }
         }
-        let mut stored = vec![T::zero(); wide.len()];
-        stored.convert_from_f32_slice(&wide);
-        stored
+        to.convert_from_f32_slice(&wide);
     }
 }

@@ -3,7 +3,7 @@
 use super::order::Order;
 use super::parameter::with_elements;
 use crate::field::ops::cpu::Element;
-use crate::field::session::{Matrix, Session, Tile};
+use crate::field::session::{Buffered, Matrix, Session};
 use candle_core::{Result, Tensor, bail};
 use std::cell::RefCell;
 use std::ops::Range;

@@ -7,6 +7,7 @@
 //! rounded once for the whole chain; BF16 is rounded after each layer, unless the layers are narrow.
 
 mod along;
+mod bare;
 mod compute;
 mod given;
 mod of_time;
@@ -22,16 +23,18 @@ use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use given::Given;
-use pass::{Saved, Saves};
+use pass::{Pulled, Saved, Saves};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) use along::tangents;
+pub(super) use bare::{Stacked, bare};
 pub(super) use compute::{AsStored, Compute, Widened, with_compute};
 pub(super) use of_time::{by_ops, column, of_time};
 pub(super) use order::Order;
-pub(super) use parameter::{Parameter, with_elements};
+pub(super) use parameter::Parameter;
+pub(crate) use parameter::with_elements;
 pub(super) use weights::Weights;
 
 /// A linear layer and what is done with its result.
@@ -281,9 +284,11 @@ impl Layers {
         let (Some(last), Some(link)) = (dims.last_mut(), self.links.last()) else { bail!("a chain of no layers") };
         *last = link.outputs;
         let given = Given::new(&self.session, given);
-        let (value, saved) = pass::value::<C>(&self.session, &self.links, x, &given, self.saves)?;
+        let shape = Shape::from(dims);
+        let mut value = vec![C::Stored::default(); shape.elem_count()];
+        let saved = pass::value::<C>(&self.session, &self.links, x, &given, self.saves, Some(&mut value))?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
-        Ok((C::storage(value), Shape::from(dims)))
+        Ok((C::storage(value), shape))
     }
 
     /// dL/dx, and dL/d(given) if there is such; `x` is asked for unless all has been saved.
@@ -310,7 +315,16 @@ impl Layers {
             bail!("a chain pulls back what it has evaluated")
         };
         let weights = Given::to_pull::<C::Stored>(&self.session, given)?;
-        let dx = pass::pull::<C>(&self.session, &self.links, saved, x, &weights, value, cotangent)?;
+        let mut dx = vec![C::Stored::default(); self.shape.elem_count()];
+        let mut pull = |x: Option<&[C::Stored]>, value: &[C::Stored], grad: &[C::Stored]| {
+            pass::pull::<C>(&self.session, &self.links, saved, &weights, Pulled { x, value, grad }, &mut dx)
+        };
+        with_elements(value, |value| {
+            with_elements(cotangent, |grad| match x {
+                Some(x) => with_elements(x, |x| pull(Some(x), value, grad)),
+                None => pull(None, value, grad),
+            })
+        })?;
         let of_given = weights.into_cotangent::<C::Stored>(sink::scale()?);
         let of_given = of_given.zip(given).map(|(of, given)| Tensor::from_vec(of, given.shape(), given.device()));
         Ok((Tensor::from_vec(dx, &self.shape, value.device())?, of_given.transpose()?))

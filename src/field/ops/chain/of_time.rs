@@ -8,7 +8,7 @@ use super::{Chain, Compute, Link, Linked, Order, Weights, with_compute, with_ele
 use crate::Time;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
-use crate::field::session::{Matrix, Session, Tile};
+use crate::field::session::{Buffered, Matrix, Session};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};

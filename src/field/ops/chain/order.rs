@@ -5,7 +5,7 @@ use crate::field::ops::kernel::{
     Epilogue, Packed, View, ViewMut, add_column_sums, add_column_sums_lanes, add_outer, add_outer_lanes, multiply,
     multiply_lanes,
 };
-use crate::field::session::{Matrix, Session, Tile};
+use crate::field::session::{Buffered, Matrix, Session, Tile};
 use half::bf16;
 use std::ops::Range;
 

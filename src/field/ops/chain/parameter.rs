@@ -1,7 +1,7 @@
 //! Parameters of layers inside a solve: what stands for them, and what they add to dL/dθ.
 
 use crate::field::ops::cpu::Element;
-use crate::field::session::{Call, Current, Matrix, Session, Tile};
+use crate::field::session::{Buffered, Call, Current, Matrix, Session};
 use crate::field::sink;
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 
@@ -92,11 +92,8 @@ pub(super) fn float(x: impl Into<f32>) -> f32 {
     x.into()
 }
 
-/// The elements of a contiguous tensor on the CPU.
-pub(in crate::field::ops) fn with_elements<T: WithDType, R>(
-    x: &Tensor,
-    with: impl FnOnce(&[T]) -> Result<R>,
-) -> Result<R> {
+/// Lets `with` see the elements of a contiguous tensor on the CPU.
+pub(crate) fn with_elements<T: WithDType, R>(x: &Tensor, with: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (candle_core::Storage::Cpu(storage), Some((from, to))) => with(&storage.as_slice::<T>()?[from..to]),

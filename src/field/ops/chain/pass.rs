@@ -1,16 +1,16 @@
 //! A tile through the layers of a chain, and back.
 
+use super::Link;
 use super::compute::{Compute, Input};
 use super::given::{Given, Way};
 use super::order::{Order, Ordered};
-use super::{Link, with_elements};
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::cpu::CHUNK;
 use crate::field::ops::kernel::{Epilogue, Held, Then, View};
-use crate::field::session::{Matrix, Session, Side, Tile};
+use crate::field::session::{Buffered, Matrix, Session, Side, Tile};
 use crate::field::sink;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
 /// What is saved on the way forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,17 +31,15 @@ pub(super) struct Saved<T> {
     inputs: Vec<Option<Matrix<T>>>,
 }
 
-/// A value with what was saved on the way.
-type Valued<C> = (Vec<<C as Compute>::Stored>, Option<Saved<<C as Compute>::Held>>);
-
-/// The value of the chain at x, and what the pullback needs.
+/// Writes the value of the chain at x, if it is wanted, and gives what the pullback needs.
 pub(super) fn value<C: Compute>(
     session: &Session,
     links: &[Link],
     x: &[C::Stored],
     given: &Given,
     saves: Saves,
-) -> Result<Valued<C>> {
+    to: Option<&mut [C::Stored]>,
+) -> Result<Option<Saved<C::Held>>> {
     let rows = x.len() / links[0].inputs;
     let order = Order::of(links, rows);
     let way = Way { session, order, given };
@@ -61,16 +59,18 @@ pub(super) fn value<C: Compute>(
         }
     }
     let mut kept = Ok(None);
-    let stored = C::stored(session, order, [rows, last.outputs], |out| {
-        kept = last.value(way, from(&x, at.as_ref().or(hidden.last())), out);
-    });
+    if let Some(to) = to {
+        C::store(session, order, rows, to, |out| {
+            kept = last.value(way, from(&x, at.as_ref().or(hidden.last())), out);
+        });
+    }
     let kept = kept?;
     if !looks_back {
-        return Ok((stored, None));
+        return Ok(None);
     }
     inputs.push(kept);
     let x = (saves == Saves::All).then(|| x.own(session));
-    Ok((stored, Some(Saved { x, hidden, inputs })))
+    Ok(Some(Saved { x, hidden, inputs }))
 }
 
 /// What the next layer is given.
@@ -78,34 +78,42 @@ fn from<'a, T: Ordered>(x: &'a Input<'_, T>, result: Option<&'a Matrix<T>>) -> V
     result.map_or_else(|| x.view(), Matrix::view)
 }
 
-/// Adds dL/dW and dL/db of every layer to the open sums, and gives dL/dx; `x` is there unless it has been saved.
+/// Whether the pullback needs the value of the chain.
+pub(super) fn needs_value(links: &[Link]) -> bool {
+    links.last().is_some_and(|link| link.then.keeps() != Keeps::Nothing)
+}
+
+/// What a chain has made of x, and a cotangent of it.
+pub(super) struct Pulled<'a, T> {
+    /// x, unless it has been saved.
+    pub(super) x: Option<&'a [T]>,
+    /// The value; nothing where it was not wanted.
+    pub(super) value: &'a [T],
+    /// S times the cotangent of the value.
+    pub(super) grad: &'a [T],
+}
+
+/// Adds dL/dW and dL/db of every layer to the open sums, and writes S times dL/dx.
 pub(super) fn pull<C: Compute>(
     session: &Session,
     links: &[Link],
     saved: &Saved<C::Held>,
-    x: Option<&Tensor>,
     given: &Given,
-    value: &Tensor,
-    grad: &Tensor,
-) -> Result<Vec<C::Stored>> {
-    let rows = value.elem_count() / links[links.len() - 1].outputs;
+    Pulled { x, value, grad }: Pulled<'_, C::Stored>,
+    to: &mut [C::Stored],
+) -> Result<()> {
+    let rows = grad.len() / links[links.len() - 1].outputs;
     let (order, scale) = (Order::of(links, rows), sink::scale()?);
     let way = Way { session, order, given };
-    let g = with_elements::<C::Stored, _>(value, |value| {
-        with_elements::<C::Stored, _>(grad, |grad| {
-            let is_kept = links.last().is_some_and(|link| link.then.keeps() == Keeps::Value);
-            let value = is_kept.then(|| C::held(session, order, value, rows));
-            let grad = C::held(session, order, grad, rows);
-            Ok(seed(way, links, saved, value.as_ref().map(Input::view), grad.view(), scale))
-        })
-    })?;
-    match (&saved.x, x) {
-        (Some(x), _) => back::<C>(way, links, saved, x.view(), g, scale),
-        (None, Some(x)) => with_elements(x, |x| {
-            let x = C::held(session, order, x, rows);
-            back::<C>(way, links, saved, x.view(), g, scale)
-        }),
-        (None, None) => bail!("a chain pulls back what it has saved, or is given"),
+    let is_kept = links.last().is_some_and(|link| link.then.keeps() == Keeps::Value);
+    let value = is_kept.then(|| C::held(session, order, value, rows));
+    let grad = C::held(session, order, grad, rows);
+    let g = seed(way, links, saved, value.as_ref().map(Input::view), grad.view(), scale);
+    drop((value, grad));
+    let x = x.map(|x| C::held(session, order, x, rows));
+    match saved.x.as_ref().map(Matrix::view).or(x.as_ref().map(Input::view)) {
+        Some(x) => back::<C>(way, links, saved, x, g, to),
+        None => bail!("a chain pulls back what it has saved, or is given"),
     }
 }
 
@@ -138,16 +146,16 @@ fn seed<T: Ordered>(
     g
 }
 
-/// From the cotangent `g` of the last product, which is not scaled, to that of x, which is.
+/// From the cotangent `g` of the last product, which is not scaled, to that of x, which is: written to `to`.
 fn back<C: Compute>(
     way: Way<'_>,
     links: &[Link],
     saved: &Saved<C::Held>,
     x: View<'_, C::Held>,
     mut g: Matrix<C::Held>,
-    scale: f64,
-) -> Result<Vec<C::Stored>> {
-    let Way { session, order, .. } = way;
+    to: &mut [C::Stored],
+) -> Result<()> {
+    let (Way { session, order, .. }, scale) = (way, sink::scale()?);
     let rows = if order == Order::Rows { x.rows() } else { x.columns() };
     for (n, link) in links.iter().enumerate().skip(1).rev() {
         let input = saved.hidden[n - 1].view();
@@ -167,12 +175,13 @@ fn back<C: Compute>(
     first.add_gradients(way, (g.view(), g.view()), x)?;
     first.times_gate(way, &mut g, rows)?;
     let packed = first.packed::<C::Held>(way, Side::Backward)?;
-    Ok(C::stored(session, order, [rows, first.inputs], |out| {
+    C::store(session, order, rows, to, |out| {
         C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));
         if scale != 1.0 {
             out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
         }
-    }))
+    });
+    Ok(())
 }
 
 /// What f′ of layer `n` is a function of, given the layer's result if it is that.

@@ -7,7 +7,7 @@ use super::order::{Order, Ordered};
 use super::parameter::{Parameter, float, with_elements, with_float};
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::ops::kernel::{Packed, View, ViewMut};
-use crate::field::session::{Matrix, Session, Shared, Side, Tile};
+use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::{Result, Tensor};
 use std::ops::Range;

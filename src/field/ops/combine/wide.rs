@@ -87,11 +87,19 @@ pub(super) fn largest(storage: &CpuStorage, range: Range<usize>) -> Result<f64> 
     let most = match storage {
         CpuStorage::F16(x) => largest!(x[range], f16, u16),
         CpuStorage::BF16(x) => largest!(x[range], bf16, u16),
-        CpuStorage::F32(x) => largest!(x[range], f32, u32),
+        CpuStorage::F32(x) => return Ok(largest_of(&x[range])),
         CpuStorage::F64(x) => largest!(x[range], f64, u64),
         other => return Err(not_float(other)),
     };
     Ok(if most.is_finite() { most } else { f64::NAN })
+}
+
+/// [`largest`] of F32.
+#[inline(always)]
+pub(super) fn largest_of(x: &[f32]) -> f64 {
+    let bits = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & (u32::MAX >> 1)));
+    let most = f32::from_bits(bits);
+    if most.is_finite() { f64::from(most) } else { f64::NAN }
 }
 
 /// [`largest`] by itself.

@@ -13,7 +13,7 @@
 use super::super::chain::{Compute, Order, Parameter, with_compute, with_elements};
 use super::method::{Convolved, Method};
 use crate::field::ops::kernel::{Held, Looks, Packed, View, ViewMut, Windows, add_column_sums, transpose};
-use crate::field::session::{Matrix, Session, Shared, Side, Tile};
+use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};

@@ -3,7 +3,7 @@
 use crate::field::ops::kernel::{
     Epilogue, Looks, Packed, View, ViewMut, Windows, add_outer_windows, convolve, winograd,
 };
-use crate::field::session::{Session, Tile};
+use crate::field::session::{Buffered, Session, Tile};
 use half::bf16;
 
 /// How the products of a convolution are made.

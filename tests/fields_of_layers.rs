@@ -1,0 +1,231 @@
+//! A field declared to be layers and nothing else: what it gives is what a closure that calls them gives, to the bit.
+#![allow(missing_docs)]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use candle_ode::ops::{Activation, Layers, Mlp, Sequential, concat_linear, linear, linear_no_bias, seq};
+use candle_ode::prelude::*;
+use candle_ode::schedule::Checkpoints;
+use candle_ode::{Increments8, Stats};
+use common::{bits, fill, normal, sorted, variable};
+
+/// The same layers declared, and called by a closure, over the same parameters.
+fn both<L: Layers>(
+    vars: &VarMap,
+    build: impl Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync + Copy + 'static,
+) -> [ModelField; 2] {
+    let vb = VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu);
+    let declared = ModelField::of_layers(vb, build).unwrap();
+    let called = ModelField::new(vars, &Device::Cpu, build, |layers: &L, t: &Time, y| layers.forward_at(t, y)).unwrap();
+    fill(vars, 1, 1.0);
+    [declared, called]
+}
+
+/// The bits of all outputs, dL/dy0 and each dL/dθ for L = Σ y² over the outputs; what was counted.
+fn trained(ode: &Ode, vars: &VarMap, y0: &Var) -> (Vec<Vec<u64>>, Stats) {
+    let solution = ode.solve(y0.as_tensor()).unwrap();
+    let all = solution.states().iter().map(|y| y[0].sqr().unwrap().sum_all().unwrap());
+    let grads = all.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
+    let parameters = sorted(vars).into_values().filter_map(|var| grads.get(&var).cloned());
+    let outputs = solution.states().iter().map(|y| y[0].clone());
+    let found = outputs.chain(grads.get(y0).cloned()).chain(parameters).map(|x| bits(&x)).collect();
+    (found, solution.stats())
+}
+
+fn are_the_same(what: &str, fields: &[ModelField; 2], vars: &VarMap, y0: &Var, settings: impl Fn(Ode) -> Ode) {
+    let [declared, called] = fields;
+    let [declared, called] = [declared, called].map(|field| trained(&settings(Ode::new(field)), vars, y0));
+    assert!(declared.0.len() > 2 && declared.0 == called.0, "{what}");
+    assert_eq!(declared.1, called.1, "{what}");
+}
+
+const PRECISIONS: [Precision; 4] = [Precision::F64, Precision::F32, Precision::F16, Precision::BF16];
+
+fn narrow(vb: VarBuilder) -> candle_core::Result<Mlp> {
+    Mlp::new(&[2, 24, 2], Activation::Tanh, vb)
+}
+
+fn wide(vb: VarBuilder) -> candle_core::Result<Mlp> {
+    Mlp::new(&[32, 40, 48, 32], Activation::Silu, vb)
+}
+
+/// The last result passes through an activation, one of the biases is missing.
+fn activated(vb: VarBuilder, last: Activation) -> candle_core::Result<Sequential> {
+    let layers = seq().add(linear_no_bias(3, 20, vb.pp(0))?).add(Activation::Gelu).add(linear(20, 3, vb.pp(1))?);
+    Ok(layers.add(last))
+}
+
+#[test]
+fn every_precision_and_width() {
+    let shapes: [&[usize]; 3] = [&[70, 2], &[5, 2], &[2, 3, 11, 2]];
+    for precision in PRECISIONS {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(6).precision(precision);
+        for shape in shapes {
+            let vars = VarMap::new();
+            let fields = both(&vars, |vb| narrow(vb));
+            are_the_same(&format!("{precision:?} {shape:?}"), &fields, &vars, &variable(9, shape, DType::F32), steps);
+        }
+        let vars = VarMap::new();
+        let fields = both(&vars, |vb| wide(vb));
+        are_the_same(&format!("{precision:?} wide"), &fields, &vars, &variable(9, &[70, 32], DType::F32), steps);
+    }
+}
+
+#[test]
+fn every_end_of_the_layers() {
+    for precision in PRECISIONS {
+        let steps = |ode: Ode| ode.span(1.0, 0.0).steps(5).precision(precision);
+        macro_rules! ends_in {
+            ($($last:ident),*) => {$(
+                let vars = VarMap::new();
+                let fields = both(&vars, |vb| activated(vb, Activation::$last));
+                let what = format!("{} {precision:?}", stringify!($last));
+                are_the_same(&what, &fields, &vars, &variable(9, &[33, 3], DType::F32), steps);
+            )*};
+        }
+        ends_in!(Tanh, Gelu, Relu, Identity, Sin);
+    }
+}
+
+#[test]
+fn every_explicit_method() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| narrow(vb));
+    let y0 = variable(9, &[40, 2], DType::F32);
+    for precision in [Precision::F32, Precision::F16] {
+        macro_rules! methods {
+            ($($method:expr),* $(,)?) => {$(
+                let steps = |ode: Ode| ode.solver($method).span(0.0, 1.0).steps(4).precision(precision);
+                are_the_same(&format!("{} {precision:?}", stringify!($method)), &fields, &vars, &y0, steps);
+            )*};
+        }
+        methods!(Euler, Midpoint, Heun, Ralston, Rk3, Rk4, ThreeEighths, Bosh3, Dopri5, Tsit5, Reversible::new(Rk4));
+        // One of the stages does not matter.
+        methods!(Tableau::new("idle", 1, &[&[0.5], &[0.3, 0.2]], &[0.25, 0.0, 0.75]).unwrap());
+        // A step as long as the coefficient of λ is one.
+        let long = |ode: Ode| ode.solver(Euler).span(0.0, 3.0).steps(3).precision(precision);
+        are_the_same("steps of one", &fields, &vars, &y0, long);
+    }
+}
+
+#[test]
+fn every_way_back() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| wide(vb));
+    let y0 = variable(9, &[40, 32], DType::F32);
+    for precision in PRECISIONS {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(8).precision(precision);
+        let same = |what: &str, settings: &dyn Fn(Ode) -> Ode| {
+            are_the_same(&format!("{what} {precision:?}"), &fields, &vars, &y0, |ode| settings(steps(ode)));
+        };
+        same("one at a time", &|ode| ode.adjoint(Discrete::default().stage_memory(StageMemory::One)));
+        same("checkpoints", &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2))));
+        same("linearisations", &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2).with_stages())));
+        same("increments", &|ode| ode.adjoint(Discrete::default().codec(Increments8)));
+        same("unrolled", &|ode| ode.adjoint(Unrolled));
+        same("backsolve", &|ode| ode.adjoint(Backsolve::default()));
+        same("several outputs", &|ode| ode.save_at(&[0.0, 0.25, 0.5, 1.0]));
+        same("no scale", &|ode| ode.scaling(AdjointScaling::none()));
+        same("a fixed scale", &|ode| ode.scaling(AdjointScaling::fixed(8.0).unwrap()));
+        same("the dynamic scale", &|ode| ode.scaling(AdjointScaling::dynamic()));
+        let adaptive = |ode: Ode| ode.solver(Dopri5).span(0.0, 1.0).tolerances(1e-2, 1e-2).precision(precision);
+        are_the_same(&format!("adaptive {precision:?}"), &fields, &vars, &y0, adaptive);
+    }
+}
+
+#[test]
+fn tiles_threads_and_frozen_parameters() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| narrow(vb)).map(ModelField::row_wise);
+    let y0 = variable(9, &[150, 2], DType::F32);
+    for threads in [1, 2] {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(6).tile(32).threads(threads);
+        are_the_same(&format!("{threads} threads"), &fields, &vars, &y0, steps);
+    }
+    for frozen in ["0.", "1.weight", "bias"] {
+        let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
+        are_the_same(frozen, &fields, &vars, &y0, |ode: Ode| ode.span(0.0, 1.0).steps(6));
+    }
+}
+
+/// Layers that no chain takes run as they do in a closure.
+#[test]
+fn layers_of_every_kind() {
+    let in_time = |vb: VarBuilder<'static>| Mlp::builder(&[3, 20, 3], Activation::Tanh).in_time().build(vb);
+    let mixed = |vb: VarBuilder<'static>| {
+        let layers = seq().add(linear(3, 20, vb.pp(0))?).add_fn(|x| x.sin()).add(linear(20, 20, vb.pp(1))?);
+        Ok(layers.add_timed(concat_linear(20, 3, vb.pp(2))?))
+    };
+    let steps = |ode: Ode| ode.span(0.0, 0.5).steps(5);
+    let y0 = variable(9, &[33, 3], DType::F32);
+    let (first, second) = (VarMap::new(), VarMap::new());
+    are_the_same("in time", &both(&first, in_time), &first, &y0, steps);
+    are_the_same("mixed", &both(&second, mixed), &second, &y0, steps);
+}
+
+#[test]
+fn cotangents_with_gaps_and_states_that_are_views() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| narrow(vb));
+    let wide = variable(9, &[2, 40], DType::F32);
+    let found = fields.map(|field| {
+        let y0 = wide.as_tensor().t().unwrap();
+        let last = Ode::new(&field).span(0.0, 1.0).steps(4).solve(&y0).unwrap().last().clone();
+        // Its cotangent is one number, broadcast.
+        let grads = last.sum_all().unwrap().backward().unwrap();
+        [bits(&last), bits(grads.get(&wide).unwrap())]
+    });
+    assert!(found[0] == found[1]);
+}
+
+/// relu(y)·10⁴ overflows in F16 once y > 6.6, beyond all bounds in F32 soon after.
+fn growing(vb: VarBuilder) -> candle_core::Result<Sequential> {
+    Ok(seq().add(linear_no_bias(2, 4, vb.pp(0))?).add(Activation::Relu).add(linear_no_bias(4, 2, vb.pp(1))?))
+}
+
+#[test]
+fn what_overflows_is_found_at_the_same_place() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| growing(vb));
+    for (gain, precision) in [(60.0, Precision::F16), (1e18, Precision::F32), (1e18, Precision::BF16)] {
+        for (name, var) in sorted(&vars) {
+            let ones = Tensor::ones(var.shape(), DType::F32, &Device::Cpu).unwrap();
+            var.set(&(ones * if name.starts_with('0') { gain } else { 1.0 }).unwrap()).unwrap();
+        }
+        let y0 = Var::from_tensor(&(normal(3, &[20, 2], DType::F32).abs().unwrap() + 0.1).unwrap()).unwrap();
+        for solver in [Tableau::clone(Rk4.tableau().unwrap()), Tableau::clone(Midpoint.tableau().unwrap())] {
+            let steps = |field| Ode::new(field).solver(solver.clone()).span(0.0, 0.5).steps(8).precision(precision);
+            let errors = fields.each_ref().map(|field| steps(field).solve(y0.as_tensor()).unwrap_err());
+            let [OdeError::Overflow { place, .. }, OdeError::Overflow { place: expected, .. }] = &errors else {
+                panic!("{errors:?}")
+            };
+            assert_eq!(place, expected);
+            assert!(place.stage > 0 || place.step > 0, "{place}");
+            if precision.compute_dtype() == DType::F16 {
+                let retried = |ode: Ode| {
+                    let ode = ode.solver(solver.clone()).span(0.0, 0.05).steps(3).precision(precision);
+                    ode.on_overflow(OnOverflow::Retry)
+                };
+                are_the_same("retried", &fields, &vars, &y0, retried);
+            }
+        }
+    }
+}
+
+/// Backwards F16 overflows with a scale that is too large: a pass is done again, with the steps at fault in F32.
+#[test]
+fn pullbacks_that_overflow_are_done_again_in_the_same_way() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| wide(vb));
+    let y0 = variable(9, &[40, 32], DType::F32);
+    let steps = |ode: Ode| {
+        let scaling = AdjointScaling::fixed(2f64.powi(18)).unwrap();
+        ode.span(0.0, 1.0).steps(7).precision(Precision::F16).scaling(scaling)
+    };
+    are_the_same("overflowing", &fields, &vars, &y0, steps);
+    let solution = steps(Ode::new(&fields[0])).solve(y0.as_tensor()).unwrap();
+    solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(solution.stats().redone_passes > 0);
+}
