@@ -2,13 +2,14 @@
 //! in the same order, to the same bits, without a tensor for each stage state, slope and cotangent.
 
 use super::Step;
-use super::explicit::{coefficients, stages_used};
+use super::explicit::stages_used;
 use super::stages::{Pullbacks, Stages, StepAt};
 use super::tableau::Tableau;
 use crate::State;
 use crate::error::Result;
 use crate::field::{Bare, Finite, with_elements};
 use candle_core::{Device, Tensor};
+use std::ops::Range;
 
 /// A step; `None` if something in it is not finite: where it became so is for those to say who look at every stage.
 pub(super) fn step(
@@ -20,15 +21,15 @@ pub(super) fn step(
 ) -> Result<Option<Step>> {
     let mut buffers = layers.buffers(tableau.stages(), y.numel());
     let (end, is_finite) = with_floats(y, |floats| {
-        let mut is_finite = true;
+        let (mut is_finite, mut terms) = (true, vec![]);
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            let terms = coefficients(at.h, i, |j| tableau.a(i, j));
+            gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
             let largest = stages.bare_slope(at, i, || buffers.evaluate(i, floats, &terms))?;
             is_finite &= largest.is_none_or(f64::is_finite);
         }
-        let weights = tableau.weights();
-        let (end, largest) = buffers.end(floats, &coefficients(at.h, weights.len(), |j| weights[j]))?;
+        gather(&mut terms, 0..tableau.stages(), |j| at.h * tableau.weights()[j]);
+        let (end, largest) = buffers.end(floats, &terms)?;
         Ok((state(end, largest, y)?, is_finite && largest.is_finite()))
     })?;
     if !is_finite {
@@ -49,11 +50,11 @@ pub(super) fn pullback(
     pullbacks: &mut Pullbacks<'_>,
 ) -> Result<State> {
     let mut buffers = layers.buffers(tableau.stages(), y.numel());
-    let last = stages_used(tableau).last();
+    let (last, mut terms) = (stages_used(tableau).last(), vec![]);
     with_floats(&y, |floats| {
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            let terms = coefficients(at.h, i, |j| tableau.a(i, j));
+            gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
             stages.bare_linearization(at, i, || buffers.linearize(i, floats, &terms, Some(i) != last))?;
         }
         Ok(())
@@ -64,12 +65,12 @@ pub(super) fn pullback(
         for i in stages_used(tableau).rev() {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             // κᵢ = h (bᵢ λ + Σ aⱼᵢ μⱼ)
-            let later = (i + 1..tableau.stages()).map(|j| (at.h * tableau.a(j, i), j)).filter(|(c, _)| *c != 0.0);
-            let largest = buffers.gather((at.h * tableau.weights()[i], floats), &later.collect::<Vec<_>>())?;
+            gather(&mut terms, i + 1..tableau.stages(), |j| at.h * tableau.a(j, i));
+            let largest = buffers.gather((at.h * tableau.weights()[i], floats), &terms)?;
             finite.push((i, pullbacks.pull_bare(at, i, largest, |scale| buffers.pull(i, scale))?));
         }
-        let all: Vec<(f64, usize)> = stages_used(tableau).map(|i| (1.0, i)).collect();
-        let (back, largest) = buffers.back(floats, &all)?;
+        gather(&mut terms, 0..tableau.stages(), |i| f64::from(u8::from(tableau.is_used(i))));
+        let (back, largest) = buffers.back(floats, &terms)?;
         for (i, of_sums) in finite {
             // Each of the cotangents is a term of what is finite.
             let is_finite = largest.is_finite() || buffers.is_finite(i);
@@ -77,6 +78,12 @@ pub(super) fn pullback(
         }
         state(back, largest, lambda)
     })
+}
+
+/// The terms of a sum over some stages, those that are not structurally zero.
+fn gather(terms: &mut Vec<(f64, usize)>, stages: Range<usize>, c: impl Fn(usize) -> f64) {
+    terms.clear();
+    terms.extend(stages.map(|j| (c(j), j)).filter(|(c, _)| *c != 0.0));
 }
 
 fn with_floats<R>(state: &State, with: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {

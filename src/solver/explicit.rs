@@ -223,11 +223,6 @@ pub(super) fn stages_used(tableau: &Tableau) -> impl DoubleEndedIterator<Item = 
     (0..tableau.stages()).filter(|&i| tableau.is_used(i))
 }
 
-/// h·c of the stages before `end`, where that is not structurally zero.
-pub(super) fn coefficients(h: f64, end: usize, c: impl Fn(usize) -> f64) -> Vec<(f64, usize)> {
-    (0..end).filter(|&j| c(j) != 0.0).map(|j| (h * c(j), j)).collect()
-}
-
 /// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
 /// state and its slope.
 pub(super) fn slopes(

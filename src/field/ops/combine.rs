@@ -120,7 +120,8 @@ fn on_cpu<A: Wide>(base: Option<&Tensor>, terms: &[(f64, &Tensor)], dtype: DType
     };
     let base = base.map(Tensor::storage_and_layout);
     let terms: Vec<_> = terms.iter().map(|(c, x)| (A::of(*c), x.storage_and_layout())).collect();
-    let most = vectorised(Sum { base, terms: &terms, count, to: &mut result })?;
+    let terms = terms.iter().map(|(c, x)| (*c, x));
+    let most = vectorised(Sum { base, terms, count, to: &mut result })?;
     Ok((result, most))
 }
 
@@ -142,10 +143,17 @@ impl<A: Wide> Source<A> for (StorageRef<'_>, &Layout) {
     }
 }
 
-impl<T: Element> Source<T::Wide> for &[T] {
+impl<T: Element> Source<T::Wide> for [T] {
     #[inline(always)]
     fn read<'a>(&'a self, range: Range<usize>, space: &'a mut [T::Wide]) -> Result<&'a [T::Wide]> {
         Ok(T::widened(&self[range], space))
+    }
+}
+
+impl<A, S: Source<A> + ?Sized> Source<A> for &S {
+    #[inline(always)]
+    fn read<'a>(&'a self, range: Range<usize>, space: &'a mut [A]) -> Result<&'a [A]> {
+        S::read(self, range, space)
     }
 }
 
@@ -182,14 +190,22 @@ impl<T: Element<Wide = f32>> Target<f32> for [T] {
 }
 
 /// base + Σ terms, chunk by chunk; gives max |x| of it.
-pub(super) struct Sum<'a, A, B, X, T: ?Sized> {
+pub(super) struct Sum<'a, B, I, T: ?Sized> {
     pub(super) base: Option<B>,
-    pub(super) terms: &'a [(A, X)],
+    /// Coefficients and operands.
+    pub(super) terms: I,
     pub(super) count: usize,
     pub(super) to: &'a mut T,
 }
 
-impl<A: Wide, B: Source<A>, X: Source<A>, T: Target<A> + ?Sized> Kernel for Sum<'_, A, B, X, T> {
+impl<A, B, X, I, T> Kernel for Sum<'_, B, I, T>
+where
+    A: Wide,
+    B: Source<A>,
+    X: Source<A>,
+    I: Iterator<Item = (A, X)> + Clone,
+    T: Target<A> + ?Sized,
+{
     type Output = Result<f64>;
 
     #[inline(always)]
@@ -199,9 +215,9 @@ impl<A: Wide, B: Source<A>, X: Source<A>, T: Target<A> + ?Sized> Kernel for Sum<
             let range = from..self.count.min(from + CHUNK);
             let (sums, space) = (&mut sums[..range.len()], &mut space[..range.len()]);
             sums.fill(A::ZERO);
-            for (c, x) in self.terms {
+            for (c, x) in self.terms.clone() {
                 let x = x.read(range.clone(), space)?;
-                sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += *c * *x);
+                sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += c * *x);
             }
             if let Some(x) = &self.base {
                 let x = x.read(range.clone(), space)?;

@@ -3,10 +3,61 @@
 //! Fitted with 50 digits; all but those that alternate have positive coefficients, so that sums lose nothing.
 //! Polynomials are made with fused products: the same bits on every CPU, slow on one that lacks the instruction.
 
+/// F32, one number or several at a time.
+pub(super) trait Number: Copy {
+    /// The number, as many times as these are.
+    fn like(self, number: f32) -> Self;
+    fn plus(self, other: Self) -> Self;
+    fn times(self, other: Self) -> Self;
+    fn over(self, other: Self) -> Self;
+    /// self · a + b, rounded once.
+    fn fused(self, a: Self, b: Self) -> Self;
+    /// The lesser of it and a bound; a NaN stays what it is.
+    fn at_most(self, bound: Self) -> Self;
+    fn magnitude(self) -> Self;
+    fn with_sign_of(self, other: Self) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn like(self, number: f32) -> Self {
+        number
+    }
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        self + other
+    }
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        self * other
+    }
+    #[inline(always)]
+    fn over(self, other: Self) -> Self {
+        self / other
+    }
+    #[inline(always)]
+    fn fused(self, a: Self, b: Self) -> Self {
+        self.mul_add(a, b)
+    }
+    #[inline(always)]
+    fn at_most(self, bound: Self) -> Self {
+        if self > bound { bound } else { self }
+    }
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self.abs()
+    }
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self {
+        self.copysign(other)
+    }
+}
+
 /// c₀ + c₁ x + c₂ x² + …
 #[inline(always)]
-fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    coefficients.into_iter().rev().reduce(|sum, c| sum.mul_add(x, c)).unwrap_or(0.0)
+fn polynomial<V: Number, const N: usize>(x: V, coefficients: [f32; N]) -> V {
+    let coefficients = coefficients.map(|c| x.like(c));
+    coefficients.into_iter().rev().reduce(|sum, c| sum.fused(x, c)).unwrap_or(x.like(0.0))
 }
 
 /// tanh x = 2 n d / (d² + n²), where n / d = x P(x²) / Q(x²) is tanh(x / 2), for |x| ≤ 9, where it becomes 1.
@@ -14,19 +65,17 @@ fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
 /// The form damps what n and d have lost to rounding. P(0) is 1.75, not 1, because numbers just above a power of two
 /// lose most. Of all F32 the worst is 3.3 ulp off.
 #[inline(always)]
-pub(super) fn tanh(x: f32) -> f32 {
+pub(super) fn tanh<V: Number>(x: V) -> V {
     const END: f32 = 9.0;
     const P: [f32; 3] = [1.75, 5.209_635_2e-2, 1.997_909_2e-4];
     const Q: [f32; 4] = [3.5, 0.395_859_2, 4.221_330_4e-3, 4.295_832e-6];
-    let size = x.abs();
-    // A NaN passes these selections.
-    let size = if size > END { END } else { size };
-    let square = size * size;
-    let n = size * polynomial(square, P);
+    let size = x.magnitude().at_most(x.like(END));
+    let square = size.times(size);
+    let n = size.times(polynomial(square, P));
     let d = polynomial(square, Q);
-    let product = n * d;
-    let y = (product + product) / d.mul_add(d, n * n);
-    (if y > 1.0 { 1.0 } else { y }).copysign(x)
+    let product = n.times(d);
+    let y = product.plus(product).over(d.fused(d, n.times(n)));
+    y.at_most(x.like(1.0)).with_sign_of(x)
 }
 
 /// ln cosh x for 0 ≤ x² = `square` ≤ 1.

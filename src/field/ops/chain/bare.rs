@@ -28,7 +28,8 @@ pub(in crate::field::ops) fn bare<'a>(
         let mut chain = Chain::start(x).filter(|_| x.device().is_cpu())?;
         layers.into_iter().all(|layer| layer.link(None, x, &mut chain)).then_some(chain.links)
     });
-    let links = links?;
+    let mut links = links?;
+    links.iter_mut().for_each(|link| link.ready = Some(Arc::default()));
     let (first, last) = (links.first()?, links.last()?);
     if first.inputs != last.outputs {
         return None;
@@ -86,7 +87,7 @@ impl<C: Compute> Step<'_, C> {
             Some(y) => y,
             None => {
                 let point = own.insert(self.buffer::<C::Stored>());
-                largest = Some(self.sum(y, &self.slopes(terms), &mut point[..])?);
+                largest = Some(self.sum(y, self.slopes(terms), &mut point[..])?);
                 point
             }
         };
@@ -96,30 +97,33 @@ impl<C: Compute> Step<'_, C> {
         Ok(largest)
     }
 
-    fn slopes(&self, terms: &[(f64, usize)]) -> Vec<(f32, Operand<'_, C::Stored>)> {
-        let slope = |&(c, j): &(f64, usize)| Some((c as f32, Operand::Stored(self.stages[j].slope.as_deref()?)));
-        terms.iter().filter_map(slope).collect()
+    fn slopes<'b>(&'b self, terms: &'b [(f64, usize)]) -> impl Iterator<Item = (f32, &'b [C::Stored])> + Clone {
+        terms.iter().filter_map(|&(c, j)| Some((c as f32, self.stages[j].slope.as_deref()?)))
     }
 
-    fn cotangents(&self, terms: &[(f64, usize)]) -> impl Iterator<Item = (f32, Operand<'_, C::Stored>)> {
+    fn cotangents<'b>(&'b self, terms: &'b [(f64, usize)]) -> impl Iterator<Item = (f32, &'b [C::Stored])> + Clone {
         terms.iter().filter_map(|&(c, j)| {
             let (mu, inverse) = self.stages[j].mu.as_ref()?;
-            Some(((c * inverse) as f32, Operand::Stored(&mu[..])))
+            Some(((c * inverse) as f32, &mu[..]))
         })
     }
 
     /// base + Σ terms, rounded once; its largest absolute value.
-    fn sum<T: Target<f32> + ?Sized>(
+    fn sum<'b, T: Target<f32> + ?Sized>(
         &self,
         base: &[f32],
-        terms: &[(f32, Operand<'_, C::Stored>)],
+        terms: impl Iterator<Item = (f32, &'b [C::Stored])> + Clone,
         to: &mut T,
-    ) -> Result<f64> {
+    ) -> Result<f64>
+    where
+        C: 'b,
+    {
         vectorised(Sum { base: Some(base), terms, count: self.elements, to })
     }
 }
 
 /// An operand of a sum.
+#[derive(Clone, Copy)]
 enum Operand<'a, T> {
     Stored(&'a [T]),
     Wide(&'a [f32]),
@@ -147,7 +151,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
 
     fn end(&self, y: &[f32], terms: &[(f64, usize)]) -> Result<(Vec<f32>, f64)> {
         let mut end = Vec::with_capacity(self.elements);
-        let largest = self.sum(y, &self.slopes(terms), &mut end)?;
+        let largest = self.sum(y, self.slopes(terms), &mut end)?;
         Ok((end, largest))
     }
 
@@ -158,9 +162,9 @@ impl<C: Compute> Buffers for Step<'_, C> {
         }
         let mut kappa = self.kappa.take().unwrap_or_else(|| self.buffer());
         let of_lambda = (c != 0.0).then_some((c as f32, Operand::Wide(lambda)));
-        let terms: Vec<_> = of_lambda.into_iter().chain(self.cotangents(terms)).collect();
-        let to = &mut kappa[..];
-        let largest = vectorised(Sum { base: None::<&[f32]>, terms: &terms, count: self.elements, to })?;
+        let of_later = self.cotangents(terms).map(|(c, mu)| (c, Operand::Stored(mu)));
+        let (terms, to) = (of_lambda.into_iter().chain(of_later), &mut kappa[..]);
+        let largest = vectorised(Sum { base: None::<&[f32]>, terms, count: self.elements, to })?;
         self.kappa = Some(kappa);
         Ok(largest)
     }
@@ -175,8 +179,8 @@ impl<C: Compute> Buffers for Step<'_, C> {
             Some(kappa) => kappa,
             None => {
                 let scaled = own.insert(self.buffer::<C::Stored>());
-                let (terms, to) = ([(scale as f32, &kappa[..])], &mut scaled[..]);
-                vectorised(Sum { base: None::<&[f32]>, terms: &terms, count: self.elements, to })?;
+                let (terms, to) = (std::iter::once((scale as f32, &kappa[..])), &mut scaled[..]);
+                vectorised(Sum { base: None::<&[f32]>, terms, count: self.elements, to })?;
                 scaled
             }
         };
@@ -193,8 +197,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
 
     fn back(&self, lambda: &[f32], terms: &[(f64, usize)]) -> Result<(Vec<f32>, f64)> {
         let mut back = Vec::with_capacity(self.elements);
-        let terms: Vec<_> = self.cotangents(terms).collect();
-        let largest = self.sum(lambda, &terms, &mut back)?;
+        let largest = self.sum(lambda, self.cotangents(terms), &mut back)?;
         Ok((back, largest))
     }
 }

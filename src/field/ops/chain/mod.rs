@@ -35,6 +35,7 @@ pub(super) use of_time::{by_ops, column, of_time};
 pub(super) use order::Order;
 pub(super) use parameter::Parameter;
 pub(crate) use parameter::with_elements;
+use weights::Ready;
 pub(super) use weights::Weights;
 
 /// A linear layer and what is done with its result.
@@ -46,6 +47,8 @@ pub(super) struct Link {
     /// Rows of W.
     pub(super) outputs: usize,
     pub(super) then: Activation,
+    /// Where the layer lives as long as its session.
+    ready: Option<Arc<Ready>>,
 }
 
 /// A layer that may become part of a chain.
@@ -125,7 +128,7 @@ impl Chain {
         }
         let Some((weight, bias)) = Parameter::of_layer(&self.current, x, weight, bias) else { return false };
         let weights = Weights::Parameters { weight, bias, beyond: t.map(Time::value) };
-        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
+        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity, ready: None });
         true
     }
 
@@ -179,7 +182,7 @@ impl Chain {
         let fits = |made: &Tensor| made.dims() == [first + second] && made.dtype() == x.dtype();
         let Some(made) = made().ok().filter(fits) else { return false };
         let weights = weights([before..before + first, before + first..before + first + second]);
-        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity });
+        self.links.push(Link { weights, inputs, outputs, then: Activation::Identity, ready: None });
         self.given.push(made);
         true
     }

@@ -5,13 +5,15 @@ use super::Link;
 use super::given::Way;
 use super::order::{Order, Ordered};
 use super::parameter::{Parameter, float, with_elements, with_float};
+use crate::field::ops::Activation;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::ops::kernel::{Packed, View, ViewMut};
 use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::{Result, Tensor};
-use std::ops::Range;
-use std::sync::Arc;
+use std::any::Any;
+use std::ops::{Deref, Range};
+use std::sync::{Arc, OnceLock};
 
 /// Weight and bias of a layer.
 #[derive(Clone, Debug)]
@@ -39,6 +41,37 @@ impl Weights {
             Self::Given { .. } => (None, None),
         };
         weight.into_iter().chain(bias)
+    }
+}
+
+/// What is made of the parameters of a layer that lives as long as its session, once.
+#[derive(Debug, Default)]
+pub(super) struct Ready {
+    /// By side.
+    packed: [OnceLock<Arc<dyn Any + Send + Sync>>; 2],
+    bias: OnceLock<Matrix<f32>>,
+}
+
+impl Ready {
+    fn packed<T: Tile>(&self, side: Side) -> Option<Arc<Shared<T>>> {
+        self.packed[side as usize].get()?.clone().downcast().ok()
+    }
+}
+
+/// What is added to a product.
+pub(super) enum Bias<'a> {
+    Own(Matrix<f32>),
+    Ready(&'a [f32]),
+}
+
+impl Deref for Bias<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::Own(bias) => bias,
+            Self::Ready(bias) => bias,
+        }
     }
 }
 
@@ -123,14 +156,23 @@ impl Link {
                 return Ok(Shared::new(self.pack::<T, f32>(side, given.part(weight.clone())?)));
             }
         };
-        let key = (*slot, self.inputs, side);
-        if let Some(packed) = session.seen(key) {
+        if let Some(packed) = self.ready.as_ref().and_then(|ready| ready.packed(side)) {
             return Ok(packed);
         }
-        let leaf = leaf.contiguous()?;
-        with_float!(leaf.dtype(), S => {
-            with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, S>(side, w))))
-        })
+        let key = (*slot, self.inputs, side);
+        let packed = match session.seen(key) {
+            Some(packed) => packed,
+            None => {
+                let leaf = leaf.contiguous()?;
+                with_float!(leaf.dtype(), S => {
+                    with_elements(&leaf, |w| Ok(session.packed(key, |side| self.pack::<T, S>(side, w))))
+                })?
+            }
+        };
+        if let Some(ready) = &self.ready {
+            ready.packed[side as usize].get_or_init(|| packed.clone());
+        }
+        Ok(packed)
     }
 
     fn pack<T: Tile, S: Copy + Into<f32>>(&self, side: Side, w: &[S]) -> Packed<T> {
@@ -139,6 +181,11 @@ impl Link {
             Side::Forward => Packed::transposed(view),
             Side::Backward => Packed::straight(view),
         }
+    }
+
+    /// Whether its value is the product and a bias, and nothing is done with that.
+    pub(super) fn is_affine(&self) -> bool {
+        self.then == Activation::Identity && !matches!(self.weights, Weights::Gated { .. })
     }
 
     /// What the product is multiplied with.
@@ -169,7 +216,17 @@ impl Link {
     }
 
     /// What is added to the product, in F32: b + t w, where w is the column beyond.
-    pub(super) fn bias_in_f32(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
+    pub(super) fn bias_in_f32(&self, way: Way<'_>) -> Result<Option<Bias<'_>>> {
+        let Some(ready) = &self.ready else { return Ok(self.bias_made(way)?.map(Bias::Own)) };
+        if ready.bias.get().is_none()
+            && let Some(made) = self.bias_made(way)?
+        {
+            ready.bias.get_or_init(|| made);
+        }
+        Ok(ready.bias.get().map(|bias| Bias::Ready(bias)))
+    }
+
+    fn bias_made(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
         let (weight, bias, beyond) = match &self.weights {
             Weights::Parameters { bias: None, beyond: None, .. } => return Ok(None),
             Weights::Parameters { weight, bias, beyond } => (weight, bias, beyond),

@@ -17,7 +17,7 @@ use super::view::{View, ViewMut};
 use std::ops::Range;
 
 /// Rows of the batch in a block at most.
-const ROWS: usize = 256;
+pub(super) const ROWS: usize = 256;
 /// Rows of dW in the tallest block.
 const TALLEST: usize = 4;
 
@@ -39,18 +39,18 @@ pub(super) fn multiply_lanes_on(
     assert!(epilogue.fits(shape.0, shape.1, shape.0));
     let each = shape.1 * (b.depth() + epilogue.multiplications());
     in_shares(out, (1, each, OF_OTHERS), |features, out| {
-        path.run(Multiply { x, b, epilogue, first: features.start, out });
+        Multiply { x, b, epilogue, first: features.start, out }.run_on(path);
     });
 }
 
 /// Some features of the result.
-struct Multiply<'a> {
-    x: View<'a, f32>,
-    b: &'a Packed<f32>,
-    epilogue: &'a Epilogue<'a, f32>,
+pub(super) struct Multiply<'a> {
+    pub(super) x: View<'a, f32>,
+    pub(super) b: &'a Packed<f32>,
+    pub(super) epilogue: &'a Epilogue<'a, f32>,
     /// The first of the features.
-    first: usize,
-    out: ViewMut<'a, f32>,
+    pub(super) first: usize,
+    pub(super) out: ViewMut<'a, f32>,
 }
 
 impl Work for Multiply<'_> {

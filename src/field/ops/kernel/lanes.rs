@@ -1,5 +1,7 @@
 //! Vectors of F32 lanes: what every micro-kernel is written in, once for all instruction sets.
 
+use crate::field::ops::minimax::Number;
+
 /// A vector of F32 lanes.
 ///
 /// # Safety
@@ -23,6 +25,12 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn store_first(self, to: *mut f32, count: usize);
     unsafe fn plus(self, other: Self) -> Self;
     unsafe fn minus(self, other: Self) -> Self;
+    unsafe fn times(self, other: Self) -> Self;
+    unsafe fn over(self, other: Self) -> Self;
+    /// The lesser of each lane and a bound; a NaN stays what it is.
+    unsafe fn at_most(self, bound: Self) -> Self;
+    unsafe fn magnitude(self) -> Self;
+    unsafe fn with_sign_of(self, other: Self) -> Self;
     /// `self + a b`, fused where the CPU can.
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     /// The sum of the lanes, halves first.
@@ -90,6 +98,26 @@ unsafe impl Lanes for Plain {
         Self(std::array::from_fn(|n| self.0[n] - other.0[n]))
     }
     #[inline(always)]
+    unsafe fn times(self, other: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n] * other.0[n]))
+    }
+    #[inline(always)]
+    unsafe fn over(self, other: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n] / other.0[n]))
+    }
+    #[inline(always)]
+    unsafe fn at_most(self, bound: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n].at_most(bound.0[n])))
+    }
+    #[inline(always)]
+    unsafe fn magnitude(self) -> Self {
+        Self(self.0.map(f32::abs))
+    }
+    #[inline(always)]
+    unsafe fn with_sign_of(self, other: Self) -> Self {
+        Self(std::array::from_fn(|n| self.0[n].copysign(other.0[n])))
+    }
+    #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
         // Elsewhere a fused multiply-add may be a call.
         const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
@@ -113,5 +141,64 @@ unsafe impl Lanes for Plain {
     unsafe fn split(self) -> (Self, Self) {
         let bits = self.0.map(f32::to_bits);
         (Self(bits.map(|pair| f32::from_bits(pair << 16))), Self(bits.map(|pair| f32::from_bits(pair & 0xffff_0000))))
+    }
+}
+
+/// Vectors side by side, on which each operation is made for all before the next: whoever waits for one works on another.
+#[derive(Clone, Copy)]
+pub(super) struct Beside<L, const N: usize>([L; N]);
+
+impl<L: Lanes, const N: usize> Beside<L, N> {
+    /// # Safety
+    /// The CPU has the instructions of `L`, with products that are fused.
+    #[inline(always)]
+    pub(super) unsafe fn new(lanes: [L; N]) -> Self {
+        Self(lanes)
+    }
+
+    #[inline(always)]
+    pub(super) fn into_lanes(self) -> [L; N] {
+        self.0
+    }
+
+    #[inline(always)]
+    fn with(self, other: Self, of: impl Fn(L, L) -> L) -> Self {
+        Self(std::array::from_fn(|n| of(self.0[n], other.0[n])))
+    }
+}
+
+// SAFETY, of all: whoever has made `self` has promised the instructions.
+impl<L: Lanes, const N: usize> Number for Beside<L, N> {
+    #[inline(always)]
+    fn like(self, number: f32) -> Self {
+        Self([unsafe { L::splat(number) }; N])
+    }
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        self.with(other, |a, b| unsafe { a.plus(b) })
+    }
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        self.with(other, |a, b| unsafe { a.times(b) })
+    }
+    #[inline(always)]
+    fn over(self, other: Self) -> Self {
+        self.with(other, |a, b| unsafe { a.over(b) })
+    }
+    #[inline(always)]
+    fn fused(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|n| unsafe { b.0[n].plus_product(self.0[n], a.0[n]) }))
+    }
+    #[inline(always)]
+    fn at_most(self, bound: Self) -> Self {
+        self.with(bound, |a, b| unsafe { a.at_most(b) })
+    }
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        Self(self.0.map(|a| unsafe { a.magnitude() }))
+    }
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self {
+        self.with(other, |a, b| unsafe { a.with_sign_of(b) })
     }
 }

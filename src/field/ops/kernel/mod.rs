@@ -29,6 +29,7 @@ mod multiply;
 mod outer;
 mod packed;
 mod scheme;
+mod shallow;
 mod shares;
 #[cfg(test)]
 mod tests;

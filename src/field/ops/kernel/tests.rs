@@ -72,7 +72,7 @@ impl<T: Held> Matrix<T> {
 /// (rows, in, out): every one of them odd, empty, and from 1 to 70; several groups of panels, with and without a rest.
 fn shapes() -> Vec<(usize, usize, usize)> {
     let mut shapes = vec![(0, 3, 5), (3, 0, 5), (3, 5, 0), (1, 1, 1), (300, 7, 5), (2, 300, 3), (2, 3, 300)];
-    shapes.extend([(5, 3000, 40), (5, 3000, 64), (3, 4, 512), (11, 48, 64), (130, 3, 4), (130, 12, 4)]);
+    shapes.extend([(5, 3000, 40), (5, 3000, 64), (3, 4, 512), (11, 48, 64), (130, 3, 4), (130, 12, 4), (515, 3, 2)]);
     for n in 1..=70 {
         shapes.push((n, 71 - n, 1 + n * 37 % 70));
     }

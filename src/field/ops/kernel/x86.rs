@@ -53,6 +53,30 @@ unsafe impl Lanes for Eight {
         Self(unsafe { _mm256_sub_ps(self.0, other.0) })
     }
     #[inline(always)]
+    unsafe fn times(self, other: Self) -> Self {
+        Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn over(self, other: Self) -> Self {
+        Self(unsafe { _mm256_div_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn at_most(self, bound: Self) -> Self {
+        // Of a pair with a NaN the instruction gives the second.
+        Self(unsafe { _mm256_min_ps(bound.0, self.0) })
+    }
+    #[inline(always)]
+    unsafe fn magnitude(self) -> Self {
+        Self(unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), self.0) })
+    }
+    #[inline(always)]
+    unsafe fn with_sign_of(self, other: Self) -> Self {
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            Self(_mm256_or_ps(_mm256_andnot_ps(sign, self.0), _mm256_and_ps(sign, other.0)))
+        }
+    }
+    #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {
         Self(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
     }
@@ -117,6 +141,30 @@ unsafe impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn minus(self, other: Self) -> Self {
         Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn times(self, other: Self) -> Self {
+        Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn over(self, other: Self) -> Self {
+        Self(unsafe { _mm512_div_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn at_most(self, bound: Self) -> Self {
+        // Of a pair with a NaN the instruction gives the second.
+        Self(unsafe { _mm512_min_ps(bound.0, self.0) })
+    }
+    #[inline(always)]
+    unsafe fn magnitude(self) -> Self {
+        Self(unsafe { _mm512_andnot_ps(_mm512_set1_ps(-0.0), self.0) })
+    }
+    #[inline(always)]
+    unsafe fn with_sign_of(self, other: Self) -> Self {
+        unsafe {
+            let sign = _mm512_set1_ps(-0.0);
+            Self(_mm512_or_ps(_mm512_andnot_ps(sign, self.0), _mm512_and_ps(sign, other.0)))
+        }
     }
     #[inline(always)]
     unsafe fn plus_product(self, a: Self, b: Self) -> Self {

@@ -52,6 +52,27 @@ fn products_have_the_bits_of_the_row_major_ones() {
     }
 }
 
+/// What lies beyond the noise: tails, infinities, zeros of both signs, NaN.
+#[test]
+fn the_tanh_of_shallow_products_is_that_of_numbers() {
+    let mut values: Vec<f32> = (0..643).map(|n| (n as f32 - 321.0) / 16.0).collect();
+    values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -0.0, 1e-40, -1e-30, 8.999_999, 9.0, -9.000_001]);
+    let x = View::new(&values, 1, values.len(), values.len());
+    let one = Packed::pack(1, 1, |_, _| 1.0);
+    let epilogue = Epilogue { then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
+    let mut expected = values.clone();
+    Activation::Tanh.value_in_place(&mut expected);
+    for path in Path::all() {
+        let mut y = vec![0.0; values.len()];
+        multiply_lanes_on(path, x, &one, &epilogue, ViewMut::new(&mut y, 1, values.len(), values.len()));
+        for ((x, y), expected) in values.iter().zip(y).zip(&expected) {
+            // Sums begin with 0, which is what −0 becomes.
+            let is_same = y.to_bits() == expected.to_bits() || y == 0.0 && *expected == 0.0;
+            assert!(is_same || y.is_nan() && expected.is_nan(), "{path:?}: tanh {x} = {y}, not {expected}");
+        }
+    }
+}
+
 #[test]
 fn sums_over_the_batch_are_right() {
     for path in Path::all() {
