@@ -19,6 +19,7 @@ use crate::field::{Fallback, Field, Finite, Opened, Opening, all_finite};
 use crate::precision::{Precision, largest_finite};
 use crate::solver::{Clock, Linearized, Slopes, Solver, Stages, Step, StepAt, carry, no_linearizations, visible};
 use crate::stats::{Counters, count};
+use crate::trajectory::schedule::Slot;
 use crate::trajectory::{Keeping, Trajectory};
 use candle_core::DType;
 use std::collections::BTreeSet;
@@ -235,7 +236,13 @@ impl<'a> Forward<'a> {
     /// The field as the stages of a step in `dtype` see it.
     fn stages<'b>(&'b self, opened: &'b mut Opened<'_>, dtype: DType) -> Result<Stages<'b>> {
         let slopes = if self.is_tracking() { Slopes::Keep } else { Slopes::Refuse };
-        Ok(Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes))
+        let stages = Stages::new(opened.get(dtype)?, self.precision.accumulate_dtype(), &self.counters, slopes);
+        Ok(stages.on_buffers(self.runs_on_buffers()))
+    }
+
+    /// Whether steps may run on buffers: beside linearisations that are kept, they would need more of them than others.
+    fn runs_on_buffers(&self) -> bool {
+        self.keeping.as_ref().is_none_or(|keeping| keeping.schedule.slot() == Slot::State)
     }
 
     /// Whether the pass runs in Candle's own graph.

@@ -31,6 +31,24 @@ fn mlp() -> (ModelField, Var) {
     (field, variable(2, &[128, 64], DType::F32))
 }
 
+/// The same layers, and nothing else, on a wider state.
+fn layers() -> (ModelField, Var) {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let field = ModelField::of_layers(vb, |vb| Mlp::new(&[64, 64, 64], Activation::Tanh, vb)).unwrap();
+    fill(&vars, 1, 1.0);
+    (field, variable(2, &[128, 64], DType::F32))
+}
+
+/// Those of few features, with the batch in the lanes.
+fn narrow_layers() -> (ModelField, Var) {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let field = ModelField::of_layers(vb, |vb| Mlp::new(&[3, 64, 3], Activation::Gelu, vb)).unwrap();
+    fill(&vars, 1, 1.0);
+    (field, variable(2, &[2048, 3], DType::F32))
+}
+
 fn convolution() -> (ModelField, Var) {
     let vars = VarMap::new();
     let config = candle_nn::Conv2dConfig { padding: 1, ..Default::default() };
@@ -105,6 +123,7 @@ fn keepings() -> Vec<(&'static str, Adjoint)> {
         ("increments in 8 bits", discrete().codec(Increments8)),
         ("increments in 4 bits", discrete().codec(Increments4)),
         ("3 checkpoints", discrete().checkpoints(3)),
+        ("3 checkpoints, one stage at a time", discrete().checkpoints(3).stage_memory(StageMemory::One)),
         ("8 checkpoints", discrete().checkpoints(8)),
         ("8 checkpoints, increments in 8 bits", discrete().checkpoints(8).codec(Increments8)),
         ("input only", discrete().schedule(InputOnly)),
@@ -153,7 +172,8 @@ fn planned_is_measured() {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().unwrap();
     let mut worst = (1.0_f64, String::new());
     // One field at a time: the ledger tells the masters of all that are alive.
-    let problems: [(&str, Makes); 2] = [("mlp", mlp), ("convolution", convolution)];
+    let problems: [(&str, Makes); 4] =
+        [("mlp", mlp), ("layers", layers), ("narrow layers", narrow_layers), ("convolution", convolution)];
     for (problem, make) in problems {
         let (field, y0) = make();
         // Unoptimised, all of it takes a quarter of an hour; the optimised run is the one that counts.
@@ -187,7 +207,11 @@ fn planned_is_measured() {
                 cell(name, 16, ("nearly nothing, the middle", adjoint), solver(middle.clone()));
             }
             // Tiles of 42 and 43 rows, of 2 and 3 images.
-            let rows = if problem == "mlp" { 43 } else { 3 };
+            let rows = match problem {
+                "mlp" | "layers" => 43,
+                "narrow layers" => 683,
+                _ => 3,
+            };
             let tiled = Ode::new(&field.clone().row_wise()).span(0.0, 1.0).precision(precision).tile(rows).threads(1);
             for keeping in keepings.clone() {
                 cell("RK4 in tiles", 16, keeping, tiled.clone().solver(Rk4));
@@ -218,7 +242,7 @@ fn others() -> Vec<(String, f64)> {
         let (plan, peak) = check(&name, &ode, y0);
         ratios.push((name, plan.peak.unwrap() as f64 / peak as f64));
     };
-    let problems: [(&str, Makes); 2] = [("mlp", mlp), ("convolution", convolution)];
+    let problems: [(&str, Makes); 3] = [("mlp", mlp), ("layers", layers), ("convolution", convolution)];
     for (problem, make) in problems {
         let (field, y0) = make();
         let row_wise = field.clone().row_wise();

@@ -99,8 +99,10 @@ impl Recorded {
                     }
                     position = Some(to);
                     let _span = tracing::debug_span!(target: "candle_ode", "recompute", from, to).entered();
-                    let Some(y) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
-                    let mut y = y.state()?;
+                    let Some(start) = at_hand.take() else { return illegal(index - 1, action, NOTHING_AT_HAND) };
+                    let mut y = start.state()?;
+                    // It may be the state itself, which is not needed once a step has been made from it.
+                    drop(start);
                     for n in from..to {
                         let keep = n + 1 == to && actions.peek() == Some(&Action::Keep(to));
                         let after = match with_stages && n + 1 == to {

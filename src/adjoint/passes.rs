@@ -6,7 +6,7 @@ use super::times::{Moments, gradients};
 use crate::State;
 use crate::error::{OdeError, PassKind, Result};
 use crate::field::ops::combine;
-use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening, largest};
+use crate::field::{Fallback, Field, Finite, Gradients, Opened, Opening, VectorField, largest};
 use crate::precision::Precision;
 use crate::scaling::{AdjointScaling, Dynamic, PowerOfTwo, Rule};
 use crate::solver::{
@@ -30,6 +30,8 @@ pub(crate) struct Passes {
     pub(crate) scaling: AdjointScaling,
     /// Tensors of times whose gradients are wanted; their slots come last.
     pub(crate) moments: Vec<Moments>,
+    /// Whether steps may run on buffers: not where their pullbacks linearise one stage at a time.
+    pub(crate) on_buffers: bool,
     pub(crate) counters: Arc<Counters>,
     /// What the first finished pass had to do; later ones do the same, to the same bits.
     pub(crate) redo: Mutex<Option<Redo>>,
@@ -112,6 +114,11 @@ impl Passes {
         if widened.contains(&step) { DType::F32 } else { self.dtypes[step] }
     }
 
+    fn stages<'a>(&'a self, field: &'a dyn VectorField) -> Stages<'a> {
+        let stages = Stages::new(field, self.precision.accumulate_dtype(), &self.counters, Slopes::Cut);
+        stages.on_buffers(self.on_buffers)
+    }
+
     fn no_gradients(&self) -> Gradients {
         Gradients::new(self.casts.casts.leaves().len(), self.precision.accumulate_dtype())
     }
@@ -166,7 +173,7 @@ impl Pass<'_, '_> {
             tracing::debug_span!(target: "candle_ode", "step", index = index as u64, t = at.t, h = at.h).entered();
         count(&passes.counters.recomputed_steps);
         let field = self.opened.get(dtype)?;
-        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
+        let stages = passes.stages(field);
         Ok(solver.step(&stages, &at, y)?.y)
     }
 
@@ -188,7 +195,7 @@ impl Pass<'_, '_> {
             count(&passes.counters.recomputed_steps);
         }
         let field = self.opened.get(dtype)?;
-        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
+        let stages = passes.stages(field);
         let made = solver.linearized_step(&stages, &at, y)?;
         let (step, linearized) = made.ok_or_else(|| no_linearizations(solver.name()))?;
         Ok((after.unwrap_or(step.y), linearized))
@@ -338,8 +345,7 @@ impl Pass<'_, '_> {
         let field = self.opened.get(at.dtype)?;
         gradients.bind(field.leaves());
         let times = !passes.moments.is_empty();
-        let stages = Stages::new(field, passes.precision.accumulate_dtype(), &passes.counters, Slopes::Cut);
-        let stages = stages.with_times(times);
+        let stages = passes.stages(field).with_times(times);
         let mut pullbacks = Pullbacks::new(gradients, scale, &passes.counters).with_times(times);
         let pulled = pull(&stages, at, &mut pullbacks)?;
         let (finite, times) = pullbacks.finish();

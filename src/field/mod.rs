@@ -166,6 +166,11 @@ pub trait Field: Send + Sync + 'static {
     /// Told when a probe has found none: it need not be probed again.
     fn probed(&self) {}
 
+    /// Whether it says that f is layers of this crate and nothing else: see [`VectorField::bare`].
+    fn is_layers(&self) -> bool {
+        false
+    }
+
     /// Whether it says that f treats the rows of a batch (dimension 0 of every tensor of the state) independently, so
     /// that a solve may take them in tiles.
     fn is_row_wise(&self) -> bool {

@@ -255,6 +255,10 @@ impl Field for ModelField {
         self.probed.store(true, Ordering::Relaxed);
     }
 
+    fn is_layers(&self) -> bool {
+        self.model.is_layers()
+    }
+
     fn is_row_wise(&self) -> bool {
         self.rows.independent
     }
@@ -270,6 +274,11 @@ impl Field for ModelField {
 
 /// Builds the model of a field, with its type forgotten.
 pub(super) trait Constructor: Send + Sync {
+    /// Whether what it builds is layers and nothing else.
+    fn is_layers(&self) -> bool {
+        false
+    }
+
     fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>>;
 }
 
@@ -306,6 +315,10 @@ impl<L: Layers, B> Constructor for OfLayers<B>
 where
     B: Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync,
 {
+    fn is_layers(&self) -> bool {
+        true
+    }
+
     fn build(&self, vb: VarBuilder<'static>) -> candle_core::Result<Box<dyn Model>> {
         Ok(Box::new(Only((self.0)(vb)?)))
     }

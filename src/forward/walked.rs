@@ -7,7 +7,7 @@ use crate::adjoint::{
 };
 use crate::error::{OdeError, Result};
 use crate::scaling::AdjointScaling;
-use crate::solver::Clock;
+use crate::solver::{Clock, StageMemory};
 use crate::trajectory::Trajectory;
 use candle_core::DType;
 use std::sync::Mutex;
@@ -76,7 +76,8 @@ impl Forward<'_> {
         let Walked { trajectory, anchors, clock, dtypes, .. } = walked;
         Ok(match (adjoint, trajectory, anchors) {
             (Adjoint::Discrete(Discrete { stage_memory, .. }), Some(trajectory), _) => {
-                let passes = self.passes(clock, dtypes, scaling, moments);
+                let mut passes = self.passes(clock, dtypes, scaling, moments);
+                passes.on_buffers &= *stage_memory == StageMemory::All;
                 Box::new(Recorded::new(passes, solver, trajectory, *stage_memory))
             }
             (Adjoint::Reconstruct(adjoint), _, Some(anchors)) => {
@@ -107,8 +108,9 @@ impl Forward<'_> {
     }
 
     fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
+        let on_buffers = self.runs_on_buffers();
         let Self { field, precision, seed, casts, counters, .. } = self;
         let redo = Mutex::new(None);
-        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, counters, redo }
+        Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, on_buffers, counters, redo }
     }
 }

@@ -12,7 +12,7 @@ use candle_core::{Device, Tensor};
 use std::ops::Range;
 
 /// A step; `None` if something in it is not finite: where it became so is for those to say who look at every stage.
-pub(super) fn step(
+pub(crate) fn step(
     tableau: &Tableau,
     layers: &Bare,
     stages: &Stages<'_>,
@@ -40,7 +40,7 @@ pub(super) fn step(
 }
 
 /// The pullback of a step, with all of its stages linearised at once.
-pub(super) fn pullback(
+pub(crate) fn pullback(
     tableau: &Tableau,
     layers: &Bare,
     stages: &Stages<'_>,
@@ -87,7 +87,7 @@ fn gather(terms: &mut Vec<(f64, usize)>, stages: Range<usize>, c: impl Fn(usize)
 }
 
 fn with_floats<R>(state: &State, with: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    with_elements(&state[0], |x| Ok(with(x)))?
+    with_elements(&state[0].contiguous()?, |x| Ok(with(x)))?
 }
 
 /// Floats shaped as `like`, with their largest absolute value.

@@ -1,6 +1,6 @@
 //! How one step is made, and how a cotangent is pulled back through it.
 
-mod bare;
+pub(crate) mod bare;
 mod carried;
 mod explicit;
 mod interpolant;

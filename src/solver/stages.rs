@@ -126,6 +126,7 @@ pub struct Stages<'a> {
     counters: &'a Counters,
     slopes: Slopes,
     times: bool,
+    on_buffers: bool,
 }
 
 /// What becomes of a slope that Candle tracks.
@@ -141,12 +142,17 @@ pub(crate) enum Slopes {
 
 impl<'a> Stages<'a> {
     pub(crate) fn new(field: &'a dyn VectorField, accumulate: DType, counters: &'a Counters, slopes: Slopes) -> Self {
-        Self { field, accumulate, counters, slopes, times: false }
+        Self { field, accumulate, counters, slopes, times: false, on_buffers: true }
     }
 
     /// The same, with linearisations that give the cotangent of the time if `wanted`.
     pub(crate) fn with_times(self, wanted: bool) -> Self {
         Self { times: wanted, ..self }
+    }
+
+    /// The same, with steps that may run on buffers, or may not.
+    pub(crate) fn on_buffers(self, may: bool) -> Self {
+        Self { on_buffers: may, ..self }
     }
 
     /// The dtype in which y, λ and the cotangents are summed.
@@ -174,12 +180,12 @@ impl<'a> Stages<'a> {
     }
 
     /// The layers that the field consists of, if it is layers alone and steps from `states` can run them on buffers.
-    pub(super) fn bare(&self, states: &[&State]) -> Option<&Bare> {
+    pub(crate) fn bare(&self, states: &[&State]) -> Option<&Bare> {
         let is_plain = |state: &&State| {
             let [x] = state.tensors() else { return false };
-            x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous() && x.elem_count() > 0 && !x.track_op()
+            x.device().is_cpu() && x.dtype() == DType::F32 && x.elem_count() > 0 && !x.track_op()
         };
-        let fits = !self.times && self.accumulate == DType::F32 && states.iter().all(is_plain);
+        let fits = self.on_buffers && !self.times && self.accumulate == DType::F32 && states.iter().all(is_plain);
         fits.then(|| states.first().and_then(|y| self.field.bare(y))).flatten()
     }
 

@@ -77,6 +77,8 @@ impl Solve<'_> {
                     if let Some(at) = outputs.iter().position(|output| *output == n + 1) {
                         lambda = Some(self.with_cotangent(lambda.as_ref(), &cotangents[at]));
                     }
+                    // What the step starts from is let go after the new λ is told of.
+                    let mut from = None;
                     let pulled = match (linearized.take(), at_hand.take()) {
                         (Some(all), y) => {
                             drop(y);
@@ -88,7 +90,7 @@ impl Solve<'_> {
                             self.pullback(start)
                         }
                         (None, Some(kept)) => {
-                            let start = kept.state(self);
+                            let start = from.insert(kept).state(self);
                             self.pullback(start)
                         }
                         (None, None) => continue,

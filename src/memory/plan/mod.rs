@@ -220,6 +220,7 @@ impl Planned<'_> {
             seed: self.seed,
             tracked: self.tracked,
             linearizes: self.keeps().linearizes(),
+            tableau: self.solver.tableau().filter(|_| self.field.is_layers() && !self.keeps().linearizes()),
             // Tiles share nothing.
             threads: if self.tiles.is_some() { Some(1) } else { self.threads },
         };

@@ -10,7 +10,7 @@ use crate::field::ops::combine;
 use crate::field::{Casts, Field, Gradients, Linearization, Opening};
 use crate::memory::meter::{Held, TrackingAllocator, held};
 use crate::scaling::{AdjointScaling, PowerOfTwo, Rule};
-use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages};
+use crate::solver::{Clock, Pullbacks, Slopes, StageScale, Stages, Tableau, bare};
 use crate::stats::Counters;
 use crate::workers::sharing;
 use candle_core::{DType, Shape, Tensor};
@@ -45,6 +45,23 @@ pub(crate) struct Costs {
     pub(super) linearised: usize,
     /// At most during a pullback, its result included.
     pub(super) pullback: usize,
+    /// Of steps that run on buffers, where they do.
+    pub(super) bare: Option<BareSteps>,
+}
+
+/// Steps that run on buffers: see [`VectorField::bare`](crate::VectorField::bare).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BareSteps {
+    /// Scratch of a session that has taken such a step: one that evaluates, and one that linearises.
+    pub(super) step: usize,
+    pub(super) advance: usize,
+    /// Of one that has pulled such a step back, alone and after others were taken.
+    pub(super) pullback: usize,
+    pub(super) after_advance: usize,
+    /// At most during a step and during its pullback beside that, their results included. These are zero where nothing counts
+    /// the heap.
+    pub(super) step_most: usize,
+    pub(super) pullback_most: usize,
 }
 
 /// Scratch of a field's layers: weights packed once per solve and once per backward pass, and buffers that one call hands on to the next, of which a
@@ -82,6 +99,8 @@ pub(super) struct Probed<'a> {
     pub(super) tracked: bool,
     /// Whether the forward pass keeps linearisations: its session is one that linearises.
     pub(super) linearizes: bool,
+    /// The method whose steps run on buffers, if the field can.
+    pub(super) tableau: Option<&'a Tableau>,
     /// Threads among which kernels share their work, if it is said how many.
     pub(super) threads: Option<usize>,
 }
@@ -96,6 +115,7 @@ pub(crate) struct Key {
     scaling: &'static str,
     tracked: bool,
     linearizes: bool,
+    tableau: Option<String>,
     threads: Option<usize>,
 }
 
@@ -108,6 +128,7 @@ impl Probed<'_> {
             scaling: self.scaling.name(),
             tracked: self.tracked,
             linearizes: self.linearizes,
+            tableau: self.tableau.map(|tableau| format!("{tableau:?}")),
             threads: self.threads,
         }
     }
@@ -136,6 +157,7 @@ impl Probed<'_> {
         self.evaluate(&casts, &point, &counters, &mut costs)?;
         if self.tracked {
             self.linearise(&casts, &point, &counters, &mut costs)?;
+            self.bare_pullback(&casts, &mut costs)?;
         }
         costs.time = self.clock.bytes() / self.clock.len();
         Ok(costs)
@@ -157,10 +179,58 @@ impl Probed<'_> {
         let (slope, evaluation) = held_by(|| stages.slope(&at, 0, point))?;
         costs.evaluation = evaluation.most;
         drop(slope);
+        let stepped = self.bare_step(&stages)?.map(|most| (most, grown(before, times)));
         costs.evaluated_model = held.kept + warm.kept.saturating_sub(all);
         drop(model);
         costs.layers.packed = grown(before, times);
         costs.layers.evaluation = all.saturating_sub(costs.layers.packed);
+        costs.bare = stepped.map(|(step_most, all)| BareSteps {
+            step: all.saturating_sub(costs.layers.packed),
+            step_most,
+            ..BareSteps::default()
+        });
+        Ok(())
+    }
+
+    /// Takes a step on buffers, if the field can: at most that takes so many bytes beside them.
+    fn bare_step(&self, stages: &Stages<'_>) -> Result<Option<usize>> {
+        let start = self.start.detach();
+        let (Some(tableau), Some(layers)) = (self.tableau, stages.bare(&[&start])) else { return Ok(None) };
+        let at = self.clock.step(0, self.compute);
+        let step = || held_by(|| bare::step(tableau, layers, stages, &at, &start));
+        step()?;
+        Ok(Some(step()?.1.most))
+    }
+
+    /// The same, and a pullback.
+    fn bare_pullback(&self, casts: &Casts, costs: &mut Costs) -> Result<()> {
+        let (Some(tableau), Some(mut found)) = (self.tableau, costs.bare) else { return Ok(()) };
+        let (packed, counters) = (costs.layers.packed_back, Counters::default());
+        for advances in [false, true] {
+            let (before, times) = (alive_here(Category::Scratch), self.clock.bytes());
+            let model = self.field.open(casts, Opening::Linearize, self.seed)?;
+            let at = self.clock.step(0, self.compute);
+            let stages = Stages::new(model.as_ref(), self.accumulate, &counters, Slopes::Cut);
+            let grown = || grown_since(before).saturating_sub(self.clock.bytes() - times + packed);
+            if advances {
+                self.bare_step(&stages)?;
+                found.advance = grown();
+            }
+            let mut gradients = Gradients::new(casts.leaves().len(), self.accumulate);
+            gradients.bind(model.leaves());
+            let lambda = self.start.detach();
+            let Some(layers) = stages.bare(&[&lambda]) else { return Ok(()) };
+            let mut pull = || {
+                let mut pullbacks = Pullbacks::new(&mut gradients, self.scale(), &counters);
+                let y = lambda.clone();
+                held_by(|| bare::pullback(tableau, layers, &stages, &at, y, &lambda, &mut pullbacks))
+            };
+            pull()?;
+            found.pullback_most = pull()?.1.most;
+            let all = grown();
+            if advances { found.after_advance = all } else { found.pullback = all }
+        }
+        costs.bare = Some(found);
         Ok(())
     }
 
@@ -266,7 +336,8 @@ fn held_by<T, E: Into<crate::OdeError>>(run: impl FnOnce() -> std::result::Resul
 impl Costs {
     /// What follows from shapes alone.
     fn exact(&self) -> Self {
-        Self { casts: self.casts, sums: self.sums, time: self.time, layers: self.layers, ..Self::default() }
+        let bare = self.bare.map(|bare| BareSteps { step_most: 0, pullback_most: 0, ..bare });
+        Self { casts: self.casts, sums: self.sums, time: self.time, layers: self.layers, bare, ..Self::default() }
     }
 
     fn least(&self, other: &Self) -> Self {
@@ -279,6 +350,11 @@ impl Costs {
             linearisation: self.linearisation.min(other.linearisation),
             linearised: self.linearised.min(other.linearised),
             pullback: self.pullback.min(other.pullback),
+            bare: self.bare.zip(other.bare).map(|(bare, other)| BareSteps {
+                step_most: bare.step_most.min(other.step_most),
+                pullback_most: bare.pullback_most.min(other.pullback_most),
+                ..bare
+            }),
             ..self.exact()
         }
     }

@@ -2,7 +2,7 @@
 //! for as long as the session is open or a linearisation made in it lives.
 
 use super::ghost::Ghost;
-use super::probe::Layers;
+use super::probe::{BareSteps, Layers};
 use super::step::Held;
 use super::walk::Solve;
 use crate::account::Category;
@@ -23,6 +23,8 @@ struct Buffers {
     evaluated: bool,
     /// What the last pullback needed beside them.
     pulled: usize,
+    /// Whether it has taken a step on buffers.
+    stepped: bool,
     /// Whether it is open for linearisations, and the weights it has packed for them.
     linearises: bool,
     packed: Option<Held>,
@@ -92,6 +94,23 @@ impl Solve<'_> {
         let more = if evaluated { layers.beside + layers.pullback } else { layers.pullback_alone };
         through.session.borrow_mut().pulled = more;
         self.grow(&through.session, need + more);
+    }
+
+    /// Whether the session that is open is one for linearisations.
+    pub(super) fn linearises(&self) -> bool {
+        self.session.0.borrow().linearises
+    }
+
+    /// The session that is open takes a step on buffers.
+    pub(super) fn step_layers(&self, bare: &BareSteps) {
+        self.session.0.borrow_mut().stepped = true;
+        self.grow(&self.session.0, if self.linearises() { bare.advance } else { bare.step });
+    }
+
+    /// The session that is open pulls a step back on buffers.
+    pub(super) fn pull_step_layers(&self, bare: &BareSteps) {
+        let stepped = self.session.0.borrow().stepped;
+        self.grow(&self.session.0, if stepped { bare.after_advance } else { bare.pullback });
     }
 
     /// The layers of a session need buffers of so many bytes at once; they keep them. What is linearised has packed

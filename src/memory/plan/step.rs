@@ -41,6 +41,12 @@ impl Solve<'_> {
 
     /// One step of the tableau: the state it leads to.
     pub(super) fn step(&mut self) -> Ghost {
+        if let Some(bare) = self.costs.bare.filter(|_| self.memory == StageMemory::All || !self.linearises()) {
+            self.step_layers(&bare);
+            self.heap.pass(Part::Field, bare.step_most);
+            self.counts.evaluations += self.used().len();
+            return self.state();
+        }
         let slopes = self.slopes(self.tableau.stages());
         let y = self.state();
         drop(slopes);
@@ -63,6 +69,17 @@ impl Solve<'_> {
 
     /// The pullback of one step from `y`: the new λ.
     pub(super) fn pullback(&mut self, y: Ghost) -> Ghost {
+        if let (Some(bare), StageMemory::All) = (self.costs.bare, self.memory) {
+            self.pull_step_layers(&bare);
+            self.make_sums();
+            let end = self.sizes.accumulate + self.costs.state_beside;
+            self.heap.pass(Part::Pullback, bare.pullback_most.saturating_sub(end));
+            drop(y);
+            self.heap.pass(Part::Pullback, bare.pullback_most);
+            self.counts.linearizations += self.used().len();
+            self.counts.pullbacks += self.used().len();
+            return self.state();
+        }
         let last = self.used().last().copied().unwrap_or(0);
         let points = self.points(last);
         let start = (self.memory == StageMemory::One).then_some(y);
@@ -162,17 +179,22 @@ impl Solve<'_> {
 
     /// μ of a κ that is at hand.
     pub(super) fn pull_back(&mut self, through: &Linearization) -> Held {
-        match self.tries_again {
-            true if self.of_step.is_none() => self.of_step = Some(self.new_sums()),
-            false if self.sums.is_none() => self.sums = Some(self.new_sums()),
-            _ => {}
-        }
+        self.make_sums();
         self.pull_layers(through);
         self.heap.pass(Part::Owned(Category::Scratch), self.costs.layers.moment);
         self.heap.pass(Part::Pullback, self.costs.pullback);
         self.counts.pullbacks += 1;
         let mu = self.state();
         self.cotangent(mu)
+    }
+
+    /// The first pullback makes the sums.
+    fn make_sums(&mut self) {
+        match self.tries_again {
+            true if self.of_step.is_none() => self.of_step = Some(self.new_sums()),
+            false if self.sums.is_none() => self.sums = Some(self.new_sums()),
+            _ => {}
+        }
     }
 
     fn new_sums(&self) -> Held {

@@ -12,7 +12,7 @@ use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::{Result, Tensor};
 use std::any::Any;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// Weight and bias of a layer.
@@ -44,34 +44,13 @@ impl Weights {
     }
 }
 
-/// What is made of the parameters of a layer that lives as long as its session, once.
+/// The packed weights of a layer that lives as long as its session, by side, once they have been asked for.
 #[derive(Debug, Default)]
-pub(super) struct Ready {
-    /// By side.
-    packed: [OnceLock<Arc<dyn Any + Send + Sync>>; 2],
-    bias: OnceLock<Matrix<f32>>,
-}
+pub(super) struct Ready([OnceLock<Arc<dyn Any + Send + Sync>>; 2]);
 
 impl Ready {
     fn packed<T: Tile>(&self, side: Side) -> Option<Arc<Shared<T>>> {
-        self.packed[side as usize].get()?.clone().downcast().ok()
-    }
-}
-
-/// What is added to a product.
-pub(super) enum Bias<'a> {
-    Own(Matrix<f32>),
-    Ready(&'a [f32]),
-}
-
-impl Deref for Bias<'_> {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match self {
-            Self::Own(bias) => bias,
-            Self::Ready(bias) => bias,
-        }
+        self.0[side as usize].get()?.clone().downcast().ok()
     }
 }
 
@@ -170,7 +149,7 @@ impl Link {
             }
         };
         if let Some(ready) = &self.ready {
-            ready.packed[side as usize].get_or_init(|| packed.clone());
+            ready.0[side as usize].get_or_init(|| packed.clone());
         }
         Ok(packed)
     }
@@ -216,17 +195,7 @@ impl Link {
     }
 
     /// What is added to the product, in F32: b + t w, where w is the column beyond.
-    pub(super) fn bias_in_f32(&self, way: Way<'_>) -> Result<Option<Bias<'_>>> {
-        let Some(ready) = &self.ready else { return Ok(self.bias_made(way)?.map(Bias::Own)) };
-        if ready.bias.get().is_none()
-            && let Some(made) = self.bias_made(way)?
-        {
-            ready.bias.get_or_init(|| made);
-        }
-        Ok(ready.bias.get().map(|bias| Bias::Ready(bias)))
-    }
-
-    fn bias_made(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
+    pub(super) fn bias_in_f32(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
         let (weight, bias, beyond) = match &self.weights {
             Weights::Parameters { bias: None, beyond: None, .. } => return Ok(None),
             Weights::Parameters { weight, bias, beyond } => (weight, bias, beyond),
