@@ -21,7 +21,8 @@ use work::{Layers, Outcome, Problem, Work};
 
 pub(crate) const EXAMPLES: &str = "\
 Prints one JSON line: seconds of wall clock and of all threads (medians), the peaks of the heap and, on CUDA, of the memory
-pool above what was live before a step, and the relative errors of dL/dθ and dL/dy0 against a solve in F64 on the CPU.
+pool above what was live before a step, and the relative errors of dL/dθ and dL/dy0 against a solve in F64 on the CPU. On the
+CPU also a roofline: how many times the CPU seconds of the step's bare products by Candle's matmul, in F32.
 
 Examples:
   memory-report bench-peer W1
@@ -129,6 +130,10 @@ impl BenchPeer {
             "pool_peak_mib": pool.map(mebibytes),
             "cuda_kernels": !device.is_cpu() && cuda_kernels(),
         }));
+        if device.is_cpu() {
+            let products = work.bare_products()?;
+            add(json!({ "bare_products_cpu_s": products, "roofline": median(&cpus) / products }));
+        }
         if !self.no_error {
             let found = problem.outcome(&ode)?;
             let exact = work.problem(&inputs, Layers::Candle, DType::F64, &candle_core::Device::Cpu)?;

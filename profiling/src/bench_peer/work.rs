@@ -15,6 +15,7 @@ use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use candle_ode::ops::{self, Activation, Mlp};
 use candle_ode::prelude::*;
+use cpu_time::ProcessTime;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -80,6 +81,31 @@ impl Work {
             Kind::Conv(channels) => vec![[vec![*channels, *channels, 3, 3], vec![*channels]]; 2],
         };
         std::iter::once(self.shape.clone()).chain(layers.into_iter().flatten()).collect()
+    }
+
+    /// CPU seconds of the bare products of a step by `Tensor::matmul` in F32, each the fastest of a few: forward and recomputed
+    /// 4 N evaluations of every layer each, in the pullback as many products with W and sums over the batch. Convolutions
+    /// count as products with the windows of the images, 3 × 3 pixels each.
+    pub(super) fn bare_products(&self) -> Result<f64> {
+        let (rows, layers): (usize, Vec<[usize; 2]>) = match &self.kind {
+            Kind::Mlp(sizes) => (self.shape[0], sizes.windows(2).map(|pair| [pair[0], pair[1]]).collect()),
+            Kind::Conv(channels) => (self.shape[0] * self.shape[2] * self.shape[3], vec![[9 * channels, *channels]; 2]),
+        };
+        let mut seconds = 0.0;
+        for [inputs, outputs] in layers {
+            let random = |shape: (usize, usize)| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+            let (x, w, g) = (random((rows, inputs))?, random((outputs, inputs))?, random((rows, outputs))?);
+            let (w_turned, g_turned) = (w.t()?, g.t()?);
+            for (a, b, times) in [(&x, &w_turned, 2), (&g, &w, 1), (&g_turned, &x, 1)] {
+                let once = |_| {
+                    let before = ProcessTime::now();
+                    a.matmul(b).map(|_| before.elapsed().as_secs_f64())
+                };
+                let each = (0..12).map(once).collect::<candle_core::Result<Vec<_>>>()?;
+                seconds += (4 * self.steps * times) as f64 * each.into_iter().fold(f64::INFINITY, f64::min);
+            }
+        }
+        Ok(seconds)
     }
 
     /// The same work on another number of rows.
