@@ -2,7 +2,7 @@
 //! among few and many: `cargo bench --bench step`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::VarMap;
+use candle_nn::{VarBuilder, VarMap};
 use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -30,8 +30,8 @@ fn train_step(ode: &Ode, y0: &Tensor) -> Result<()> {
 fn steps(criterion: &mut Criterion) {
     for problem in &PROBLEMS {
         let vars = VarMap::new();
-        let build = |vb| Mlp::new(problem.sizes, Activation::Tanh, vb);
-        let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| candle_nn::Module::forward(m, y))
+        let build = |vb: VarBuilder<'static>| Mlp::new(problem.sizes, Activation::Tanh, vb);
+        let field = ModelField::of_layers(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), build)
             .unwrap_or_else(|error| panic!("{}: {error}", problem.name));
         let y0 = Tensor::randn(0f32, 1.0, (problem.batch, problem.sizes[0]), &Device::Cpu)
             .and_then(|y| Var::from_tensor(&y));

@@ -65,7 +65,11 @@ fn a_step_allocates_nothing_large_but_its_states() {
     // Backwards those but y⁺ again, and for each stage its cotangent and what the pullback makes of it; at last λ.
     assert_eq!(in_a_step(&called, Precision::F32, &trained), (3 + 4 + 1) + (3 + 4) + (4 + 4) + 1);
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    let declared = ModelField::of_layers(vb, build).unwrap();
+    let declared = ModelField::of_layers(vb.pp("declared"), build).unwrap();
+    let in_time = |vb: VarBuilder<'static>| Mlp::builder(&[64, 128, 64], Activation::Tanh).in_time().build(vb);
+    let in_time = ModelField::of_layers(vb.pp("in time"), in_time).unwrap();
+    assert_eq!(in_a_step(&in_time, Precision::F32, &forward), 1);
+    assert_eq!(in_a_step(&in_time, Precision::F32, &trained), 1 + 1);
     assert_eq!(in_a_step(&declared, Precision::F32, &forward), 1);
     assert_eq!(in_a_step(&declared, Precision::F32, &trained), 1 + 1);
     for precision in [Precision::F16, Precision::BF16] {

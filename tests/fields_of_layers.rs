@@ -5,7 +5,9 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Layers, Mlp, Sequential, concat_linear, linear, linear_no_bias, seq};
+use candle_ode::ops::{
+    Activation, Layers, Mlp, Sequential, concat_linear, concat_squash_linear, linear, linear_no_bias, seq,
+};
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
 use candle_ode::{Increments8, Stats};
@@ -163,6 +165,28 @@ fn layers_of_every_kind() {
     let (first, second) = (VarMap::new(), VarMap::new());
     are_the_same("in time", &both(&first, in_time), &first, &y0, steps);
     are_the_same("mixed", &both(&second, mixed), &second, &y0, steps);
+    let gated = |vb: VarBuilder<'static>| {
+        let layers = seq().add_timed(concat_squash_linear(3, 20, vb.pp(0))?).add(Activation::Tanh);
+        Ok(layers.add_timed(concat_squash_linear(20, 3, vb.pp(1))?))
+    };
+    let third = VarMap::new();
+    are_the_same("gated", &both(&third, gated), &third, &y0, steps);
+}
+
+/// Every stage has a time of its own, forwards and back.
+#[test]
+fn layers_in_time() {
+    for precision in PRECISIONS {
+        for sizes in [[2, 24, 2], [24, 40, 24]] {
+            let build = move |vb: VarBuilder<'static>| Mlp::builder(&sizes, Activation::Tanh).in_time().build(vb);
+            let vars = VarMap::new();
+            let (fields, y0) = (both(&vars, build), variable(9, &[40, sizes[0]], DType::F32));
+            let steps = |ode: Ode| ode.solver(ThreeEighths).span(0.3, 2.0).steps(5).precision(precision);
+            are_the_same(&format!("{precision:?} {sizes:?}"), &fields, &vars, &y0, steps);
+            let checkpoints = |ode: Ode| steps(ode).adjoint(Discrete::default().checkpoints(2));
+            are_the_same(&format!("{precision:?} {sizes:?}, checkpoints"), &fields, &vars, &y0, checkpoints);
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::problem::Problem;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Optimizer, VarBuilder, VarMap};
 use candle_ode::memory::TrackingAllocator;
-use candle_ode::ops::{Activation, Mlp, Timed};
+use candle_ode::ops::{Activation, Mlp};
 use candle_ode::optim::{Adam, AdamConfig};
 use candle_ode::prelude::*;
 use candle_ode::{ExplicitRungeKutta, Result};
@@ -106,7 +106,7 @@ fn error(solution: &Solution, problem: &Problem) -> candle_core::Result<Tensor> 
 fn field(vars: &VarMap, problem: &Problem, seed: u64) -> Result<ModelField> {
     let dim = problem.y0.dims()[1];
     let build = move |vb: VarBuilder| Mlp::builder(&[dim, 32, 32, dim], Activation::Tanh).in_time().build(vb);
-    let field = ModelField::new(vars, &Device::Cpu, build, |mlp: &Mlp, t: &Time, y| mlp.forward_at(t, y))?;
+    let field = ModelField::of_layers(VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu), build)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed + 2);
     for name in field.params().names() {
         // The field has made every variable that it names.

@@ -46,17 +46,23 @@ pub(crate) trait Rows {
 /// The stages of one step: slopes and cotangents in the compute dtype, sums in F32. The terms of a sum are coefficients of
 /// what belongs to a stage, which has been made before.
 pub(crate) trait Buffers {
-    /// kᵢ = f(Yᵢ) at Yᵢ = y + Σ c kⱼ; gives max |Yᵢ| where it is looked for, NaN if any of it is not finite.
+    /// kᵢ = f(t, Yᵢ) at Yᵢ = y + Σ c kⱼ for a stage i at its time t; gives max |Yᵢ| where it is looked for, NaN if any of it is not finite.
     ///
     /// # Errors
     /// Whatever the layers report.
-    fn evaluate(&mut self, i: usize, y: &[f32], terms: &[(f64, usize)]) -> Result<Option<f64>>;
+    fn evaluate(&mut self, stage: (usize, f64), y: &[f32], terms: &[(f64, usize)]) -> Result<Option<f64>>;
 
     /// The same, keeping what the pullback needs; kᵢ itself only if it is `wanted`, or the pullback needs it.
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate).
-    fn linearize(&mut self, i: usize, y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<Option<f64>>;
+    fn linearize(
+        &mut self,
+        stage: (usize, f64),
+        y: &[f32],
+        terms: &[(f64, usize)],
+        wanted: bool,
+    ) -> Result<Option<f64>>;
 
     /// y + Σ c kⱼ, and its largest absolute value, NaN if any of it is not finite.
     ///

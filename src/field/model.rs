@@ -134,7 +134,8 @@ impl ModelField {
     /// their pullbacks, run on buffers that serve one step after another: a step then makes a tensor of the state it
     /// leads to, and backwards of λ, and of nothing else. Values and gradients are those of a closure that calls the
     /// layers, to the bit. So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
-    /// layers that do not see the time, and activations. Any others run as in [`new`](Self::new).
+    /// ones, with the time beside their input or without, and activations; with all stages of a step linearised at once and
+    /// kept states. Anything else runs as in [`new`](Self::new).
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};

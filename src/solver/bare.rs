@@ -25,7 +25,7 @@ pub(crate) fn step(
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
-            let largest = stages.bare_slope(at, i, || buffers.evaluate(i, floats, &terms))?;
+            let largest = stages.bare_slope(at, i, || buffers.evaluate((i, at.time(i).value()), floats, &terms))?;
             is_finite &= largest.is_none_or(f64::is_finite);
         }
         gather(&mut terms, 0..tableau.stages(), |j| at.h * tableau.weights()[j]);
@@ -55,7 +55,9 @@ pub(crate) fn pullback(
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
-            stages.bare_linearization(at, i, || buffers.linearize(i, floats, &terms, Some(i) != last))?;
+            stages.bare_linearization(at, i, || {
+                buffers.linearize((i, at.time(i).value()), floats, &terms, Some(i) != last)
+            })?;
         }
         Ok(())
     })?;

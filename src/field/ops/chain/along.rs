@@ -104,7 +104,7 @@ impl Along {
     fn value<C: Compute>(&self, x: &[C::Stored], v: &[C::Stored], given: Option<&[C::Stored]>) -> Result<CpuStorage> {
         let Self { session, links, sizes, .. } = self;
         let (order, given) = (Order::of(links, sizes.all()), Given::new(session, given));
-        let way = Way { session, order, given: &given };
+        let way = Way { session, order, given: &given, time: None };
         let mut input = C::copied(session, order, &[x, v], sizes.all());
         let Some((last, before)) = links.split_last() else { bail!("a chain of no layers") };
         let mut passed = vec![];
@@ -137,7 +137,7 @@ impl Along {
         };
         let (order, scale) = (Order::of(links, sizes.all()), sink::scale()?);
         let given = Given::to_pull::<C::Stored>(session, given)?;
-        let way = Way { session, order, given: &given };
+        let way = Way { session, order, given: &given, time: None };
         let mut g = with_elements::<C::Stored, _>(grad, |grad| Ok(C::copied(session, order, &[grad], sizes.all())))?;
         if scale != 1.0 {
             g.iter_mut().for_each(|g| *g = C::Held::of(g.wide() / scale as f32));

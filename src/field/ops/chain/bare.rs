@@ -3,6 +3,7 @@
 use super::given::Given;
 use super::pass::{self, Pulled, Saved, Saves};
 use super::{Chain, Compute, Link, Linked, Order, with_compute};
+use crate::Time;
 use crate::field::bare::{Bare, Buffers, Rows, Site};
 use crate::field::ops::combine::{Source, Sum, Target};
 use crate::field::ops::cpu::{Element, vectorised};
@@ -18,7 +19,7 @@ pub trait Stacked {
     fn bare(&self, site: &Site<'_>) -> Option<Bare>;
 }
 
-/// The layers as steps run them, if all of them can be in one chain whatever the time, for arguments in the dtype of x
+/// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, for arguments in the dtype of x
 /// whose rows are as wide as those of it. Values must be as wide as arguments.
 pub(in crate::field::ops) fn bare<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
@@ -26,7 +27,8 @@ pub(in crate::field::ops) fn bare<'a>(
 ) -> Option<Bare> {
     let (links, _) = session.open(Call::Value, || {
         let mut chain = Chain::start(x).filter(|_| x.device().is_cpu())?;
-        layers.into_iter().all(|layer| layer.link(None, x, &mut chain)).then_some(chain.links)
+        let linked = layers.into_iter().all(|layer| layer.link(Some(&Time::new(0.0, x.device())), x, &mut chain));
+        (linked && chain.given.is_empty()).then_some(chain.links)
     });
     let mut links = links?;
     links.iter_mut().for_each(|link| link.ready = Some(Arc::default()));
@@ -53,13 +55,14 @@ impl<C: Compute + 'static> Rows for Stack<C> {
     }
 
     fn buffers(&self, stages: usize, elements: usize) -> Box<dyn Buffers + '_> {
-        let stages = (0..stages).map(|_| Stage { slope: None, saved: None, mu: None }).collect();
+        let stages = (0..stages).map(|_| Stage { t: 0.0, slope: None, saved: None, mu: None }).collect();
         Box::new(Step::<C> { layers: self, elements, stages, kappa: None })
     }
 }
 
 /// What belongs to a stage.
 struct Stage<C: Compute> {
+    t: f64,
     slope: Option<Matrix<C::Stored>>,
     saved: Option<Saved<C::Held>>,
     /// S μ and 1/S.
@@ -79,7 +82,14 @@ impl<C: Compute> Step<'_, C> {
     }
 
     /// kᵢ, if it is `wanted`, and what the pullback needs, if it is to be `saved`.
-    fn run(&mut self, i: usize, y: &[f32], terms: &[(f64, usize)], wanted: bool, saves: Saves) -> Result<Option<f64>> {
+    fn run(
+        &mut self,
+        (i, t): (usize, f64),
+        y: &[f32],
+        terms: &[(f64, usize)],
+        wanted: bool,
+        saves: Saves,
+    ) -> Result<Option<f64>> {
         let Stack { session, links, .. } = self.layers;
         let mut slope = wanted.then(|| self.buffer());
         let (mut own, mut largest) = (None, None);
@@ -91,9 +101,9 @@ impl<C: Compute> Step<'_, C> {
                 point
             }
         };
-        let saved = pass::value::<C>(session, links, point, &Given::default(), saves, slope.as_deref_mut())?;
+        let saved = pass::value::<C>((session, links, Some(t)), point, &Given::default(), saves, slope.as_deref_mut())?;
         let stage = &mut self.stages[i];
-        (stage.slope, stage.saved) = (slope, saved);
+        (stage.t, stage.slope, stage.saved) = (t, slope, saved);
         Ok(largest)
     }
 
@@ -140,11 +150,11 @@ impl<T: Element<Wide = f32>> Source<f32> for Operand<'_, T> {
 }
 
 impl<C: Compute> Buffers for Step<'_, C> {
-    fn evaluate(&mut self, i: usize, y: &[f32], terms: &[(f64, usize)]) -> Result<Option<f64>> {
+    fn evaluate(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)]) -> Result<Option<f64>> {
         self.run(i, y, terms, true, Saves::Nothing)
     }
 
-    fn linearize(&mut self, i: usize, y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<Option<f64>> {
+    fn linearize(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<Option<f64>> {
         let wanted = wanted || pass::needs_value(&self.layers.links);
         self.run(i, y, terms, wanted, Saves::All)
     }
@@ -186,7 +196,8 @@ impl<C: Compute> Buffers for Step<'_, C> {
         };
         let mut mu = self.buffer();
         let value = self.stages[i].slope.as_deref().unwrap_or_default();
-        pass::pull::<C>(session, links, &saved, &Given::default(), Pulled { x: None, value, grad }, &mut mu)?;
+        let layers = (&**session, &links[..], Some(self.stages[i].t));
+        pass::pull::<C>(layers, &saved, &Given::default(), Pulled { x: None, value, grad }, &mut mu)?;
         self.stages[i].mu = Some((mu, 1.0 / scale));
         Ok(())
     }

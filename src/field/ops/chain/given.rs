@@ -14,6 +14,8 @@ pub(super) struct Way<'a> {
     pub(super) session: &'a Session,
     pub(super) order: Order,
     pub(super) given: &'a Given,
+    /// The time, where it is not that of the links.
+    pub(super) time: Option<f64>,
 }
 
 /// The weights that a chain is given, and the sums of their cotangents, in F32.

@@ -289,7 +289,7 @@ impl Layers {
         let given = Given::new(&self.session, given);
         let shape = Shape::from(dims);
         let mut value = vec![C::Stored::default(); shape.elem_count()];
-        let saved = pass::value::<C>(&self.session, &self.links, x, &given, self.saves, Some(&mut value))?;
+        let saved = pass::value::<C>((&self.session, &self.links, None), x, &given, self.saves, Some(&mut value))?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
         Ok((C::storage(value), shape))
     }
@@ -320,7 +320,8 @@ impl Layers {
         let weights = Given::to_pull::<C::Stored>(&self.session, given)?;
         let mut dx = vec![C::Stored::default(); self.shape.elem_count()];
         let mut pull = |x: Option<&[C::Stored]>, value: &[C::Stored], grad: &[C::Stored]| {
-            pass::pull::<C>(&self.session, &self.links, saved, &weights, Pulled { x, value, grad }, &mut dx)
+            let layers = (&*self.session, &self.links[..], None);
+            pass::pull::<C>(layers, saved, &weights, Pulled { x, value, grad }, &mut dx)
         };
         with_elements(value, |value| {
             with_elements(cotangent, |grad| match x {

@@ -66,7 +66,7 @@ impl OfTime {
     }
 
     fn way<'a>(&'a self, given: &'a Given) -> Way<'a> {
-        Way { session: &self.session, order: Order::Rows, given }
+        Way { session: &self.session, order: Order::Rows, given, time: None }
     }
 
     fn value<T: Element<Wide = f32>>(&self, t: &[T]) -> Result<Vec<T>> {

@@ -33,8 +33,7 @@ pub(super) struct Saved<T> {
 
 /// Writes the value of the chain at x, if it is wanted, and gives what the pullback needs.
 pub(super) fn value<C: Compute>(
-    session: &Session,
-    links: &[Link],
+    (session, links, time): (&Session, &[Link], Option<f64>),
     x: &[C::Stored],
     given: &Given,
     saves: Saves,
@@ -42,7 +41,7 @@ pub(super) fn value<C: Compute>(
 ) -> Result<Option<Saved<C::Held>>> {
     let rows = x.len() / links[0].inputs;
     let order = Order::of(links, rows);
-    let way = Way { session, order, given };
+    let way = Way { session, order, given, time };
     let x = C::held(session, order, x, rows);
     let (last, before) = (&links[links.len() - 1], &links[..links.len() - 1]);
     let looks_back = saves != Saves::Nothing;
@@ -95,8 +94,7 @@ pub(super) struct Pulled<'a, T> {
 
 /// Adds dL/dW and dL/db of every layer to the open sums, and writes S times dL/dx.
 pub(super) fn pull<C: Compute>(
-    session: &Session,
-    links: &[Link],
+    (session, links, time): (&Session, &[Link], Option<f64>),
     saved: &Saved<C::Held>,
     given: &Given,
     Pulled { x, value, grad }: Pulled<'_, C::Stored>,
@@ -104,7 +102,7 @@ pub(super) fn pull<C: Compute>(
 ) -> Result<()> {
     let rows = grad.len() / links[links.len() - 1].outputs;
     let (order, scale) = (Order::of(links, rows), sink::scale()?);
-    let way = Way { session, order, given };
+    let way = Way { session, order, given, time };
     let last = &links[links.len() - 1];
     let value = (last.then.keeps() == Keeps::Value).then(|| C::held(session, order, value, rows));
     let grad = C::held(session, order, grad, rows);

@@ -74,7 +74,7 @@ impl Link {
         if !self.is_tracked(way) {
             return Ok(());
         }
-        let Way { session, order, given } = way;
+        let Way { session, order, given, time } = way;
         let sums = noted_sums(session, order, biased, self.outputs);
         let columns = self.columns();
         let add_outer = |dw: &mut [f32]| {
@@ -97,9 +97,9 @@ impl Link {
                 if weight.is_tracked() {
                     sink::add_in_place(&weight.leaf, |dw| {
                         add_outer(dw);
-                        if let Some(t) = beyond {
+                        if let Some(t) = beyond.map(|t| time.unwrap_or(t)) {
                             let beyond = dw.iter_mut().skip(self.inputs).step_by(columns);
-                            beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += *t as f32 * sum);
+                            beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += t as f32 * sum);
                         }
                     })?;
                 }
@@ -195,7 +195,7 @@ impl Link {
     }
 
     /// What is added to the product, in F32: b + t w, where w is the column beyond.
-    pub(super) fn bias_in_f32(&self, Way { session, given, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
+    pub(super) fn bias_in_f32(&self, Way { session, given, time, .. }: Way<'_>) -> Result<Option<Matrix<f32>>> {
         let (weight, bias, beyond) = match &self.weights {
             Weights::Parameters { bias: None, beyond: None, .. } => return Ok(None),
             Weights::Parameters { weight, bias, beyond } => (weight, bias, beyond),
@@ -216,8 +216,8 @@ impl Link {
         if let Some(bias) = bias {
             add_elements(&bias.leaf, 1.0, (0, 1), &mut sum)?;
         }
-        if let Some(t) = beyond {
-            add_elements(&weight.leaf, *t as f32, (self.inputs, self.inputs + 1), &mut sum)?;
+        if let Some(t) = beyond.map(|t| time.unwrap_or(t)) {
+            add_elements(&weight.leaf, t as f32, (self.inputs, self.inputs + 1), &mut sum)?;
         }
         Ok(Some(sum))
     }
