@@ -129,6 +129,9 @@ fn every_way_back() {
         same("unrolled", &|ode| ode.adjoint(Unrolled));
         same("backsolve", &|ode| ode.adjoint(Backsolve::default()));
         same("several outputs", &|ode| ode.save_at(&[0.0, 0.25, 0.5, 1.0]));
+        let times = [0.0f32, 1.0].map(|t| Var::new(t, &Device::Cpu).unwrap());
+        same("gradients of times", &|ode| ode.span_tensors(times[0].as_tensor(), times[1].as_tensor()));
+        same("consumed", &|ode| ode.adjoint(Discrete::default().consume()));
         same("no scale", &|ode| ode.scaling(AdjointScaling::none()));
         same("a fixed scale", &|ode| ode.scaling(AdjointScaling::fixed(8.0).unwrap()));
         same("the dynamic scale", &|ode| ode.scaling(AdjointScaling::dynamic()));
@@ -147,6 +150,9 @@ fn tiles_threads_and_frozen_parameters() {
         are_the_same(&format!("{threads} threads"), &fields, &vars, &y0, steps);
     }
     for frozen in ["0.", "1.weight", "bias"] {
+        // What stops gradients on purpose is taken as it is.
+        let stopped = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)).stops_gradients());
+        are_the_same(frozen, &stopped, &vars, &y0, |ode: Ode| ode.span(0.0, 1.0).steps(6));
         let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
         are_the_same(frozen, &fields, &vars, &y0, |ode: Ode| ode.span(0.0, 1.0).steps(6));
     }
@@ -252,4 +258,34 @@ fn pullbacks_that_overflow_are_done_again_in_the_same_way() {
     let solution = steps(Ode::new(&fields[0])).solve(y0.as_tensor()).unwrap();
     solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
     assert!(solution.stats().redone_passes > 0);
+}
+
+/// Near the largest number of F32 a cotangent may be finite in half precision, times its scale, and not without it.
+#[test]
+fn cotangents_near_the_largest_number_overflow_at_the_same_place() {
+    let vars = VarMap::new();
+    let fields = both(&vars, |vb| growing(vb));
+    for (_, var) in sorted(&vars) {
+        var.set(&Tensor::full(4f32, var.shape(), &Device::Cpu).unwrap()).unwrap();
+    }
+    let y0 = Var::from_tensor(&Tensor::full(1e-3f32, (20, 2), &Device::Cpu).unwrap()).unwrap();
+    let mut overflows = 0;
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        for exponent in [30, 34, 35, 36, 37, 38] {
+            let found = fields.each_ref().map(|field| {
+                let ode = Ode::new(field).span(0.0, 0.05).steps(3).precision(precision);
+                let loss = (ode.solve(y0.as_tensor()).unwrap().last() * 10f64.powi(exponent)).unwrap();
+                let grads = loss.sum_all().unwrap().backward();
+                grads.map(|grads| bits(grads.get(&y0).unwrap())).map_err(|error| error.to_string())
+            });
+            overflows += usize::from(found[0].is_err());
+            assert!(
+                found[0] == found[1],
+                "{precision:?} 1e{exponent}: {:?}, {:?}",
+                found[0].is_err(),
+                found[1].is_err()
+            );
+        }
+    }
+    assert!((1..18).contains(&overflows), "{overflows}");
 }

@@ -30,7 +30,7 @@ pub(crate) struct Passes {
     pub(crate) scaling: AdjointScaling,
     /// Tensors of times whose gradients are wanted; their slots come last.
     pub(crate) moments: Vec<Moments>,
-    /// Whether steps may run on buffers: not where their pullbacks linearise one stage at a time.
+    /// Whether steps may run on buffers: not where their pullbacks linearise one stage at a time, or give gradients of times.
     pub(crate) on_buffers: bool,
     pub(crate) counters: Arc<Counters>,
     /// What the first finished pass had to do; later ones do the same, to the same bits.

@@ -1,4 +1,4 @@
-//! Fields that are layers of this crate alone: steps run them on buffers, without a tensor for what a step needs in between.
+//! Fields that are layers of this crate alone: steps run them on buffers, without tensors for what they need in between.
 
 use super::session::Session;
 use candle_core::{Result, Tensor};
@@ -46,7 +46,8 @@ pub(crate) trait Rows {
 /// The stages of one step: slopes and cotangents in the compute dtype, sums in F32. The terms of a sum are coefficients of
 /// what belongs to a stage, which has been made before.
 pub(crate) trait Buffers {
-    /// kᵢ = f(t, Yᵢ) at Yᵢ = y + Σ c kⱼ for a stage i at its time t; gives max |Yᵢ| where it is looked for, NaN if any of it is not finite.
+    /// kᵢ = f(t, Yᵢ) at Yᵢ = y + Σ c kⱼ for a stage i at its time t; gives max |Yᵢ| where it is looked for, NaN if any of it
+    /// is not finite.
     ///
     /// # Errors
     /// Whatever the layers report.
@@ -56,13 +57,7 @@ pub(crate) trait Buffers {
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate).
-    fn linearize(
-        &mut self,
-        stage: (usize, f64),
-        y: &[f32],
-        terms: &[(f64, usize)],
-        wanted: bool,
-    ) -> Result<Option<f64>>;
+    fn linearize(&mut self, stage: (usize, f64), y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<()>;
 
     /// y + Σ c kⱼ, and its largest absolute value, NaN if any of it is not finite.
     ///

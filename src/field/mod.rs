@@ -18,6 +18,7 @@ pub mod sink;
 mod sum;
 mod vjp;
 
+#[doc(hidden)]
 pub use bare::Bare;
 pub use function::FnField;
 pub use gradients::Gradients;
@@ -97,6 +98,9 @@ pub trait VectorField {
     /// The layers that it consists of, if it is layers of this crate alone that steps from states like `y` can run on
     /// buffers: see [`ModelField::of_layers`]. Their values and gradients are those of [`eval`](Self::eval) and
     /// [`linearize`](Self::linearize), to the bit.
+    ///
+    /// Whoever wraps a field hands this on only with the same `eval` and `linearize`: steps call neither.
+    #[doc(hidden)]
     fn bare(&self, y: &State) -> Option<&Bare> {
         let _ = y;
         None
@@ -167,6 +171,7 @@ pub trait Field: Send + Sync + 'static {
     fn probed(&self) {}
 
     /// Whether it says that f is layers of this crate and nothing else: see [`VectorField::bare`].
+    #[doc(hidden)]
     fn is_layers(&self) -> bool {
         false
     }

@@ -132,8 +132,9 @@ impl ModelField {
     ///
     /// That nothing else sees what the layers are given and make lets fixed steps of explicit Runge–Kutta methods, and
     /// their pullbacks, run on buffers that serve one step after another: a step then makes a tensor of the state it
-    /// leads to, and backwards of λ, and of nothing else. Values and gradients are those of a closure that calls the
-    /// layers, to the bit. So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
+    /// leads to, and backwards of λ, and of nothing else, and what it works in is counted as scratch. Values and gradients
+    /// are those of a closure that calls the layers, to the bit (as long as a scale brings no number below the normal ones
+    /// of F32). So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
     /// ones, with the time beside their input or without, and activations; with all stages of a step linearised at once and
     /// kept states. Anything else runs as in [`new`](Self::new).
     ///
@@ -152,8 +153,10 @@ impl ModelField {
     /// # Ok::<(), OdeError>(())
     /// ```
     ///
+    /// States are `(…, features)`, as wide as the first layer takes and the last one gives; of inputs it sees none.
+    ///
     /// # Errors
-    /// Whatever `build` reports.
+    /// Whatever `build` reports; solves of a state of several tensors are [`OdeError::Unsupported`].
     pub fn of_layers<L: Layers>(
         vb: VarBuilder<'static>,
         build: impl Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync + 'static,
@@ -434,6 +437,9 @@ impl VectorField for OpenModel {
 
     fn bare(&self, y: &State) -> Option<&Bare> {
         let ([y], Some(session)) = (y.tensors(), &self.session) else { return None };
+        if self.source.learned.needs_graph {
+            return None;
+        }
         let features = y.dims().last().copied().filter(|features| *features > 0)?;
         let made = self.bare.get_or_init(|| {
             let like = Tensor::zeros((1, features), self.casts.dtype(), y.device()).ok()?;

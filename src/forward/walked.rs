@@ -108,7 +108,7 @@ impl Forward<'_> {
     }
 
     fn passes(self, clock: Clock, dtypes: Vec<DType>, scaling: AdjointScaling, moments: Vec<Moments>) -> Passes {
-        let on_buffers = self.runs_on_buffers();
+        let on_buffers = self.runs_on_buffers() && moments.is_empty();
         let Self { field, precision, seed, casts, counters, .. } = self;
         let redo = Mutex::new(None);
         Passes { field, casts, seed, clock, dtypes, precision, scaling, moments, on_buffers, counters, redo }

@@ -18,7 +18,8 @@ impl Ode {
     /// The loss is taken to use the states asked for by [`save_at`](Self::save_at), or the last if none was.
     ///
     /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
-    /// value and its clones; the rest is arithmetic. Nothing else should allocate meanwhile.
+    /// value and its clones, and one that is layers alone ([`ModelField::of_layers`](crate::ModelField::of_layers)) at the stages
+    /// of a step, once per method, too; the rest is arithmetic. Nothing else should allocate meanwhile.
     ///
     /// # Errors
     /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is not
@@ -81,6 +82,7 @@ impl Ode {
             seed: self.seed,
             tracked: self.tracked
                 && (y0.is_tracked() || trainable.iter().any(Option::is_some) || self.time_tensors.is_tracked()),
+            times: self.time_tensors.is_tracked(),
             checks: if self.check_determinism { 2 } else { usize::from(self.field.needs_probe()) },
             known: &self.known,
         };

@@ -24,11 +24,11 @@ pub(crate) fn step(
         let (mut is_finite, mut terms) = (true, vec![]);
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
+            fill(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
             let largest = stages.bare_slope(at, i, || buffers.evaluate((i, at.time(i).value()), floats, &terms))?;
             is_finite &= largest.is_none_or(f64::is_finite);
         }
-        gather(&mut terms, 0..tableau.stages(), |j| at.h * tableau.weights()[j]);
+        fill(&mut terms, 0..tableau.stages(), |j| at.h * tableau.weights()[j]);
         let (end, largest) = buffers.end(floats, &terms)?;
         Ok((state(end, largest, y)?, is_finite && largest.is_finite()))
     })?;
@@ -54,7 +54,7 @@ pub(crate) fn pullback(
     with_floats(&y, |floats| {
         for i in stages_used(tableau) {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
-            gather(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
+            fill(&mut terms, 0..i, |j| at.h * tableau.a(i, j));
             stages.bare_linearization(at, i, || {
                 buffers.linearize((i, at.time(i).value()), floats, &terms, Some(i) != last)
             })?;
@@ -67,11 +67,11 @@ pub(crate) fn pullback(
         for i in stages_used(tableau).rev() {
             let _span = tracing::trace_span!(target: "candle_ode", "stage", index = i).entered();
             // κᵢ = h (bᵢ λ + Σ aⱼᵢ μⱼ)
-            gather(&mut terms, i + 1..tableau.stages(), |j| at.h * tableau.a(j, i));
+            fill(&mut terms, i + 1..tableau.stages(), |j| at.h * tableau.a(j, i));
             let largest = buffers.gather((at.h * tableau.weights()[i], floats), &terms)?;
             finite.push((i, pullbacks.pull_bare(at, i, largest, |scale| buffers.pull(i, scale))?));
         }
-        gather(&mut terms, 0..tableau.stages(), |i| f64::from(u8::from(tableau.is_used(i))));
+        fill(&mut terms, 0..tableau.stages(), |i| f64::from(u8::from(tableau.is_used(i))));
         let (back, largest) = buffers.back(floats, &terms)?;
         for (i, of_sums) in finite {
             // Each of the cotangents is a term of what is finite.
@@ -83,7 +83,7 @@ pub(crate) fn pullback(
 }
 
 /// The terms of a sum over some stages, those that are not structurally zero.
-fn gather(terms: &mut Vec<(f64, usize)>, stages: Range<usize>, c: impl Fn(usize) -> f64) {
+fn fill(terms: &mut Vec<(f64, usize)>, stages: Range<usize>, c: impl Fn(usize) -> f64) {
     terms.clear();
     terms.extend(stages.map(|j| (c(j), j)).filter(|(c, _)| *c != 0.0));
 }

@@ -83,9 +83,9 @@ impl Work {
         std::iter::once(self.shape.clone()).chain(layers.into_iter().flatten()).collect()
     }
 
-    /// CPU seconds of the bare products of a step by `Tensor::matmul` in F32, each the fastest of a few: forward and recomputed
-    /// 4 N evaluations of every layer each, in the pullback as many products with W and sums over the batch. Convolutions
-    /// count as products with the windows of the images, 3 × 3 pixels each.
+    /// CPU seconds of the bare products of a step by `Tensor::matmul` in F32, each the fastest of a few: forward and
+    /// recomputed 4 N evaluations of every layer each, in the pullback as many products with W and sums over the batch.
+    /// Convolutions count as products with the windows of the images, 3 × 3 pixels each.
     pub(super) fn bare_products(&self) -> Result<f64> {
         let (rows, layers): (usize, Vec<[usize; 2]>) = match &self.kind {
             Kind::Mlp(sizes) => (self.shape[0], sizes.windows(2).map(|pair| [pair[0], pair[1]]).collect()),

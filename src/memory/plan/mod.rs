@@ -179,6 +179,8 @@ pub(crate) struct Planned<'a> {
     pub(crate) seed: u64,
     /// Whether a backward pass follows.
     pub(crate) tracked: bool,
+    /// Whether it gives gradients of times.
+    pub(crate) times: bool,
     /// Evaluations made to check the field.
     pub(crate) checks: usize,
     pub(crate) known: &'a Known,

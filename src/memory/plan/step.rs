@@ -41,7 +41,7 @@ impl Solve<'_> {
 
     /// One step of the tableau: the state it leads to.
     pub(super) fn step(&mut self) -> Ghost {
-        if let Some(bare) = self.costs.bare.filter(|_| self.memory == StageMemory::All || !self.linearises()) {
+        if let Some(bare) = self.costs.bare.filter(|_| self.pulls_on_buffers || !self.linearises()) {
             self.step_layers(&bare);
             self.heap.pass(Part::Field, bare.step_most);
             self.counts.evaluations += self.used().len();
@@ -69,7 +69,7 @@ impl Solve<'_> {
 
     /// The pullback of one step from `y`: the new λ.
     pub(super) fn pullback(&mut self, y: Ghost) -> Ghost {
-        if let (Some(bare), StageMemory::All) = (self.costs.bare, self.memory) {
+        if let Some(bare) = self.costs.bare.filter(|_| self.pulls_on_buffers) {
             self.pull_step_layers(&bare);
             self.make_sums();
             let end = self.sizes.accumulate + self.costs.state_beside;

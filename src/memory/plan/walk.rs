@@ -82,6 +82,8 @@ pub(super) struct Solve<'a> {
     /// The sums of dL/dθ, once a pullback has made them, and those of a step that may be tried again.
     pub(super) sums: Option<Held>,
     pub(super) of_step: Option<Held>,
+    /// Whether pullbacks of steps, and the steps between them, run on buffers where the field can.
+    pub(super) pulls_on_buffers: bool,
     /// Whether steps may be tried again, with another scale.
     pub(super) tries_again: bool,
     pub(super) session: Session,

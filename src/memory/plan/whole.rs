@@ -16,7 +16,7 @@ use crate::account::Category;
 use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
-use crate::solver::Clock;
+use crate::solver::{Clock, StageMemory};
 use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
 use candle_core::{Shape, Tensor};
 use std::any::Any;
@@ -188,6 +188,7 @@ impl Planned<'_> {
             counts: Counts::default(),
             sums: None,
             of_step: None,
+            pulls_on_buffers: self.memory == StageMemory::All && !self.times,
             tries_again: self.scaling.tries_again(self.precision.compute_dtype()),
             session: Session::default(),
             packed_elsewhere: self.shares_packed(),

@@ -19,8 +19,8 @@ pub trait Stacked {
     fn bare(&self, site: &Site<'_>) -> Option<Bare>;
 }
 
-/// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, for arguments in the dtype of x
-/// whose rows are as wide as those of it. Values must be as wide as arguments.
+/// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, on arguments in the
+/// dtype of x whose rows are as wide as those of x. Values must be as wide as arguments.
 pub(in crate::field::ops) fn bare<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
     &Site { session, x }: &Site<'_>,
@@ -81,7 +81,7 @@ impl<C: Compute> Step<'_, C> {
         T::spare(&self.layers.session).matrix(1, self.elements)
     }
 
-    /// kᵢ, if it is `wanted`, and what the pullback needs, if it is to be `saved`.
+    /// kᵢ, if it is `wanted`, and what the pullback needs, if it is to be saved.
     fn run(
         &mut self,
         (i, t): (usize, f64),
@@ -154,9 +154,9 @@ impl<C: Compute> Buffers for Step<'_, C> {
         self.run(i, y, terms, true, Saves::Nothing)
     }
 
-    fn linearize(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<Option<f64>> {
+    fn linearize(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<()> {
         let wanted = wanted || pass::needs_value(&self.layers.links);
-        self.run(i, y, terms, wanted, Saves::All)
+        self.run(i, y, terms, wanted, Saves::All).map(drop)
     }
 
     fn end(&self, y: &[f32], terms: &[(f64, usize)]) -> Result<(Vec<f32>, f64)> {
@@ -167,7 +167,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
 
     fn gather(&mut self, (c, lambda): (f64, &[f32]), terms: &[(f64, usize)]) -> Result<f64> {
         if !pass::needs_value(&self.layers.links) {
-            // No stage is evaluated any more.
+            // No stage is evaluated any more, and no pullback reads them.
             self.stages.iter_mut().for_each(|stage| stage.slope = None);
         }
         let mut kappa = self.kappa.take().unwrap_or_else(|| self.buffer());
@@ -195,7 +195,8 @@ impl<C: Compute> Buffers for Step<'_, C> {
             }
         };
         let mut mu = self.buffer();
-        let value = self.stages[i].slope.as_deref().unwrap_or_default();
+        let slope = self.stages[i].slope.take();
+        let value = slope.as_deref().unwrap_or_default();
         let layers = (&**session, &links[..], Some(self.stages[i].t));
         pass::pull::<C>(layers, &saved, &Given::default(), Pulled { x: None, value, grad }, &mut mu)?;
         self.stages[i].mu = Some((mu, 1.0 / scale));
@@ -203,7 +204,8 @@ impl<C: Compute> Buffers for Step<'_, C> {
     }
 
     fn is_finite(&self, i: usize) -> bool {
-        self.stages[i].mu.as_ref().is_none_or(|(mu, _)| mu.iter().all(|x| Into::<f32>::into(*x).is_finite()))
+        let is_finite = |x: &C::Stored, inverse: f64| (Into::<f32>::into(*x) * inverse as f32).is_finite();
+        self.stages[i].mu.as_ref().is_none_or(|(mu, inverse)| mu.iter().all(|x| is_finite(x, *inverse)))
     }
 
     fn back(&self, lambda: &[f32], terms: &[(f64, usize)]) -> Result<(Vec<f32>, f64)> {

@@ -103,15 +103,12 @@ pub(super) fn pull<C: Compute>(
     let rows = grad.len() / links[links.len() - 1].outputs;
     let (order, scale) = (Order::of(links, rows), sink::scale()?);
     let way = Way { session, order, given, time };
-    let last = &links[links.len() - 1];
-    let value = (last.then.keeps() == Keeps::Value).then(|| C::held(session, order, value, rows));
-    let grad = C::held(session, order, grad, rows);
-    let g = if scale == 1.0 && last.is_affine() {
-        grad
-    } else {
-        Input::Here(seed(way, links, saved, value.as_ref().map(Input::view), grad.view(), scale))
+    let g = {
+        let is_kept = links.last().is_some_and(|link| link.then.keeps() == Keeps::Value);
+        let value = is_kept.then(|| C::held(session, order, value, rows));
+        let grad = C::held(session, order, grad, rows);
+        seed(way, links, saved, value.as_ref().map(Input::view), grad.view(), scale)
     };
-    drop(value);
     let x = x.map(|x| C::held(session, order, x, rows));
     match saved.x.as_ref().map(Matrix::view).or(x.as_ref().map(Input::view)) {
         Some(x) => back::<C>(way, links, saved, x, g, to),
@@ -148,14 +145,13 @@ fn seed<T: Ordered>(
     g
 }
 
-/// From the cotangent `g` of the last product, which is not scaled and lies here if that is gated, to that of x, which is
-/// scaled: written to `to`.
+/// From the cotangent `g` of the last product, which is not scaled, to that of x, which is: written to `to`.
 fn back<C: Compute>(
     way: Way<'_>,
     links: &[Link],
     saved: &Saved<C::Held>,
     x: View<'_, C::Held>,
-    mut g: Input<'_, C::Held>,
+    mut g: Matrix<C::Held>,
     to: &mut [C::Stored],
 ) -> Result<()> {
     let (Way { session, order, .. }, scale) = (way, sink::scale()?);
@@ -167,20 +163,16 @@ fn back<C: Compute>(
             Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
         };
-        if let Input::Here(g) = &mut g {
-            link.times_gate(way, g, rows)?;
-        }
+        link.times_gate(way, &mut g, rows)?;
         let mut out = order.tile(session, rows, link.inputs);
         let packed = link.packed::<C::Held>(way, Side::Backward)?;
         let epilogue = Epilogue { then, ..Epilogue::default() };
         C::Held::multiply(order, g.view(), &packed, &epilogue, order.write(&mut out, rows));
-        g = Input::Here(out);
+        g = out;
     }
     let first = &links[0];
     first.add_gradients(way, (g.view(), g.view()), x)?;
-    if let Input::Here(g) = &mut g {
-        first.times_gate(way, g, rows)?;
-    }
+    first.times_gate(way, &mut g, rows)?;
     let packed = first.packed::<C::Held>(way, Side::Backward)?;
     C::store(session, order, rows, to, |out| {
         C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));

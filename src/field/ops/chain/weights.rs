@@ -5,7 +5,6 @@ use super::Link;
 use super::given::Way;
 use super::order::{Order, Ordered};
 use super::parameter::{Parameter, float, with_elements, with_float};
-use crate::field::ops::Activation;
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
 use crate::field::ops::kernel::{Packed, View, ViewMut};
 use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
@@ -160,11 +159,6 @@ impl Link {
             Side::Forward => Packed::transposed(view),
             Side::Backward => Packed::straight(view),
         }
-    }
-
-    /// Whether its value is the product and a bias, and nothing is done with that.
-    pub(super) fn is_affine(&self) -> bool {
-        self.then == Activation::Identity && !matches!(self.weights, Weights::Gated { .. })
     }
 
     /// What the product is multiplied with.
