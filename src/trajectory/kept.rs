@@ -1,6 +1,7 @@
 //! One kept state or increment, wherever it lies.
 
 use super::codec::{Codec, Entry};
+use super::image::{Form, Image};
 use super::second_level::{Away, TwoLevels};
 use crate::State;
 use crate::account::Owned;
@@ -22,6 +23,7 @@ pub(crate) struct Kept {
 #[derive(Debug)]
 enum Lies {
     OnDevice(Entry, Owned),
+    OnHost(Image, Owned),
     Away(Away),
 }
 
@@ -32,6 +34,18 @@ impl Kept {
     pub(super) fn new(at: usize, is_increment: bool, codec: Arc<dyn Codec>, entry: Entry) -> Self {
         let owned = Owned::entry(codec.name(), entry.bytes());
         Self { at, is_increment, lies: Lies::OnDevice(entry, owned), codec }
+    }
+
+    /// The same without tensors around its bytes, where they are on the host; `form` is that of entries before.
+    pub(super) fn without_tensors(self, form: &mut Option<Arc<Form>>) -> Self {
+        let lies = match self.lies {
+            Lies::OnDevice(entry, owned) => match Image::of(&entry, form) {
+                Some(image) => Lies::OnHost(image, owned),
+                None => Lies::OnDevice(entry, owned),
+            },
+            lies => lies,
+        };
+        Self { lies, ..self }
     }
 
     /// The same on the second level; `None` if it is there, or has nowhere to go. Where it is on its way, `self` is held
@@ -53,7 +67,7 @@ impl Kept {
     /// Bytes on the device.
     pub(super) fn bytes(&self) -> usize {
         match &self.lies {
-            Lies::OnDevice(_, owned) => owned.bytes(),
+            Lies::OnDevice(_, owned) | Lies::OnHost(_, owned) => owned.bytes(),
             Lies::Away(_) => 0,
         }
     }
@@ -61,7 +75,7 @@ impl Kept {
     /// Bytes on the second level.
     pub(super) fn bytes_away(&self) -> usize {
         match &self.lies {
-            Lies::OnDevice(..) => 0,
+            Lies::OnDevice(..) | Lies::OnHost(..) => 0,
             Lies::Away(away) => away.bytes,
         }
     }
@@ -69,6 +83,7 @@ impl Kept {
     pub(super) fn decode(&self, dtype: DType) -> Result<State> {
         let entry = match &self.lies {
             Lies::OnDevice(entry, _) => Cow::Borrowed(entry),
+            Lies::OnHost(image, _) => Cow::Owned(image.entry()?),
             Lies::Away(away) => Cow::Owned(away.fetch(self.codec.name())?),
         };
         let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
@@ -94,7 +109,7 @@ impl InFlight {
     pub(super) fn of(kept: &Arc<Kept>) -> Option<Self> {
         match &kept.lies {
             Lies::Away(away) if away.moves_beside() => Some(Self(kept.clone())),
-            Lies::Away(_) | Lies::OnDevice(..) => None,
+            Lies::Away(_) | Lies::OnDevice(..) | Lies::OnHost(..) => None,
         }
     }
 
@@ -106,7 +121,7 @@ impl InFlight {
     pub(super) fn begin(&self) -> Result<()> {
         match &self.0.lies {
             Lies::Away(away) => away.begin(self.0.codec.name()),
-            Lies::OnDevice(..) => Ok(()),
+            Lies::OnDevice(..) | Lies::OnHost(..) => Ok(()),
         }
     }
 }

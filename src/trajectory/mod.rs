@@ -2,6 +2,7 @@
 
 mod codec;
 mod forecast;
+mod image;
 mod kept;
 pub mod schedule;
 mod second_level;
@@ -10,6 +11,7 @@ mod store;
 
 pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
 pub(crate) use forecast::kept_bytes;
+pub(crate) use image::Image;
 pub(crate) use kept::{AtHand, Encoded, Kept};
 pub use second_level::SecondLevel;
 #[cfg(test)]

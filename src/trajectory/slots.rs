@@ -1,6 +1,7 @@
 //! The states a walk has kept, encoded: each by itself, or as the increment to the next.
 
 use super::codec::{Codec, Encodes, Entry, States};
+use super::image::Form;
 use super::kept::{AtHand, Encoded, InFlight, Kept};
 use super::second_level::TwoLevels;
 use crate::State;
@@ -19,6 +20,8 @@ pub(crate) struct Slots {
     accumulate: DType,
     levels: Option<TwoLevels>,
     kept: Vec<Arc<Kept>>,
+    /// That of the increments among them, where they lie on the host.
+    form: Option<Arc<Form>>,
     /// The entry that was put away last, until another is made or put away, or the backward pass begins.
     leaving: Option<InFlight>,
     /// The entry below that which was restored last.
@@ -37,6 +40,7 @@ impl Slots {
             accumulate,
             levels,
             kept: vec![],
+            form: None,
             leaving: None,
             arriving: None,
             residual: None,
@@ -260,6 +264,8 @@ impl Slots {
     fn follow(&mut self, n: usize, before: &State, increment: &State, entry: Entry) -> Result<State> {
         let kept = Kept::new(n - 1, true, self.codec.clone(), entry);
         let decoded = kept.decode(self.accumulate)?;
+        // What may go to the second level goes there as it is.
+        let kept = if self.levels.is_none() { kept.without_tensors(&mut self.form) } else { kept };
         let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
         let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));

@@ -123,6 +123,7 @@ impl Slots {
             let increment = solve.state();
             let entry = solve.entry(n - 1);
             let decoded = solve.decode();
+            let entry = solve.without_tensors(entry);
             let (y, residual) = (solve.state(), solve.state());
             let owned = residual.announce(Category::Scratch, solve.sizes.accumulate);
             self.residual = Some(Rc::new((residual, owned)));
@@ -297,7 +298,12 @@ impl Solve<'_> {
     /// An entry decoded; itself where it is the state.
     fn decoded(&self, kept: &Kept, is_state: bool) -> Ghost {
         let Some(levels) = self.sizes.levels.filter(|_| kept.is_away()) else {
-            return if is_state { kept.buffer.clone() } else { self.decode() };
+            if is_state {
+                return kept.buffer.clone();
+            }
+            let again = self.sizes.image.filter(|_| kept.is_increment);
+            let _entry = again.map(|[_, bytes]| self.heap.buffer(Part::Other, bytes));
+            return self.decode();
         };
         if levels.overlaps {
             kept.begin(self);
@@ -310,6 +316,15 @@ impl Solve<'_> {
         }
         let _entry = self.heap.buffer(Part::Other, self.sizes.entry);
         self.decode()
+    }
+
+    /// The same entry where increments lie.
+    fn without_tensors(&self, Entry { at, is_increment, buffer, owned }: Entry) -> Entry {
+        let Some([beside, _]) = self.sizes.image else { return Entry { at, is_increment, buffer, owned } };
+        let image = self.heap.buffer(Part::Other, self.sizes.entry + beside);
+        drop((owned, buffer));
+        let owned = image.announce(Category::Trajectory, self.sizes.entry);
+        Entry { at, is_increment, buffer: image, owned }
     }
 
     fn decode(&self) -> Ghost {

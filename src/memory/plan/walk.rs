@@ -25,6 +25,8 @@ pub(super) struct Sizes {
     pub(super) entry_beside: usize,
     /// What a state takes that is kept as it is.
     pub(super) handle: usize,
+    /// What an increment takes beside its elements, and as an entry once more, where it lies without tensors.
+    pub(super) image: Option<[usize; 2]>,
     /// At most while an entry is encoded or decoded.
     pub(super) encoding: usize,
     pub(super) decoding: usize,

@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
 use crate::solver::{Clock, StageMemory};
-use crate::trajectory::{Codec, Encodes, Entry, Keeping, Kept, States};
+use crate::trajectory::{Codec, Encodes, Entry, Image, Keeping, Kept, States};
 use candle_core::{Shape, Tensor};
 use std::any::Any;
 use std::sync::Arc;
@@ -249,10 +249,14 @@ impl Planned<'_> {
         let ((kept, _), encoded) = held(|| codec.encode(start))?;
         let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
         let levels = self.levels(&kept)?;
+        let encodes = codec.encodes();
+        let image = match encodes {
+            Encodes::Increments if levels.is_none() => image(&kept)?,
+            _ => None,
+        };
         drop((kept, decoded));
         // A state that is kept as it is has a handle of its own.
         let (_, handle) = held(|| exact.encode(start))?;
-        let encodes = codec.encodes();
         // Anything else makes an entry of its own.
         let entry_is_state =
             encodes == Encodes::States && codec.dtype() == accumulate && entry == start.bytes(accumulate);
@@ -261,6 +265,7 @@ impl Planned<'_> {
             compute: start.bytes(compute),
             entry,
             entry_beside: encoded.kept.saturating_sub(entry) + Kept::BESIDE,
+            image,
             handle: handle.kept + Kept::BESIDE,
             encoding: encoded.most,
             decoding: decoding.most,
@@ -286,6 +291,17 @@ impl Planned<'_> {
         let (putting, fetching, overlaps) = (putting.most, fetching.most, away.moves_beside());
         Ok(Some(Levels { resident: levels.resident, beside, putting, fetching, overlaps }))
     }
+}
+
+/// What `entry` takes beside its elements where it lies without tensors, and as an entry once more.
+fn image(entry: &Entry) -> Result<Option<[usize; 2]>> {
+    let mut form = None;
+    if Image::of(entry, &mut form).is_none() {
+        return Ok(None);
+    }
+    let (image, lies) = held(|| Ok(Image::of(entry, &mut form)))?;
+    let again = image.map(|image| held(|| image.entry())).transpose()?.map_or(0, |(_, again)| again.kept);
+    Ok(Some([lies.kept.saturating_sub(entry.bytes()) + Kept::BESIDE, again]))
 }
 
 fn beside_tiles(keeps: Keeps<'_>) -> [usize; 2] {
