@@ -2,8 +2,8 @@
 
 use super::Link;
 use crate::field::ops::kernel::{
-    Epilogue, Packed, View, ViewMut, add_column_sums, add_column_sums_lanes, add_outer, add_outer_lanes, multiply,
-    multiply_lanes,
+    Epilogue, Packed, Pullback, View, ViewMut, add_column_sums, add_column_sums_lanes, add_outer, add_outer_lanes,
+    multiply, multiply_lanes, pull_lanes,
 };
 use crate::field::session::{Buffered, Matrix, Session, Tile};
 use half::bf16;
@@ -83,6 +83,18 @@ pub(in crate::field::ops) trait Ordered: Tile {
     fn add_outer(order: Order, session: &Session, g: View<'_, Self>, x: View<'_, Self>, dw: ViewMut<'_, f32>);
     /// db += Σ g
     fn add_sums(order: Order, g: View<'_, Self>, db: &mut [f32]);
+
+    /// All of a pullback.
+    fn pull(order: Order, session: &Session, pullback: Pullback<'_, Self>) {
+        pull_one_by_one(order, session, pullback);
+    }
+}
+
+fn pull_one_by_one<T: Ordered>(order: Order, session: &Session, pullback: Pullback<'_, T>) {
+    let Pullback { g, x, b, then, db, dw, out } = pullback;
+    T::add_sums(order, g, db);
+    T::add_outer(order, session, g, x, dw);
+    T::multiply(order, g, b, &Epilogue { then, ..Epilogue::default() }, out);
 }
 
 impl Ordered for f32 {
@@ -104,6 +116,13 @@ impl Ordered for f32 {
         match order {
             Order::Rows => add_column_sums(g, db),
             Order::Lanes => add_column_sums_lanes(g, db),
+        }
+    }
+
+    fn pull(order: Order, session: &Session, pullback: Pullback<'_, f32>) {
+        match order {
+            Order::Rows => pull_one_by_one(order, session, pullback),
+            Order::Lanes => pull_lanes(pullback),
         }
     }
 }

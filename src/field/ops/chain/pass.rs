@@ -158,29 +158,25 @@ fn back<C: Compute>(
     let rows = if order == Order::Rows { x.rows() } else { x.columns() };
     for (n, link) in links.iter().enumerate().skip(1).rev() {
         let input = saved.hidden[n - 1].view();
-        link.add_gradients(way, (g.view(), g.view()), input)?;
+        let adds = link.before_pull(way, &mut g, input)?;
         let then = match kept(links, saved, n - 1, Some(input)) {
             Some(kept) => Then::TimesSlope(links[n - 1].then, kept),
             None => Then::Nothing,
         };
-        link.times_gate(way, &mut g, rows)?;
         let mut out = order.tile(session, rows, link.inputs);
-        let packed = link.packed::<C::Held>(way, Side::Backward)?;
-        let epilogue = Epilogue { then, ..Epilogue::default() };
-        C::Held::multiply(order, g.view(), &packed, &epilogue, order.write(&mut out, rows));
+        link.pull(way, adds, (g.view(), input), then, order.write(&mut out, rows))?;
         g = out;
     }
     let first = &links[0];
-    first.add_gradients(way, (g.view(), g.view()), x)?;
-    first.times_gate(way, &mut g, rows)?;
-    let packed = first.packed::<C::Held>(way, Side::Backward)?;
+    let adds = first.before_pull(way, &mut g, x)?;
+    let mut pulled = Ok(());
     C::store(session, order, rows, to, |out| {
-        C::Held::multiply(order, g.view(), &packed, &Epilogue::default(), order.write(out, rows));
+        pulled = first.pull(way, adds, (g.view(), x), Then::Nothing, order.write(out, rows));
         if scale != 1.0 {
             out.iter_mut().for_each(|x| *x = C::Held::of(x.wide() * scale as f32));
         }
     });
-    Ok(())
+    pulled
 }
 
 /// What f′ of layer `n` is a function of, given the layer's result if it is that.

@@ -6,7 +6,7 @@ use super::given::Way;
 use super::order::{Order, Ordered};
 use super::parameter::{Parameter, float, with_elements, with_float};
 use crate::field::ops::cpu::{Element, Kernel, sum, vectorised};
-use crate::field::ops::kernel::{Packed, View, ViewMut};
+use crate::field::ops::kernel::{Epilogue, Packed, Pullback, Then, View, ViewMut};
 use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
 use crate::field::sink;
 use candle_core::{Result, Tensor};
@@ -93,19 +93,75 @@ impl Link {
                 Ok(())
             }
             Weights::Parameters { weight, bias, beyond } => {
-                if weight.is_tracked() {
-                    sink::add_in_place(&weight.leaf, |dw| {
-                        add_outer(dw);
-                        if let Some(t) = beyond.map(|t| time.unwrap_or(t)) {
-                            let beyond = dw.iter_mut().skip(self.inputs).step_by(columns);
-                            beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += t as f32 * sum);
-                        }
-                    })?;
+                self.add_to_parameters((weight, bias.as_ref()), beyond.map(|t| time.unwrap_or(t)), sums, |dw, _| {
+                    add_outer(dw);
+                })
+            }
+        }
+    }
+
+    /// To what is tracked of a layer's parameters: to dW what `add_outer` adds, which may make the sums, too; to that of
+    /// the column beyond the inputs the time as often, and to db the sums.
+    fn add_to_parameters(
+        &self,
+        (weight, bias): (&Parameter, Option<&Parameter>),
+        time: Option<f64>,
+        mut sums: Matrix<f32>,
+        add_outer: impl FnOnce(&mut [f32], &mut [f32]),
+    ) -> Result<()> {
+        if weight.is_tracked() {
+            sink::add_in_place(&weight.leaf, |dw| {
+                add_outer(dw, &mut sums);
+                if let Some(t) = time {
+                    let beyond = dw.iter_mut().skip(self.inputs).step_by(self.columns());
+                    beyond.zip(sums.iter()).for_each(|(dw, sum)| *dw += t as f32 * sum);
                 }
-                match bias.as_ref().filter(|bias| bias.is_tracked()) {
-                    Some(bias) => bias.add(&sums),
-                    None => Ok(()),
-                }
+            })?;
+        }
+        match bias.filter(|bias| bias.is_tracked()) {
+            Some(bias) => bias.add(&sums),
+            None => Ok(()),
+        }
+    }
+
+    /// Before the cotangent g of the result is pulled back to x: adds the gradients of weights that are not added to along
+    /// with that, and makes g the cotangent of the product. Says whether gradients are still to be added.
+    pub(super) fn before_pull<T: Ordered>(&self, way: Way<'_>, g: &mut Matrix<T>, x: View<'_, T>) -> Result<bool> {
+        if matches!(&self.weights, Weights::Parameters { weight, .. } if weight.is_tracked()) {
+            return Ok(true);
+        }
+        self.add_gradients(way, (g.view(), g.view()), x)?;
+        let rows = g.len() / self.outputs;
+        self.times_gate(way, g, rows)?;
+        Ok(false)
+    }
+
+    /// out = then(g W) for the cotangent g of the product; and dW += gᵀ x, db += Σ g, if they are still to be added.
+    pub(super) fn pull<T: Ordered>(
+        &self,
+        way: Way<'_>,
+        adds: bool,
+        (g, x): (View<'_, T>, View<'_, T>),
+        then: Then<'_, T>,
+        out: ViewMut<'_, T>,
+    ) -> Result<()> {
+        let (Way { session, order, time, .. }, b) = (way, self.packed::<T>(way, Side::Backward)?);
+        match &self.weights {
+            Weights::Parameters { weight, bias, beyond } if adds => {
+                let mut sums = f32::spare(session).matrix(1, self.outputs);
+                sums.fill(0.0);
+                let (beyond, mut is_finite) = (beyond.map(|t| time.unwrap_or(t)), true);
+                self.add_to_parameters((weight, bias.as_ref()), beyond, sums, |dw, db| {
+                    let dw = ViewMut::new(dw, self.outputs, self.inputs, self.columns());
+                    T::pull(order, session, Pullback { g, x, b: &b, then, db, dw, out });
+                    is_finite = db.iter().all(|sum| sum.is_finite());
+                })?;
+                sink::note(is_finite);
+                Ok(())
+            }
+            _ => {
+                T::multiply(order, g, &b, &Epilogue { then, ..Epilogue::default() }, out);
+                Ok(())
             }
         }
     }

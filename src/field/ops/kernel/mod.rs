@@ -15,6 +15,7 @@
 //! | [`convolve`], [`add_outer_windows`] | the same with the windows of images for x | a convolution |
 //! | [`winograd`] | the same with fewer products | a convolution of 3 × 3 |
 //! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
+//! | [`pull_lanes`] | all three of a pullback | the same |
 //!
 //! Tiles hold F32 or BF16 ([`Held`]); F16 is held in F32. Products of BF16 are
 //! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
@@ -28,6 +29,7 @@ mod machine;
 mod multiply;
 mod outer;
 mod packed;
+mod pulled;
 mod scheme;
 mod shallow;
 mod shares;
@@ -47,6 +49,7 @@ pub(crate) use held::Held;
 pub(crate) use multiply::{convolve, multiply};
 pub(crate) use outer::{Scratch, add_column_sums, add_outer, add_outer_windows};
 pub(crate) use packed::Packed;
+pub(crate) use pulled::{Pullback, pull_lanes};
 pub(crate) use transpose::transpose;
 pub(crate) use view::{View, ViewMut};
 pub(crate) use windows::{Looks, Windows};

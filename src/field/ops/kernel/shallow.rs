@@ -10,7 +10,7 @@ use crate::field::ops::Activation;
 use crate::field::ops::minimax::tanh;
 
 /// Vectors that are finished side by side.
-const BESIDE: usize = 4;
+pub(super) const BESIDE: usize = 4;
 
 impl Multiply<'_> {
     /// Runs it on a path that this CPU has.
@@ -89,30 +89,63 @@ impl<const K: usize> Shallow<'_, K> {
         // SAFETY: rows of all operands are as long as those of the result, `multiply_lanes_on` has seen to that, and of the
         // last vector no more is touched than there is.
         unsafe {
-            let read = |row: &[f32]| -> [L; N] {
-                let from = row.as_ptr().add(at);
-                std::array::from_fn(|n| match last == L::WIDTH {
-                    true => L::load(from.add(n * L::WIDTH)),
-                    false => L::load_first(from, last),
-                })
-            };
             let mut sums = [L::splat(bias); N];
             for k in 0..K {
                 let w = L::splat(panel.values[k * panel.width + feature % PANEL]);
-                let x = read(x.row(k));
+                let x: [L; N] = read(x.row(k), at, last);
                 sums = std::array::from_fn(|n| sums[n].plus_product(w, x[n]));
             }
             let done = match (self.follows, epilogue.then) {
                 (Follows::TimesSlope, Then::TimesSlope(_, kept)) => {
-                    let (y, one) = (read(kept.row(feature)), L::splat(1.0));
-                    std::array::from_fn(|n| sums[n].times(one.minus(y[n]).times(one.plus(y[n]))))
+                    times_slope_of_tanh(sums, read(kept.row(feature), at, last))
                 }
                 _ => tanh(Beside::new(sums)).into_lanes(),
             };
-            let to = out.row(feature - *first).as_mut_ptr().add(at);
-            for (n, done) in done.into_iter().enumerate() {
-                if last == L::WIDTH { done.store(to.add(n * L::WIDTH)) } else { done.store_first(to, last) }
-            }
+            write(done, out.row(feature - *first), at, last);
+        }
+    }
+}
+
+/// g ∘ tanh′, by the value y of tanh.
+///
+/// # Safety
+/// The CPU has the instructions of `L`.
+#[inline(always)]
+pub(super) unsafe fn times_slope_of_tanh<L: Lanes, const N: usize>(g: [L; N], y: [L; N]) -> [L; N] {
+    // SAFETY: the caller's.
+    unsafe {
+        let one = L::splat(1.0);
+        std::array::from_fn(|n| g[n].times(one.minus(y[n]).times(one.plus(y[n]))))
+    }
+}
+
+/// `N` vectors of a row from `at` on; one if it has fewer lanes than a vector.
+///
+/// # Safety
+/// The CPU has the instructions of `L`; the row is so long.
+#[inline(always)]
+pub(super) unsafe fn read<L: Lanes, const N: usize>(row: &[f32], at: usize, last: usize) -> [L; N] {
+    // SAFETY: the caller's.
+    unsafe {
+        let from = row.as_ptr().add(at);
+        std::array::from_fn(|n| match last == L::WIDTH {
+            true => L::load(from.add(n * L::WIDTH)),
+            false => L::load_first(from, last),
+        })
+    }
+}
+
+/// Those vectors to a row.
+///
+/// # Safety
+/// As [`read`].
+#[inline(always)]
+pub(super) unsafe fn write<L: Lanes, const N: usize>(vectors: [L; N], row: &mut [f32], at: usize, last: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let to = row.as_mut_ptr().add(at);
+        for (n, vector) in vectors.into_iter().enumerate() {
+            if last == L::WIDTH { vector.store(to.add(n * L::WIDTH)) } else { vector.store_first(to, last) }
         }
     }
 }

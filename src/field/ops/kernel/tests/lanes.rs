@@ -1,6 +1,7 @@
 //! With the batch in the lanes.
 
 use super::super::batch_lanes::{add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on};
+use super::super::pulled::{Pullback, pull_lanes_on};
 use super::*;
 
 fn transposed(matrix: &Matrix<f32>, seed: u32) -> Matrix<f32> {
@@ -90,6 +91,43 @@ fn sums_over_the_batch_are_right() {
                 let exact = f64::from(before) + sum((0..rows).map(|row| g.at(out, row)));
                 assert!((f64::from(db) - exact).abs() <= 2e-5 * exact.abs().max(1.0), "{what}: {db}, not {exact}");
             }
+        }
+    }
+}
+
+/// Few outputs, few inputs, both and neither; whole blocks of vectors, single ones and parts of them.
+#[test]
+fn a_pullback_in_one_has_the_bits_of_kernels_one_by_one() {
+    let shapes = [1, 3, 4, 5, 40].into_iter().flat_map(|output| [1, 2, 3, 4, 5, 33].map(|input| (output, input)));
+    let cases = shapes.flat_map(|(output, input)| [1, 15, 16, 40, 64, 131, 300].map(|rows| (output, input, rows)));
+    for (path, (output, input, rows)) in Path::all().into_iter().flat_map(|path| cases.clone().map(move |n| (path, n)))
+    {
+        let g = Matrix::<f32>::noise(output, rows, 1);
+        let (x, others) = (Matrix::<f32>::noise(input, rows, 2), Matrix::<f32>::noise(input, rows, 3));
+        let b = Packed::straight(Matrix::<f32>::noise(output, input, 4).view());
+        let thens = [
+            Then::Nothing,
+            Then::TimesSlope(Activation::Tanh, x.view()),
+            Then::TimesSlope(Activation::Tanh, others.view()),
+            Then::TimesSlope(Activation::Relu, x.view()),
+        ];
+        for then in thens {
+            let made = [false, true].map(|in_one| {
+                let mut db = noise(output, 5);
+                let (mut dw, mut out) = (Matrix::<f32>::noise(output, input, 6), Matrix::noise(input, rows, 7));
+                if in_one {
+                    let (g, x, dw, out) = (g.view(), x.view(), dw.view_mut(), out.view_mut());
+                    pull_lanes_on(path, Pullback { g, x, b: &b, then, db: &mut db, dw, out });
+                } else {
+                    add_column_sums_lanes_on(path, g.view(), &mut db);
+                    add_outer_lanes_on(path, g.view(), x.view(), dw.view_mut());
+                    multiply_lanes_on(path, g.view(), &b, &Epilogue { then, ..Epilogue::default() }, out.view_mut());
+                }
+                // What lies between the rows is checked, too.
+                let all = db.into_iter().chain(dw.values).chain(out.values);
+                all.map(f32::to_bits).collect::<Vec<_>>()
+            });
+            assert!(made[0] == made[1], "{path:?} {output} × {input}, {rows} rows, {then:?}");
         }
     }
 }
