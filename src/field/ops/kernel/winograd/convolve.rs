@@ -1,6 +1,6 @@
 //! y = x ∗ w + b by minimal filtering.
 
-use super::{OneWay, POINTS, apart, blocks, both_ways, first_result, fits, load, put, transform};
+use super::{OneWay, POINTS, apart, blocks, both_ways, first_result, fits, load, load_square, put, transform};
 use crate::field::ops::kernel::held::Held;
 use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
@@ -163,9 +163,7 @@ impl Convolve<'_> {
                 // more is touched than there is.
                 unsafe {
                     let from = self.m.as_ptr().add(n * stride + c);
-                    let m: [[L; 4]; 4] = std::array::from_fn(|i| {
-                        std::array::from_fn(|j| L::load(from.add((4 * i + j) * apart(stride))))
-                    });
+                    let m = load_square::<L, 4>(from, [4 * apart(stride), apart(stride)], L::WIDTH);
                     let bias = match self.bias {
                         Some(bias) => load(bias.as_ptr().add(c), count),
                         None => L::splat(0.0),

@@ -1,6 +1,8 @@
 //! dL/dw by minimal filtering.
 
-use super::{OneWay, POINTS, apart, blocks, both_ways, first_result, fits, load, put, put_points, transform};
+use super::{
+    OneWay, POINTS, apart, blocks, both_ways, first_result, fits, load, load_square, put, put_points, transform,
+};
 use crate::field::ops::kernel::held::Held;
 use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
@@ -118,11 +120,8 @@ impl Outer<'_> {
                 // SAFETY: a tile's four pixels are rows of g, and of each no more is touched than there is; the points lie
                 // in the space.
                 unsafe {
-                    let g: [[L; 2]; 2] = std::array::from_fn(|i| {
-                        std::array::from_fn(|j| {
-                            load(self.g.row(pixel + i * looks.windows[1] + j).as_ptr().add(c), count)
-                        })
-                    });
+                    let (from, stride) = (self.g.row(pixel).as_ptr().add(c), self.g.stride());
+                    let g = load_square::<L, 2>(from, [looks.windows[1] * stride, stride], count);
                     let points = both_ways::<OfCotangents, _, 2, 4>(g);
                     put_points(points, self.h.as_mut_ptr().add(n * outputs + c), apart(outputs), count);
                 }
@@ -180,9 +179,7 @@ impl Outer<'_> {
                 // a tap; of both no more are touched.
                 unsafe {
                     let from = self.sums.as_ptr().add(n * channels + c);
-                    let s: [[L; 4]; 4] = std::array::from_fn(|i| {
-                        std::array::from_fn(|j| load(from.add((4 * i + j) * outputs * channels), count))
-                    });
+                    let s = load_square::<L, 4>(from, [4 * outputs * channels, outputs * channels], count);
                     for (i, line) in both_ways::<ToTaps, _, 4, 3>(s).into_iter().enumerate() {
                         for (j, sum) in line.into_iter().enumerate() {
                             let to = dw.as_mut_ptr().add((3 * i + j) * channels + c);
