@@ -7,9 +7,10 @@ mod common;
 mod counted;
 
 use candle_core::{DType, Device};
-use candle_nn::VarMap;
+use candle_nn::{VarBuilder, VarMap};
 use candle_ode::account::Category;
 use candle_ode::memory::{MemoryProfiler, MemoryReport};
+use candle_ode::ops::{Activation, Mlp};
 use candle_ode::prelude::*;
 use common::{fill, mlp_field, variable};
 use counted::{Counted, alone};
@@ -28,8 +29,38 @@ fn count(report: &MemoryReport, name: &str) -> usize {
 fn ode() -> (Ode, VarMap) {
     let vars = VarMap::new();
     let field = mlp_field(&vars, DType::F32, 4, 8);
-    fill(&vars, 1, 1.0);
-    (Ode::new(&field).span(0.0, 1.0).solver(Rk4).steps(10).precision(Precision::F16), vars)
+    (ten_steps(&field, &vars), vars)
+}
+
+/// Whose steps run on buffers.
+fn ode_of_layers() -> (Ode, VarMap) {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let field = ModelField::of_layers(vb, |vb| Mlp::new(&[4, 8, 4], Activation::Tanh, vb)).unwrap();
+    (ten_steps(&field, &vars), vars)
+}
+
+fn ten_steps(field: &ModelField, vars: &VarMap) -> Ode {
+    fill(vars, 1, 1.0);
+    Ode::new(field).span(0.0, 1.0).solver(Rk4).steps(10).precision(Precision::F16)
+}
+
+/// A plan for a method, and for others, of a field whose steps run on buffers: the buffers are seen to by stages of the
+/// method, which are no step of the solve, once per method.
+#[test]
+fn a_plan_for_layers_makes_no_step_and_probes_once_per_method() {
+    let _turn = alone();
+    let (ode, _vars) = ode_of_layers();
+    let y0 = variable(2, &[5, 4], DType::F32);
+    let spans = |ode: &Ode| {
+        let report = recorded(|| _ = ode.plan(y0.as_tensor()).unwrap());
+        ["step", "linearise", "stage"].map(|name| count(&report, name))
+    };
+    let (first, again, heun) = (spans(&ode), spans(&ode.clone().steps(20)), spans(&ode.clone().solver(Heun)));
+    assert!(first[0] == 0 && first[1] > 0 && first[2] > 0, "{first:?}");
+    assert_eq!(again, [0, 0, 0]);
+    assert!(heun[0] == 0 && heun[2] > 0, "{heun:?}");
+    assert_eq!(spans(&ode.solver(Heun).steps(7)), [0, 0, 0]);
 }
 
 #[test]
@@ -49,7 +80,13 @@ fn a_plan_makes_no_step_and_probes_once() {
 #[test]
 fn owned_bytes_are_exact_without_a_counted_heap() {
     let _turn = alone();
-    let (ode, _vars) = ode();
+    for make in [ode, ode_of_layers] {
+        let (ode, _vars) = make();
+        owned_bytes_are_exact(&ode);
+    }
+}
+
+fn owned_bytes_are_exact(ode: &Ode) {
     let y0 = variable(2, &[6, 4], DType::F32);
     let plan = ode.plan(y0.as_tensor()).unwrap();
     assert_eq!(plan.peak, None);
