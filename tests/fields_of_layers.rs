@@ -2,46 +2,18 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/declared.rs"]
+mod declared;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use candle_ode::ops::{
-    Activation, Layers, Mlp, Sequential, concat_linear, concat_squash_linear, linear, linear_no_bias, seq,
-};
+use candle_ode::Increments8;
+use candle_ode::ops::{Activation, Mlp, Sequential, concat_linear, concat_squash_linear, linear, linear_no_bias, seq};
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
-use candle_ode::{Increments8, Stats};
-use common::{bits, fill, normal, sorted, variable};
-
-/// The same layers declared, and called by a closure, over the same parameters.
-fn both<L: Layers>(
-    vars: &VarMap,
-    build: impl Fn(VarBuilder<'static>) -> candle_core::Result<L> + Send + Sync + Copy + 'static,
-) -> [ModelField; 2] {
-    let vb = VarBuilder::from_varmap(vars, DType::F32, &Device::Cpu);
-    let declared = ModelField::of_layers(vb, build).unwrap();
-    let called = ModelField::new(vars, &Device::Cpu, build, |layers: &L, t: &Time, y| layers.forward_at(t, y)).unwrap();
-    fill(vars, 1, 1.0);
-    [declared, called]
-}
-
-/// The bits of all outputs, dL/dy0 and each dL/dθ for L = Σ y² over the outputs; what was counted.
-fn trained(ode: &Ode, vars: &VarMap, y0: &Var) -> (Vec<Vec<u64>>, Stats) {
-    let solution = ode.solve(y0.as_tensor()).unwrap();
-    let all = solution.states().iter().map(|y| y[0].sqr().unwrap().sum_all().unwrap());
-    let grads = all.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
-    let parameters = sorted(vars).into_values().filter_map(|var| grads.get(&var).cloned());
-    let outputs = solution.states().iter().map(|y| y[0].clone());
-    let found = outputs.chain(grads.get(y0).cloned()).chain(parameters).map(|x| bits(&x)).collect();
-    (found, solution.stats())
-}
-
-fn are_the_same(what: &str, fields: &[ModelField; 2], vars: &VarMap, y0: &Var, settings: impl Fn(Ode) -> Ode) {
-    let [declared, called] = fields;
-    let [declared, called] = [declared, called].map(|field| trained(&settings(Ode::new(field)), vars, y0));
-    assert!(declared.0.len() > 2 && declared.0 == called.0, "{what}");
-    assert_eq!(declared.1, called.1, "{what}");
-}
+use common::{bits, normal, sorted, variable};
+use declared::Ran::{OnBoth, OnBuffers, OnTensors};
+use declared::{BUFFERS, TENSORS, Way, are_the_same, both, way_in};
 
 const PRECISIONS: [Precision; 4] = [Precision::F64, Precision::F32, Precision::F16, Precision::BF16];
 
@@ -67,11 +39,13 @@ fn every_precision_and_width() {
         for shape in shapes {
             let vars = VarMap::new();
             let fields = both(&vars, |vb| narrow(vb));
-            are_the_same(&format!("{precision:?} {shape:?}"), &fields, &vars, &variable(9, shape, DType::F32), steps);
+            let (what, y0) = (format!("{precision:?} {shape:?}"), variable(9, shape, DType::F32));
+            are_the_same(&what, &fields, &vars, &y0, way_in(precision), steps);
         }
         let vars = VarMap::new();
         let fields = both(&vars, |vb| wide(vb));
-        are_the_same(&format!("{precision:?} wide"), &fields, &vars, &variable(9, &[70, 32], DType::F32), steps);
+        let (what, y0) = (format!("{precision:?} wide"), variable(9, &[70, 32], DType::F32));
+        are_the_same(&what, &fields, &vars, &y0, way_in(precision), steps);
     }
 }
 
@@ -84,7 +58,8 @@ fn every_end_of_the_layers() {
                 let vars = VarMap::new();
                 let fields = both(&vars, |vb| activated(vb, Activation::$last));
                 let what = format!("{} {precision:?}", stringify!($last));
-                are_the_same(&what, &fields, &vars, &variable(9, &[33, 3], DType::F32), steps);
+                let y0 = variable(9, &[33, 3], DType::F32);
+                are_the_same(&what, &fields, &vars, &y0, way_in(precision), steps);
             )*};
         }
         ends_in!(Tanh, Gelu, Relu, Identity, Sin);
@@ -98,17 +73,18 @@ fn every_explicit_method() {
     let y0 = variable(9, &[40, 2], DType::F32);
     for precision in [Precision::F32, Precision::F16] {
         macro_rules! methods {
-            ($($method:expr),* $(,)?) => {$(
+            ($way:expr => $($method:expr),* $(,)?) => {$(
                 let steps = |ode: Ode| ode.solver($method).span(0.0, 1.0).steps(4).precision(precision);
-                are_the_same(&format!("{} {precision:?}", stringify!($method)), &fields, &vars, &y0, steps);
+                are_the_same(&format!("{} {precision:?}", stringify!($method)), &fields, &vars, &y0, $way, steps);
             )*};
         }
-        methods!(Euler, Midpoint, Heun, Ralston, Rk3, Rk4, ThreeEighths, Bosh3, Dopri5, Tsit5, Reversible::new(Rk4));
+        methods!(BUFFERS => Euler, Midpoint, Heun, Ralston, Rk3, Rk4, ThreeEighths, Bosh3, Dopri5, Tsit5);
         // One of the stages does not matter.
-        methods!(Tableau::new("idle", 1, &[&[0.5], &[0.3, 0.2]], &[0.25, 0.0, 0.75]).unwrap());
+        methods!(BUFFERS => Tableau::new("idle", 1, &[&[0.5], &[0.3, 0.2]], &[0.25, 0.0, 0.75]).unwrap());
+        methods!(TENSORS => Reversible::new(Rk4), ReversibleHeun);
         // A step as long as the coefficient of λ is one.
         let long = |ode: Ode| ode.solver(Euler).span(0.0, 3.0).steps(3).precision(precision);
-        are_the_same("steps of one", &fields, &vars, &y0, long);
+        are_the_same("steps of one", &fields, &vars, &y0, BUFFERS, long);
     }
 }
 
@@ -119,24 +95,37 @@ fn every_way_back() {
     let y0 = variable(9, &[40, 32], DType::F32);
     for precision in PRECISIONS {
         let steps = |ode: Ode| ode.span(0.0, 1.0).steps(8).precision(precision);
-        let same = |what: &str, settings: &dyn Fn(Ode) -> Ode| {
-            are_the_same(&format!("{what} {precision:?}"), &fields, &vars, &y0, |ode| settings(steps(ode)));
+        let same = |what: &str, way: Way, settings: &dyn Fn(Ode) -> Ode| {
+            let way = if precision == Precision::F64 { TENSORS } else { way };
+            are_the_same(&format!("{what} {precision:?}"), &fields, &vars, &y0, way, |ode| settings(steps(ode)));
         };
-        same("one at a time", &|ode| ode.adjoint(Discrete::default().stage_memory(StageMemory::One)));
-        same("checkpoints", &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2))));
-        same("linearisations", &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2).with_stages())));
-        same("increments", &|ode| ode.adjoint(Discrete::default().codec(Increments8)));
-        same("unrolled", &|ode| ode.adjoint(Unrolled));
-        same("backsolve", &|ode| ode.adjoint(Backsolve::default()));
-        same("several outputs", &|ode| ode.save_at(&[0.0, 0.25, 0.5, 1.0]));
+        // What is said of fields that are layers of where steps run on buffers, and where not.
+        let forwards = [OnBuffers, OnTensors];
+        same("one at a time", forwards, &|ode| ode.adjoint(Discrete::default().stage_memory(StageMemory::One)));
+        same("checkpoints", BUFFERS, &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2))));
+        let one_at_a_time = Discrete::default().schedule(Checkpoints::new(2)).stage_memory(StageMemory::One);
+        same("checkpoints, one at a time", forwards, &|ode| ode.adjoint(one_at_a_time.clone()));
+        let kept = Discrete::default().schedule(Checkpoints::new(2).with_stages());
+        same("linearisations", TENSORS, &|ode| ode.adjoint(kept.clone()));
+        same("all linearisations", TENSORS, &|ode| ode.adjoint(Discrete::default().keep_linearizations()));
+        same("increments", BUFFERS, &|ode| ode.adjoint(Discrete::default().codec(Increments8)));
+        same("unrolled", TENSORS, &|ode| ode.adjoint(Unrolled));
+        same("backsolve", forwards, &|ode| ode.adjoint(Backsolve::default()));
+        same("several outputs", BUFFERS, &|ode| ode.save_at(&[0.0, 0.25, 0.5, 1.0]));
         let times = [0.0f32, 1.0].map(|t| Var::new(t, &Device::Cpu).unwrap());
-        same("gradients of times", &|ode| ode.span_tensors(times[0].as_tensor(), times[1].as_tensor()));
-        same("consumed", &|ode| ode.adjoint(Discrete::default().consume()));
-        same("no scale", &|ode| ode.scaling(AdjointScaling::none()));
-        same("a fixed scale", &|ode| ode.scaling(AdjointScaling::fixed(8.0).unwrap()));
-        same("the dynamic scale", &|ode| ode.scaling(AdjointScaling::dynamic()));
+        same("gradients of times", forwards, &|ode| ode.span_tensors(times[0].as_tensor(), times[1].as_tensor()));
+        let times = times.map(|t| t.as_detached_tensor());
+        same("times without gradients", BUFFERS, &|ode| ode.span_tensors(&times[0], &times[1]));
+        same("consumed", BUFFERS, &|ode| ode.adjoint(Discrete::default().consume()));
+        same("no scale", BUFFERS, &|ode| ode.scaling(AdjointScaling::none()));
+        same("a fixed scale", BUFFERS, &|ode| ode.scaling(AdjointScaling::fixed(8.0).unwrap()));
+        same("the dynamic scale", BUFFERS, &|ode| ode.scaling(AdjointScaling::dynamic()));
+        // Steps that are chosen are fixed on the way back.
         let adaptive = |ode: Ode| ode.solver(Dopri5).span(0.0, 1.0).tolerances(1e-2, 1e-2).precision(precision);
-        are_the_same(&format!("adaptive {precision:?}"), &fields, &vars, &y0, adaptive);
+        let backwards = if precision == Precision::F64 { TENSORS } else { [OnTensors, OnBuffers] };
+        are_the_same(&format!("adaptive {precision:?}"), &fields, &vars, &y0, backwards, adaptive);
+        let recomputed = |ode: Ode| adaptive(ode).tolerances(1e-4, 1e-4).adjoint(Discrete::default().checkpoints(2));
+        are_the_same(&format!("adaptive, checkpoints {precision:?}"), &fields, &vars, &y0, backwards, recomputed);
     }
 }
 
@@ -147,14 +136,14 @@ fn tiles_threads_and_frozen_parameters() {
     let y0 = variable(9, &[150, 2], DType::F32);
     for threads in [1, 2] {
         let steps = |ode: Ode| ode.span(0.0, 1.0).steps(6).tile(32).threads(threads);
-        are_the_same(&format!("{threads} threads"), &fields, &vars, &y0, steps);
+        are_the_same(&format!("{threads} threads"), &fields, &vars, &y0, BUFFERS, steps);
     }
     for frozen in ["0.", "1.weight", "bias"] {
         // What stops gradients on purpose is taken as it is.
         let stopped = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)).stops_gradients());
-        are_the_same(frozen, &stopped, &vars, &y0, |ode: Ode| ode.span(0.0, 1.0).steps(6));
+        are_the_same(frozen, &stopped, &vars, &y0, TENSORS, |ode: Ode| ode.span(0.0, 1.0).steps(6));
         let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
-        are_the_same(frozen, &fields, &vars, &y0, |ode: Ode| ode.span(0.0, 1.0).steps(6));
+        are_the_same(frozen, &fields, &vars, &y0, BUFFERS, |ode: Ode| ode.span(0.0, 1.0).steps(6));
     }
 }
 
@@ -169,14 +158,14 @@ fn layers_of_every_kind() {
     let steps = |ode: Ode| ode.span(0.0, 0.5).steps(5);
     let y0 = variable(9, &[33, 3], DType::F32);
     let (first, second) = (VarMap::new(), VarMap::new());
-    are_the_same("in time", &both(&first, in_time), &first, &y0, steps);
-    are_the_same("mixed", &both(&second, mixed), &second, &y0, steps);
+    are_the_same("in time", &both(&first, in_time), &first, &y0, BUFFERS, steps);
+    are_the_same("mixed", &both(&second, mixed), &second, &y0, TENSORS, steps);
     let gated = |vb: VarBuilder<'static>| {
         let layers = seq().add_timed(concat_squash_linear(3, 20, vb.pp(0))?).add(Activation::Tanh);
         Ok(layers.add_timed(concat_squash_linear(20, 3, vb.pp(1))?))
     };
     let third = VarMap::new();
-    are_the_same("gated", &both(&third, gated), &third, &y0, steps);
+    are_the_same("gated", &both(&third, gated), &third, &y0, TENSORS, steps);
 }
 
 /// Every stage has a time of its own, forwards and back.
@@ -188,9 +177,10 @@ fn layers_in_time() {
             let vars = VarMap::new();
             let (fields, y0) = (both(&vars, build), variable(9, &[40, sizes[0]], DType::F32));
             let steps = |ode: Ode| ode.solver(ThreeEighths).span(0.3, 2.0).steps(5).precision(precision);
-            are_the_same(&format!("{precision:?} {sizes:?}"), &fields, &vars, &y0, steps);
+            let (way, what) = (way_in(precision), format!("{precision:?} {sizes:?}"));
+            are_the_same(&what, &fields, &vars, &y0, way, steps);
             let checkpoints = |ode: Ode| steps(ode).adjoint(Discrete::default().checkpoints(2));
-            are_the_same(&format!("{precision:?} {sizes:?}, checkpoints"), &fields, &vars, &y0, checkpoints);
+            are_the_same(&format!("{what}, checkpoints"), &fields, &vars, &y0, way, checkpoints);
         }
     }
 }
@@ -238,7 +228,8 @@ fn what_overflows_is_found_at_the_same_place() {
                     let ode = ode.solver(solver.clone()).span(0.0, 0.05).steps(3).precision(precision);
                     ode.on_overflow(OnOverflow::Retry)
                 };
-                are_the_same("retried", &fields, &vars, &y0, retried);
+                // What has overflown is looked at on tensors, and goes on from there in F32.
+                are_the_same("retried", &fields, &vars, &y0, [OnBoth, OnBuffers], retried);
             }
         }
     }
@@ -254,7 +245,7 @@ fn pullbacks_that_overflow_are_done_again_in_the_same_way() {
         let scaling = AdjointScaling::fixed(2f64.powi(18)).unwrap();
         ode.span(0.0, 1.0).steps(7).precision(Precision::F16).scaling(scaling)
     };
-    are_the_same("overflowing", &fields, &vars, &y0, steps);
+    are_the_same("overflowing", &fields, &vars, &y0, BUFFERS, steps);
     let solution = steps(Ode::new(&fields[0])).solve(y0.as_tensor()).unwrap();
     solution.last().sqr().unwrap().sum_all().unwrap().backward().unwrap();
     assert!(solution.stats().redone_passes > 0);
