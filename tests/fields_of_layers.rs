@@ -12,8 +12,8 @@ use candle_ode::ops::{Activation, Mlp, Sequential, concat_linear, concat_squash_
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
 use common::{bits, normal, sorted, variable};
-use declared::Ran::{OnBoth, OnBuffers, OnTensors};
-use declared::{BUFFERS, TENSORS, Way, are_the_same, both, way_in};
+use declared::Ran::{Both, Buffers, Tensors};
+use declared::{BUFFERS, TENSORS, Way, alone, are_the_same, both, way_in};
 
 const PRECISIONS: [Precision; 4] = [Precision::F64, Precision::F32, Precision::F16, Precision::BF16];
 
@@ -33,6 +33,7 @@ fn activated(vb: VarBuilder, last: Activation) -> candle_core::Result<Sequential
 
 #[test]
 fn every_precision_and_width() {
+    let _turn = alone();
     let shapes: [&[usize]; 3] = [&[70, 2], &[5, 2], &[2, 3, 11, 2]];
     for precision in PRECISIONS {
         let steps = |ode: Ode| ode.span(0.0, 1.0).steps(6).precision(precision);
@@ -51,6 +52,7 @@ fn every_precision_and_width() {
 
 #[test]
 fn every_end_of_the_layers() {
+    let _turn = alone();
     for precision in PRECISIONS {
         let steps = |ode: Ode| ode.span(1.0, 0.0).steps(5).precision(precision);
         macro_rules! ends_in {
@@ -68,6 +70,7 @@ fn every_end_of_the_layers() {
 
 #[test]
 fn every_explicit_method() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| narrow(vb));
     let y0 = variable(9, &[40, 2], DType::F32);
@@ -90,6 +93,7 @@ fn every_explicit_method() {
 
 #[test]
 fn every_way_back() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| wide(vb));
     let y0 = variable(9, &[40, 32], DType::F32);
@@ -100,7 +104,7 @@ fn every_way_back() {
             are_the_same(&format!("{what} {precision:?}"), &fields, &vars, &y0, way, |ode| settings(steps(ode)));
         };
         // What is said of fields that are layers of where steps run on buffers, and where not.
-        let forwards = [OnBuffers, OnTensors];
+        let forwards = [Buffers, Tensors];
         same("one at a time", forwards, &|ode| ode.adjoint(Discrete::default().stage_memory(StageMemory::One)));
         same("checkpoints", BUFFERS, &|ode| ode.adjoint(Discrete::default().schedule(Checkpoints::new(2))));
         let one_at_a_time = Discrete::default().schedule(Checkpoints::new(2)).stage_memory(StageMemory::One);
@@ -122,7 +126,7 @@ fn every_way_back() {
         same("the dynamic scale", BUFFERS, &|ode| ode.scaling(AdjointScaling::dynamic()));
         // Steps that are chosen are fixed on the way back.
         let adaptive = |ode: Ode| ode.solver(Dopri5).span(0.0, 1.0).tolerances(1e-2, 1e-2).precision(precision);
-        let backwards = if precision == Precision::F64 { TENSORS } else { [OnTensors, OnBuffers] };
+        let backwards = if precision == Precision::F64 { TENSORS } else { [Tensors, Buffers] };
         are_the_same(&format!("adaptive {precision:?}"), &fields, &vars, &y0, backwards, adaptive);
         let recomputed = |ode: Ode| adaptive(ode).tolerances(1e-4, 1e-4).adjoint(Discrete::default().checkpoints(2));
         are_the_same(&format!("adaptive, checkpoints {precision:?}"), &fields, &vars, &y0, backwards, recomputed);
@@ -131,6 +135,7 @@ fn every_way_back() {
 
 #[test]
 fn tiles_threads_and_frozen_parameters() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| narrow(vb)).map(ModelField::row_wise);
     let y0 = variable(9, &[150, 2], DType::F32);
@@ -150,6 +155,7 @@ fn tiles_threads_and_frozen_parameters() {
 /// Layers that no chain takes run as they do in a closure.
 #[test]
 fn layers_of_every_kind() {
+    let _turn = alone();
     let in_time = |vb: VarBuilder<'static>| Mlp::builder(&[3, 20, 3], Activation::Tanh).in_time().build(vb);
     let mixed = |vb: VarBuilder<'static>| {
         let layers = seq().add(linear(3, 20, vb.pp(0))?).add_fn(|x| x.sin()).add(linear(20, 20, vb.pp(1))?);
@@ -171,6 +177,7 @@ fn layers_of_every_kind() {
 /// Every stage has a time of its own, forwards and back.
 #[test]
 fn layers_in_time() {
+    let _turn = alone();
     for precision in PRECISIONS {
         for sizes in [[2, 24, 2], [24, 40, 24]] {
             let build = move |vb: VarBuilder<'static>| Mlp::builder(&sizes, Activation::Tanh).in_time().build(vb);
@@ -187,6 +194,7 @@ fn layers_in_time() {
 
 #[test]
 fn cotangents_with_gaps_and_states_that_are_views() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| narrow(vb));
     let wide = variable(9, &[2, 40], DType::F32);
@@ -207,6 +215,7 @@ fn growing(vb: VarBuilder) -> candle_core::Result<Sequential> {
 
 #[test]
 fn what_overflows_is_found_at_the_same_place() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| growing(vb));
     for (gain, precision) in [(60.0, Precision::F16), (1e18, Precision::F32), (1e18, Precision::BF16)] {
@@ -229,7 +238,7 @@ fn what_overflows_is_found_at_the_same_place() {
                     ode.on_overflow(OnOverflow::Retry)
                 };
                 // What has overflown is looked at on tensors, and goes on from there in F32.
-                are_the_same("retried", &fields, &vars, &y0, [OnBoth, OnBuffers], retried);
+                are_the_same("retried", &fields, &vars, &y0, [Both, Buffers], retried);
             }
         }
     }
@@ -238,6 +247,7 @@ fn what_overflows_is_found_at_the_same_place() {
 /// Backwards F16 overflows with a scale that is too large: a pass is done again, with the steps at fault in F32.
 #[test]
 fn pullbacks_that_overflow_are_done_again_in_the_same_way() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| wide(vb));
     let y0 = variable(9, &[40, 32], DType::F32);
@@ -254,6 +264,7 @@ fn pullbacks_that_overflow_are_done_again_in_the_same_way() {
 /// Near the largest number of F32 a cotangent may be finite in half precision, times its scale, and not without it.
 #[test]
 fn cotangents_near_the_largest_number_overflow_at_the_same_place() {
+    let _turn = alone();
     let vars = VarMap::new();
     let fields = both(&vars, |vb| growing(vb));
     for (_, var) in sorted(&vars) {

@@ -10,8 +10,9 @@ use candle_ode::prelude::*;
 use candle_ode::{Result, Stats};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
@@ -32,20 +33,20 @@ pub(crate) fn both<L: Layers>(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ran {
     /// On buffers, without a tensor for what belongs to a stage.
-    OnBuffers,
+    Buffers,
     /// On tensors, as those of any field.
-    OnTensors,
+    Tensors,
     /// Some of them so, others so.
-    OnBoth,
+    Both,
 }
 
-use Ran::{OnBoth, OnBuffers, OnTensors};
+use Ran::{Both, Buffers, Tensors};
 
 /// Forwards and back.
 pub(crate) type Way = [Ran; 2];
 
-pub(crate) const BUFFERS: Way = [OnBuffers; 2];
-pub(crate) const TENSORS: Way = [OnTensors; 2];
+pub(crate) const BUFFERS: Way = [Buffers; 2];
+pub(crate) const TENSORS: Way = [Tensors; 2];
 
 /// Where fixed steps of explicit methods run.
 pub(crate) fn way_in(precision: Precision) -> Way {
@@ -65,17 +66,14 @@ pub(crate) fn are_the_same(
     let [declared, called] = fields.each_ref().map(|field| trained(&settings(Ode::new(field)), vars, y0));
     assert!(declared.found.len() > 2 && declared.found == called.found, "{what}");
     assert_eq!(declared.stats, called.stats, "{what}");
-    let forwards = ran(declared.forwards, called.forwards, 0);
-    let back = ran(declared.back, called.back, 2 * called.stats.pullbacks * called.tiles);
-    assert_eq!([forwards, back], expected.map(Some), "{what}: {declared:?} and {called:?}");
+    let found = [ran(declared.forwards, called.forwards), ran(declared.back, called.back)];
+    assert_eq!(found, expected.map(Some), "{what}: {declared:?} and {called:?}");
 }
 
 /// What was found of a solve and its backward pass.
 struct Trained {
     found: Vec<Vec<u64>>,
-    /// Of a tile.
     stats: Stats,
-    tiles: usize,
     forwards: Made,
     back: Made,
 }
@@ -94,52 +92,65 @@ fn trained(ode: &Ode, vars: &VarMap, y0: &Var) -> Trained {
     let parameters = sorted(vars).into_values().filter_map(|var| grads.get(&var).cloned());
     let outputs = solution.states().iter().map(|y| y[0].clone());
     let found = outputs.chain(grads.get(y0).cloned()).chain(parameters).map(|x| bits(&x)).collect();
-    Trained { found, stats: solution.stats(), tiles: solution.tiles(), forwards, back }
+    Trained { found, stats: solution.stats(), forwards, back }
 }
 
-/// Where the declared field ran, by what it made and what the closure made; the closure's pullbacks have made so many
-/// cotangents. `None` if neither explains it.
-pub(crate) fn ran(declared: Made, called: Made, cotangents: usize) -> Option<Ran> {
-    let [on_buffers, on_tensors] = [Made { stages: 0, cotangents: called.cotangents.checked_sub(cotangents)? }, called];
+/// Where the declared field ran, by what it made and what the closure made on tensors; `None` if nothing explains it.
+pub(crate) fn ran(declared: Made, called: Made) -> Option<Ran> {
+    let on_buffers = Made { stages: 0, cotangents: called.cotangents.checked_sub(2 * called.pullbacks)?, ..called };
     let is_between = |least: usize, found: usize, most: usize| (least..=most).contains(&found);
     match declared {
-        made if made == on_tensors => Some(OnTensors),
-        made if made == on_buffers => Some(OnBuffers),
-        made if is_between(on_buffers.stages, made.stages, on_tensors.stages)
-            && is_between(on_buffers.cotangents, made.cotangents, on_tensors.cotangents) =>
+        made if made == called => Some(Tensors),
+        made if made == on_buffers => Some(Buffers),
+        made if made.pullbacks == called.pullbacks
+            && is_between(on_buffers.stages, made.stages, called.stages)
+            && is_between(on_buffers.cotangents, made.cotangents, called.cotangents) =>
         {
-            Some(OnBoth)
+            Some(Both)
         }
         _ => None,
     }
 }
 
-/// How many tensors of ours were made for what belongs to the stages of steps, and for cotangents: κ and μ of each, and λ.
+/// How many tensors of ours were made for what belongs to the stages of steps, and for cotangents: λ of each step, and κ and μ
+/// of each pullback that is made on tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Made {
-    pub(crate) stages: usize,
-    pub(crate) cotangents: usize,
+    stages: usize,
+    cotangents: usize,
+    pullbacks: usize,
+}
+
+/// Held by each test that solves: while another thread makes a dispatcher, `tracing` may pass over an event.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs something and says what it has made, on threads of its own, too.
 pub(crate) fn made_by<T>(run: impl FnOnce() -> T) -> (T, Made) {
-    // While another thread makes a dispatcher, `tracing` may pass over an event.
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let births = Births::default();
     let done = tracing::subscriber::with_default(tracing_subscriber::registry().with(births.clone()), run);
-    let [stages, cotangents] = [&births.stages, &births.cotangents].map(|births| births.load(Relaxed));
-    (done, Made { stages, cotangents })
+    let counts = [&births.stages, &births.cotangents, &births.pullbacks];
+    let [stages, cotangents, pullbacks] = counts.map(|births| births.load(Relaxed));
+    (done, Made { stages, cotangents, pullbacks })
 }
 
-/// Counts what is announced.
+/// Counts what is announced, and pullbacks.
 #[derive(Clone, Default)]
 struct Births {
     stages: Arc<AtomicUsize>,
     cotangents: Arc<AtomicUsize>,
+    pullbacks: Arc<AtomicUsize>,
 }
 
 impl<S: Subscriber> Layer<S> for Births {
+    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        let span = attributes.metadata();
+        let is_pullback = span.target() == TARGET && span.name() == "pullback";
+        self.pullbacks.fetch_add(usize::from(is_pullback), Relaxed);
+    }
+
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         if event.metadata().target() != TARGET || event.metadata().name() != "bytes" {
             return;
@@ -176,13 +187,19 @@ impl Visit for Bytes {
     }
 }
 
-/// What both fields give to the same question, which must be the same; an error by what it says.
+/// What both fields give to the same question, which must be the same; an error by what it says, less the way it went.
 pub(crate) fn answers<T: PartialEq + Debug>(
     what: &str,
     fields: &[ModelField; 2],
     ask: impl Fn(&ModelField) -> Result<T>,
 ) -> std::result::Result<T, String> {
-    let [declared, called] = fields.each_ref().map(|field| ask(field).map_err(|error| error.to_string()));
+    let [declared, called] = fields.each_ref().map(|field| ask(field).map_err(|error| said(&error)));
     assert!(declared == called, "{what}: {declared:?}, not {called:?}");
     declared
+}
+
+fn said(error: &OdeError) -> String {
+    let mut said = error.to_string();
+    said.truncate(said.find("\n   0: ").unwrap_or(said.len()));
+    said
 }
