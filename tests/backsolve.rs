@@ -138,3 +138,49 @@ fn jumps_of_f_are_seen_from_both_sides() {
     let error = values(grads.get(&y0).unwrap())[0] / 0.5f64.exp() - 1.0;
     assert!(error.abs() < 1e-7, "{error:e}");
 }
+
+/// Stages whose slopes do not count add nothing to dL/dθ, and their cotangents count for dL/dy all the same: layers that
+/// make both in one do what Candle's do.
+#[test]
+fn layers_pull_through_stages_that_do_not_count() {
+    use candle_nn::Module;
+    use candle_ode::ops::{Activation, Mlp};
+    for (sizes, rows) in [([2, 24, 2], 40), ([2, 24, 2], 3), ([24, 40, 24], 20)] {
+        let vars = VarMap::new();
+        let ours = move |vb| Mlp::new(&sizes, Activation::Tanh, vb);
+        let ours = ModelField::new(&vars, &Device::Cpu, ours, |mlp: &Mlp, _: &Time, y| mlp.forward(y)).unwrap();
+        let layers = move |vb: candle_nn::VarBuilder<'static>| {
+            let [a, b, c] = sizes;
+            let first = candle_nn::linear(a, b, vb.pp(0))?;
+            Ok(candle_nn::seq().add(first).add_fn(Tensor::tanh).add(candle_nn::linear(b, c, vb.pp(1))?))
+        };
+        let candles = ModelField::new(&vars, &Device::Cpu, layers, |layers, _: &Time, y| layers.forward(y)).unwrap();
+        fill(&vars, 1, 1.5);
+        let y0 = variable(9, &[rows, sizes[0]], DType::F32);
+        for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+            let chosen = || Backsolve::default().tolerances(1e-3, 1e-3);
+            for (what, solver, adjoint) in [
+                ("midpoint", Midpoint.tableau().unwrap().clone(), Backsolve::default()),
+                ("dopri5", Dopri5.tableau().unwrap().clone(), Backsolve::default()),
+                ("chosen", Dopri5.tableau().unwrap().clone(), chosen()),
+            ] {
+                let found = [&ours, &candles].map(|field| {
+                    let ode = Ode::new(field).solver(solver.clone()).span(0.0, 1.0).steps(6).precision(precision);
+                    let loss = ode.adjoint(adjoint.clone()).solve(y0.as_tensor()).unwrap().last().sqr().unwrap();
+                    let grads = loss.sum_all().unwrap().backward().unwrap();
+                    let named = sorted(&vars).into_values().chain([y0.clone()]);
+                    named.flat_map(|var| values(grads.get(&var).unwrap())).collect::<Vec<f64>>()
+                });
+                let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+                let gap: Vec<f64> = found[0].iter().zip(&found[1]).map(|(a, b)| a - b).collect();
+                let gap = norm(&gap) / norm(&found[1]);
+                let bound = match precision.compute_dtype() {
+                    DType::F32 => 2e-5,
+                    DType::F16 => 4e-3,
+                    _ => 3e-2,
+                };
+                assert!(gap < bound, "{sizes:?} {rows} {what} {precision:?}: {gap:e}");
+            }
+        }
+    }
+}

@@ -81,8 +81,13 @@ impl Gradients {
         Ok(())
     }
 
-    /// Lets `contribute` add to the sum of the parameter that `leaf` stands for, without the scale. Sums in F64 are given
-    /// what it adds to zeros in F32.
+    /// Whether what is added is summed, and not left out.
+    pub(crate) fn sums(&self) -> bool {
+        !self.ignored
+    }
+
+    /// Lets `contribute` add to the sum of the parameter that `leaf` stands for, without the scale, if anything
+    /// [is summed](Self::sums). Sums in F64 are given what it adds to zeros in F32.
     pub(crate) fn add_in_place(
         &mut self,
         leaf: &Tensor,

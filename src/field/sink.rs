@@ -38,6 +38,11 @@ pub(crate) fn add_in_place(weight: &Tensor, contribute: impl FnOnce(&mut [f32]))
     })
 }
 
+/// Whether sums are open, and what is added is not left out: [`add_in_place`] then does run what it is given.
+pub(crate) fn sums() -> bool {
+    OPEN.with_borrow(|open| open.as_ref().is_some_and(Gradients::sums))
+}
+
 fn none_open() -> candle_core::Error {
     OdeError::Unsupported {
         what: "a backward pass inside a vector field, through layers of candle_ode::ops".into(),

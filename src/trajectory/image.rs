@@ -1,7 +1,7 @@
 //! Entries of increments on the host: their bytes, and no tensors around them.
 //!
-//! A tensor takes some 300 bytes beside its elements. Without them an entry of codes and scales is an eighth smaller where
-//! tiles have 4096 elements in 8 bits.
+//! Tensors of codes and scales take some 500 bytes beside their elements: an eighth of what they are where tiles have
+//! 4096 elements in 8 bits.
 
 use super::codec::Entry;
 use crate::error::Result;

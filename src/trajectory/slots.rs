@@ -265,7 +265,8 @@ impl Slots {
         let kept = Kept::new(n - 1, true, self.codec.clone(), entry);
         let decoded = kept.decode(self.accumulate)?;
         // What may go to the second level goes there as it is.
-        let kept = if self.levels.is_none() { kept.without_tensors(&mut self.form) } else { kept };
+        let stays = self.levels.as_ref().is_none_or(|levels| !levels.moves(before[0].device()));
+        let kept = if stays { kept.without_tensors(&mut self.form) } else { kept };
         let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
         let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));

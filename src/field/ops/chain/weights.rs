@@ -127,7 +127,9 @@ impl Link {
     /// Before the cotangent g of the result is pulled back to x: adds the gradients of weights that are not added to along
     /// with that, and makes g the cotangent of the product. Says whether gradients are still to be added.
     pub(super) fn before_pull<T: Ordered>(&self, way: Way<'_>, g: &mut Matrix<T>, x: View<'_, T>) -> Result<bool> {
-        if matches!(&self.weights, Weights::Parameters { weight, .. } if weight.is_tracked()) {
+        let adds = matches!(&self.weights, Weights::Parameters { weight, .. } if weight.is_tracked());
+        // Where nothing is summed, what adds to the sums is not run.
+        if adds && sink::sums() {
             return Ok(true);
         }
         self.add_gradients(way, (g.view(), g.view()), x)?;

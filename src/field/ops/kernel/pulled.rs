@@ -67,7 +67,7 @@ pub(super) fn pull_lanes_on(path: Path, Pullback { g, x, b, then, db, dw, out }:
     }
 }
 
-/// N features of g, and what tanh has made of x: in a pass over x.
+/// N features of g, and x that tanh has made: in a pass over x.
 struct FewOutputs<'a, const N: usize> {
     g: View<'a, f32>,
     x: View<'a, f32>,

@@ -120,7 +120,8 @@ impl Outer<'_> {
                 // SAFETY: a tile's four pixels are rows of g, and of each no more is touched than there is; the points lie
                 // in the space.
                 unsafe {
-                    let (from, stride) = (self.g.row(pixel).as_ptr().add(c), self.g.stride());
+                    let stride = self.g.stride();
+                    let from = self.g.as_ptr().add(pixel * stride + c);
                     let g = load_square::<L, 2>(from, [looks.windows[1] * stride, stride], count);
                     let points = both_ways::<OfCotangents, _, 2, 4>(g);
                     put_points(points, self.h.as_mut_ptr().add(n * outputs + c), apart(outputs), count);
