@@ -10,7 +10,9 @@ use candle_ode::memory::{MemoryProfiler, MemoryReport, TrackingAllocator};
 use candle_ode::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::PoisonError;
 
 /// (1) Counts the heap.
 #[global_allocator]
@@ -83,6 +85,19 @@ fn stripes(rng: &mut ChaCha8Rng, device: &Device) -> Result<(Tensor, Tensor)> {
     Ok((Tensor::from_vec(pixels, (BATCH, 1, SIDE, SIDE), device)?, Tensor::from_vec(vertical, BATCH, device)?))
 }
 
+/// Parameters drawn from `rng`: weights of variance 2/fan-in, as layers before a ReLU like them, biases of zero.
+fn draw(vars: &VarMap, rng: &mut ChaCha8Rng) -> Result<()> {
+    let named = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+    // By name: a map has an order of its own in every process.
+    for var in named.iter().collect::<BTreeMap<_, _>>().into_values() {
+        let fan_in: usize = var.dims().iter().skip(1).product();
+        let bound = if var.rank() == 1 { 0.0 } else { (6.0 / fan_in as f32).sqrt() };
+        let values: Vec<f32> = (0..var.elem_count()).map(|_| rng.random_range(-bound..=bound)).collect();
+        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+    }
+    Ok(())
+}
+
 /// Trains, and says where the memory went and how large the last loss was.
 fn profile(iterations: u64) -> candle_ode::Result<(MemoryReport, f32)> {
     let device = Device::Cpu;
@@ -91,8 +106,9 @@ fn profile(iterations: u64) -> candle_ode::Result<(MemoryReport, f32)> {
         MemoryProfiler::new(&device).set("solver", "heun").set("steps", STEPS).set("batch", BATCH).install()?;
     let vars = VarMap::new();
     let network = Network::new(&vars, &device)?;
-    let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-2)?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
+    draw(&vars, &mut rng)?;
+    let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-2)?;
     let mut last = f32::NAN;
     for index in 0..iterations {
         let _iteration = tracing::info_span!("iteration", index).entered();
