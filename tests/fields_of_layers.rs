@@ -118,6 +118,11 @@ fn every_way_back() {
         same("several outputs", BUFFERS, &|ode| ode.save_at(&[0.0, 0.25, 0.5, 1.0]));
         let times = [0.0f32, 1.0].map(|t| Var::new(t, &Device::Cpu).unwrap());
         same("gradients of times", forwards, &|ode| ode.span_tensors(times[0].as_tensor(), times[1].as_tensor()));
+        // Steps that are taken again are those of such a pass, too.
+        same("gradients of times, checkpoints", forwards, &|ode| {
+            let ode = ode.adjoint(Discrete::default().schedule(Checkpoints::new(2)));
+            ode.span_tensors(times[0].as_tensor(), times[1].as_tensor())
+        });
         let times = times.map(|t| t.as_detached_tensor());
         same("times without gradients", BUFFERS, &|ode| ode.span_tensors(&times[0], &times[1]));
         same("consumed", BUFFERS, &|ode| ode.adjoint(Discrete::default().consume()));

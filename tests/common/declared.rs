@@ -1,4 +1,5 @@
-//! Layers declared to be all there is to a field, beside a closure that calls them: what they give, and where steps ran.
+//! Layers declared to be all there is to a field, beside a closure that calls them: what they give, and where steps
+//! ran.
 #![allow(dead_code, missing_docs, reason = "not every file needs all of it")]
 
 use super::common::{bits, fill, sorted};
@@ -53,8 +54,8 @@ pub(crate) fn way_in(precision: Precision) -> Way {
     if precision.accumulate_dtype() == DType::F32 { BUFFERS } else { TENSORS }
 }
 
-/// What the declared field gives, found to be what the closure gives, and to be made where it is `expected`: the bits of all
-/// outputs, dL/dy0 and each dL/dθ for L = Σ y² over the outputs; what was counted.
+/// What the declared field gives, found to be what the closure gives, and to be made where it is `expected`: the bits
+/// of all outputs, dL/dy0 and each dL/dθ for L = Σ y² over the outputs; what was counted.
 pub(crate) fn are_the_same(
     what: &str,
     fields: &[ModelField; 2],
@@ -112,8 +113,8 @@ pub(crate) fn ran(declared: Made, called: Made) -> Option<Ran> {
     }
 }
 
-/// How many tensors of ours were made for what belongs to the stages of steps, and for cotangents: λ of each step, and κ and μ
-/// of each pullback that is made on tensors.
+/// How many tensors of ours were made for what belongs to the stages of steps, and for cotangents: λ of each step, and
+/// κ and μ of each pullback that is made on tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Made {
     stages: usize,

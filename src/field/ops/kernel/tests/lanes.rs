@@ -53,23 +53,89 @@ fn products_have_the_bits_of_the_row_major_ones() {
     }
 }
 
-/// What lies beyond the noise: tails, infinities, zeros of both signs, NaN.
+/// What lies beyond the noise: tails, infinities, zeros of both signs, numbers below the normal ones, NaN.
+const SPECIAL: [f32; 13] = [
+    f32::NAN,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    0.0,
+    -0.0,
+    1e-40,
+    -1e-45,
+    -1e-30,
+    8.999_999,
+    9.0,
+    -9.000_001,
+    f32::MAX,
+    -f32::MIN_POSITIVE,
+];
+
+/// Rows of the batch: blocks of vectors side by side, vectors by themselves, some lanes of one, whatever their width.
+const BATCH: usize = 2 * 256 + 247;
+
+/// A product of so many terms, of which the first alone is not zero: `x`, added to `bias`.
+fn first_of(depth: usize, path: Path, x: &[f32], bias: Option<f32>, then: Then<'_, f32>) -> Vec<f32> {
+    let mut terms = x.to_vec();
+    terms.resize(depth * BATCH, 0.5);
+    // A zero that changes no sum, of either sign.
+    let one = Packed::pack(depth, 1, |k, _| if k == 0 { 1.0 } else { -0.0 });
+    let bias = bias.map(|bias| [bias]);
+    let epilogue = Epilogue { bias: bias.as_ref().map(|bias| &bias[..]), then, ..Epilogue::default() };
+    let mut out = vec![0.0; BATCH];
+    multiply_lanes_on(
+        path,
+        View::new(&terms, depth, BATCH, BATCH),
+        &one,
+        &epilogue,
+        ViewMut::new(&mut out, 1, BATCH, BATCH),
+    );
+    out
+}
+
+fn is_same(found: f32, expected: f32) -> bool {
+    found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan()
+}
+
 #[test]
 fn the_tanh_of_shallow_products_is_that_of_numbers() {
-    let mut values: Vec<f32> = (0..643).map(|n| (n as f32 - 321.0) / 16.0).collect();
-    values.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -0.0, 1e-40, -1e-30, 8.999_999, 9.0, -9.000_001]);
-    let x = View::new(&values, 1, values.len(), values.len());
-    let one = Packed::pack(1, 1, |_, _| 1.0);
-    let epilogue = Epilogue { then: Then::Activation(Activation::Tanh), ..Epilogue::default() };
-    let mut expected = values.clone();
-    Activation::Tanh.value_in_place(&mut expected);
+    // What is special lies in every lane, among numbers that are not.
+    let number = |n: usize| match n % 3 {
+        1 => SPECIAL[n / 3 % SPECIAL.len()],
+        _ => (n as f32 - BATCH as f32 / 2.0) / 18.0,
+    };
+    let x: Vec<f32> = (0..BATCH).map(number).collect();
     for path in Path::all() {
-        let mut y = vec![0.0; values.len()];
-        multiply_lanes_on(path, x, &one, &epilogue, ViewMut::new(&mut y, 1, values.len(), values.len()));
-        for ((x, y), expected) in values.iter().zip(y).zip(&expected) {
-            // Sums begin with 0, which is what −0 becomes.
-            let is_same = y.to_bits() == expected.to_bits() || y == 0.0 && *expected == 0.0;
-            assert!(is_same || y.is_nan() && expected.is_nan(), "{path:?}: tanh {x} = {y}, not {expected}");
+        for depth in 1..=4 {
+            // Sums begin with 0, which is what −0 becomes, or with −0, which changes nothing.
+            for bias in [None, Some(-0.0)] {
+                let mut expected: Vec<f32> = x.iter().map(|x| bias.unwrap_or(0.0) + x).collect();
+                Activation::Tanh.value_in_place(&mut expected);
+                let found = first_of(depth, path, &x, bias, Then::Activation(Activation::Tanh));
+                for (n, (x, (y, expected))) in x.iter().zip(found.into_iter().zip(expected)).enumerate() {
+                    assert!(is_same(y, expected), "{path:?} of {depth}: tanh {x:e} = {y:e}, not {expected:e}, at {n}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_slope_of_tanh_after_shallow_products_is_that_of_numbers() {
+    // Every cotangent meets every kept value; each lies in every lane.
+    const KEPT: [f32; 9] = [0.3, 1.0, -1.0, 0.0, -0.0, 1e-40, f32::NAN, -0.999_999_9, f32::INFINITY];
+    let g: Vec<f32> = (0..BATCH).map(|n| SPECIAL.get(n % 17).copied().unwrap_or(-0.7)).collect();
+    let kept: Vec<f32> = (0..BATCH).map(|n| KEPT[n % KEPT.len()]).collect();
+    let slope = Then::TimesSlope(Activation::Tanh, View::new(&kept, 1, BATCH, BATCH));
+    for path in Path::all() {
+        for depth in 1..=4 {
+            for bias in [None, Some(-0.0)] {
+                let found = first_of(depth, path, &g, bias, slope);
+                for (n, (found, (g, y))) in found.into_iter().zip(g.iter().zip(&kept)).enumerate() {
+                    let expected = (bias.unwrap_or(0.0) + g) * ((1.0 - y) * (1.0 + y));
+                    let what = format!("{path:?} of {depth}: {g:e} by the slope at {y:e}");
+                    assert!(is_same(found, expected), "{what} = {found:e}, not {expected:e}, at {n}");
+                }
+            }
         }
     }
 }
