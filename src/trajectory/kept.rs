@@ -37,15 +37,15 @@ impl Kept {
     }
 
     /// The same without tensors around its bytes, where they are on the host; `form` is that of entries before.
-    pub(super) fn without_tensors(self, form: &mut Option<Arc<Form>>) -> Self {
+    pub(super) fn without_tensors(self, form: &mut Option<Arc<Form>>) -> Result<Self> {
         let lies = match self.lies {
-            Lies::OnDevice(entry, owned) => match Image::of(&entry, form) {
+            Lies::OnDevice(entry, owned) => match Image::of(&entry, form)? {
                 Some(image) => Lies::OnHost(image, owned),
                 None => Lies::OnDevice(entry, owned),
             },
             lies => lies,
         };
-        Self { lies, ..self }
+        Ok(Self { lies, ..self })
     }
 
     /// The same on the second level; `None` if it is there, or has nowhere to go. Where it is on its way, `self` is held

@@ -266,7 +266,7 @@ impl Slots {
         let decoded = kept.decode(self.accumulate)?;
         // What may go to the second level goes there as it is.
         let stays = self.levels.as_ref().is_none_or(|levels| !levels.moves(before[0].device()));
-        let kept = if stays { kept.without_tensors(&mut self.form) } else { kept };
+        let kept = if stays { kept.without_tensors(&mut self.form)? } else { kept };
         let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
         let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));

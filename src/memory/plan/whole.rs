@@ -296,10 +296,10 @@ impl Planned<'_> {
 /// What `entry` takes beside its elements where it lies without tensors, and as an entry once more.
 fn image(entry: &Entry) -> Result<Option<[usize; 2]>> {
     let mut form = None;
-    if Image::of(entry, &mut form).is_none() {
+    if Image::of(entry, &mut form)?.is_none() {
         return Ok(None);
     }
-    let (image, lies) = held(|| Ok(Image::of(entry, &mut form)))?;
+    let (image, lies) = held(|| Image::of(entry, &mut form))?;
     let again = image.map(|image| held(|| image.entry())).transpose()?.map_or(0, |(_, again)| again.kept);
     Ok(Some([lies.kept.saturating_sub(entry.bytes()) + Kept::BESIDE, again]))
 }

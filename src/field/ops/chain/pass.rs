@@ -130,15 +130,20 @@ fn seed<T: Ordered>(
     let mut g = order.tile(session, rows, links[last].outputs);
     let inverse = (1.0 / scale) as f32;
     let (then, kept) = (links[last].then, kept(links, saved, last, value));
-    let mut slopes = f32::spare(session).matrix(1, grad.columns());
-    for (row, g) in g.chunks_exact_mut(grad.columns()).enumerate() {
-        let scaled = g.iter_mut().zip(grad.row(row));
-        match kept {
-            None => scaled.for_each(|(g, grad)| *g = T::of(grad.wide() * inverse)),
-            Some(kept) => {
+    let columns = grad.columns();
+    match kept {
+        None => {
+            for (row, g) in g.chunks_exact_mut(columns).enumerate() {
+                g.iter_mut().zip(grad.row(row)).for_each(|(g, grad)| *g = T::of(grad.wide() * inverse));
+            }
+        }
+        Some(kept) => {
+            let mut slopes = f32::spare(session).matrix(1, columns);
+            for (row, g) in g.chunks_exact_mut(columns).enumerate() {
                 slopes.iter_mut().zip(kept.row(row)).for_each(|(slope, kept)| *slope = kept.wide());
                 then.slope_in_place(&mut slopes);
-                scaled.zip(slopes.iter()).for_each(|((g, grad), slope)| *g = T::of(grad.wide() * inverse * slope));
+                let scaled = g.iter_mut().zip(grad.row(row)).zip(slopes.iter());
+                scaled.for_each(|((g, grad), slope)| *g = T::of(grad.wide() * inverse * slope));
             }
         }
     }

@@ -11,7 +11,7 @@ use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::scheme::Single;
-use super::shares::{OF_OTHERS, in_shares};
+use super::shares::{OF_OTHERS, Worth, in_shares};
 use super::tile::{Left, Right, by_height, store, tile};
 use super::view::{View, ViewMut};
 use std::ops::Range;
@@ -37,10 +37,14 @@ pub(super) fn multiply_lanes_on(
     let shape = (out.rows(), out.columns());
     assert_eq!((x.rows(), (b.columns(), x.columns())), (b.depth(), shape));
     assert!(epilogue.fits(shape.0, shape.1, shape.0));
-    let each = shape.1 * (b.depth() + epilogue.multiplications());
-    in_shares(out, (1, each, OF_OTHERS), |features, out| {
+    in_shares(out, of_product(shape.1, b, epilogue), |features, out| {
         Multiply { x, b, epilogue, first: features.start, out }.run_on(path);
     });
+}
+
+/// How threads may share the features of a product with so many rows of the batch.
+pub(super) fn of_product(rows: usize, b: &Packed<f32>, epilogue: &Epilogue<'_, f32>) -> Worth {
+    (1, rows * (b.depth() + epilogue.multiplications()), OF_OTHERS)
 }
 
 /// Some features of the result.
@@ -157,10 +161,14 @@ pub(crate) fn add_outer_lanes(g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_
 /// [`add_outer_lanes`] on a path that this CPU has.
 pub(super) fn add_outer_lanes_on(path: Path, g: View<'_, f32>, x: View<'_, f32>, dw: ViewMut<'_, f32>) {
     assert_eq!((g.columns(), g.rows(), x.rows()), (x.columns(), dw.rows(), dw.columns()));
-    let each = dw.columns() * g.columns();
-    in_shares(dw, (TALLEST, each, OF_OTHERS), |rows, dw| {
+    in_shares(dw, of_outer(&g, &x), |rows, dw| {
         path.run(Outer { g: g.part(rows, 0..g.columns()), x, dw });
     });
+}
+
+/// How threads may share the rows of dW.
+pub(super) fn of_outer(g: &View<'_, f32>, x: &View<'_, f32>) -> Worth {
+    (TALLEST, x.rows() * g.columns(), OF_OTHERS)
 }
 
 struct Outer<'a> {

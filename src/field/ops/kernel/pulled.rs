@@ -1,14 +1,15 @@
-//! Pullbacks of layers with few inputs or outputs, the batch in the lanes: what is made of a tile is made in one pass over
-//! it, where kernels one by one would fetch it from the second cache each time. The bits are those of `batch_lanes.rs`.
+//! Pullbacks of layers with one or two inputs, or up to four outputs, the batch in the lanes: what is made of a tile is
+//! made in one pass over it, where kernels one by one would fetch it from the second cache each time. The bits are those
+//! of `batch_lanes.rs`.
 
-use super::batch_lanes::{add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on};
+use super::batch_lanes::{add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on, of_outer, of_product};
 use super::epilogue::{Epilogue, Then};
 use super::held::Held;
 use super::lanes::Lanes;
 use super::machine::{Machine, Path, Work};
 use super::packed::{PANEL, Packed};
 use super::shallow::{BESIDE, read, times_slope_of_tanh, write};
-use super::shares::{OF_OTHERS, shares};
+use super::shares::shares;
 use super::view::{View, ViewMut};
 use crate::field::ops::Activation;
 
@@ -41,9 +42,9 @@ pub(super) fn pull_lanes_on(path: Path, Pullback { g, x, b, then, db, dw, out }:
     assert_eq!((shape, g.columns()), ((out.rows(), out.columns()), x.columns()));
     assert_eq!(((b.depth(), b.columns()), (dw.rows(), dw.columns())), ((g.rows(), x.rows()), (g.rows(), x.rows())));
     assert!(db.len() == g.rows() && epilogue.fits(shape.0, shape.1, shape.0));
-    let each = shape.1 * (b.depth() + epilogue.multiplications());
     // The portable path has no fused products where the target has none; threads share kernels one by one.
-    let in_one = path != Path::Portable && shares(shape.0, 1, each, OF_OTHERS).is_none();
+    let alone = shares(shape.0, of_product(shape.1, b, &epilogue)).or(shares(g.rows(), of_outer(&g, &x))).is_none();
+    let in_one = path != Path::Portable && alone;
     let of_x = |kept: &View<'_, f32>| std::ptr::eq(kept.slice(), x.slice()) && kept.stride() == x.stride();
     match (&then, g.rows(), x.rows()) {
         (Then::TimesSlope(Activation::Tanh, kept), outputs @ 1..=4, _) if in_one && of_x(kept) => {
@@ -55,10 +56,9 @@ pub(super) fn pull_lanes_on(path: Path, Pullback { g, x, b, then, db, dw, out }:
                 _ => path.run(FewOutputs::<4> { g, x, b, dw, out }),
             }
         }
+        // With three inputs or more kernels one by one are faster: what is added to out would be fetched too often.
         (Then::Nothing, _, 1) if in_one => path.run(FewInputs::<1> { g, x, b, db, dw, out }),
         (Then::Nothing, _, 2) if in_one => path.run(FewInputs::<2> { g, x, b, db, dw, out }),
-        (Then::Nothing, _, 3) if in_one => path.run(FewInputs::<3> { g, x, b, db, dw, out }),
-        (Then::Nothing, _, 4) if in_one => path.run(FewInputs::<4> { g, x, b, db, dw, out }),
         _ => {
             add_column_sums_lanes_on(path, g, db);
             add_outer_lanes_on(path, g, x, dw);

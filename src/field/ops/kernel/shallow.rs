@@ -119,12 +119,13 @@ pub(super) unsafe fn times_slope_of_tanh<L: Lanes, const N: usize>(g: [L; N], y:
     }
 }
 
-/// `N` vectors of a row from `at` on; one if it has fewer lanes than a vector.
+/// `N` vectors of a row from `at` on, whole ones of `last` lanes, or one of fewer.
 ///
 /// # Safety
 /// The CPU has the instructions of `L`; the row is so long.
 #[inline(always)]
 pub(super) unsafe fn read<L: Lanes, const N: usize>(row: &[f32], at: usize, last: usize) -> [L; N] {
+    debug_assert!((last == L::WIDTH || N == 1) && at + (N - 1) * L::WIDTH + last <= row.len());
     // SAFETY: the caller's.
     unsafe {
         let from = row.as_ptr().add(at);
@@ -141,6 +142,7 @@ pub(super) unsafe fn read<L: Lanes, const N: usize>(row: &[f32], at: usize, last
 /// As [`read`].
 #[inline(always)]
 pub(super) unsafe fn write<L: Lanes, const N: usize>(vectors: [L; N], row: &mut [f32], at: usize, last: usize) {
+    debug_assert!((last == L::WIDTH || N == 1) && at + (N - 1) * L::WIDTH + last <= row.len());
     // SAFETY: the caller's.
     unsafe {
         let to = row.as_mut_ptr().add(at);

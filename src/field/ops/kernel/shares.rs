@@ -14,9 +14,11 @@ pub(super) const OF_ROWS: usize = 1 << 22;
 /// for products with the batch in the lanes, between which are small ones.
 pub(super) const OF_OTHERS: usize = 4 * OF_ROWS;
 
-/// The parts of `rows` that threads take, each of a multiple of `unit` rows but the last, where a row takes `each`
-/// multiplications; nothing where one thread is as good.
-pub(super) fn shares(rows: usize, unit: usize, each: usize, least: usize) -> Option<Vec<Range<usize>>> {
+/// Of what number of rows parts are multiples, the multiplications of a row, and those of a thread at least.
+pub(super) type Worth = (usize, usize, usize);
+
+/// The parts of `rows` that threads take; nothing where one thread is as good.
+pub(super) fn shares(rows: usize, (unit, each, least): Worth) -> Option<Vec<Range<usize>>> {
     let worth = rows.saturating_mul(each) / least;
     let parts = if worth > 1 { worth.min(rows / unit).min(to_share()) } else { 1 };
     let end = |n: usize| if n == parts { rows } else { rows / unit * n / parts * unit };
@@ -26,10 +28,10 @@ pub(super) fn shares(rows: usize, unit: usize, each: usize, least: usize) -> Opt
 /// Has `make` make the rows of `out`, whole or in [`shares`].
 pub(super) fn in_shares<T: Send>(
     out: ViewMut<'_, T>,
-    (unit, each, least): (usize, usize, usize),
+    worth: Worth,
     make: impl Fn(Range<usize>, ViewMut<'_, T>) + Sync,
 ) {
-    match shares(out.rows(), unit, each, least) {
+    match shares(out.rows(), worth) {
         Some(parts) => {
             let outs = out.split(parts.iter().map(Range::len));
             share(parts.into_iter().zip(outs), |(rows, out)| make(rows, out));
@@ -52,7 +54,7 @@ mod tests {
 
     #[test]
     fn shares_follow_each_other_and_are_worth_it() {
-        let of = |threads, rows, unit, each| sharing(Some(threads), || shares(rows, unit, each, OF_ROWS));
+        let of = |threads, rows, unit, each| sharing(Some(threads), || shares(rows, (unit, each, OF_ROWS)));
         for (rows, unit, each, threads) in [(1024, 8, 1 << 16, 3), (2049, 8, 1 << 14, 5), (64, 8, 1 << 20, 16)] {
             let parts = of(threads, rows, unit, each).unwrap();
             assert!(parts.len() <= threads && parts.iter().all(|part| part.len() >= unit), "{parts:?}");

@@ -1,8 +1,12 @@
 //! With the batch in the lanes.
 
-use super::super::batch_lanes::{add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on};
-use super::super::pulled::{Pullback, pull_lanes_on};
+use super::super::batch_lanes::{
+    add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on, of_outer, of_product,
+};
+use super::super::pulled::{Pullback, pull_lanes, pull_lanes_on};
+use super::super::shares::shares;
 use super::*;
+use crate::workers::sharing;
 
 fn transposed(matrix: &Matrix<f32>, seed: u32) -> Matrix<f32> {
     let mut turned = Matrix::noise(matrix.columns, matrix.rows, seed);
@@ -195,5 +199,28 @@ fn a_pullback_in_one_has_the_bits_of_kernels_one_by_one() {
             });
             assert!(made[0] == made[1], "{path:?} {output} × {input}, {rows} rows, {then:?}");
         }
+    }
+}
+
+/// Threads share what is made of many rows, one kernel after another.
+#[test]
+fn a_pullback_that_threads_share_has_the_bits_of_one_thread() {
+    const ROWS: usize = 1 << 13;
+    for (output, input) in [(4, 256), (1025, 4), (4100, 1)] {
+        let (g, x) = (Matrix::<f32>::noise(output, ROWS, 1), Matrix::<f32>::noise(input, ROWS, 2));
+        let b = Packed::straight(Matrix::<f32>::noise(output, input, 3).view());
+        let then = if output > input { Then::Nothing } else { Then::TimesSlope(Activation::Tanh, x.view()) };
+        let made = [1, 2].map(|threads| {
+            let (mut db, mut dw) = (noise(output, 4), Matrix::<f32>::noise(output, input, 5));
+            let mut out = Matrix::noise(input, ROWS, 6);
+            let (g, x) = (g.view(), x.view());
+            sharing(Some(threads), || {
+                let of_out = shares(input, of_product(ROWS, &b, &Epilogue { then, ..Epilogue::default() }));
+                assert_eq!(of_out.or(shares(output, of_outer(&g, &x))).is_some(), threads == 2, "{output} × {input}");
+                pull_lanes(Pullback { g, x, b: &b, then, db: &mut db, dw: dw.view_mut(), out: out.view_mut() });
+            });
+            db.into_iter().chain(dw.values).chain(out.values).map(f32::to_bits).collect::<Vec<_>>()
+        });
+        assert!(made[0] == made[1], "{output} × {input}");
     }
 }

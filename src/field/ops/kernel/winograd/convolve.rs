@@ -24,7 +24,7 @@ pub(crate) fn of_kernel(point: usize, w: impl Fn(usize) -> f32) -> f32 {
 /// The images that threads take, for so many outputs.
 pub(crate) fn shares_of_images(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
     let results = looks.windows[0] * looks.windows[1];
-    let parts = shares(looks.images, 1, results * outputs * POINTS / 4 * looks.channels, OF_OTHERS);
+    let parts = shares(looks.images, (1, results * outputs * POINTS / 4 * looks.channels, OF_OTHERS));
     parts.unwrap_or_else(|| std::iter::once(0..looks.images).collect())
 }
 

@@ -20,7 +20,7 @@ const TALLEST: usize = 8;
 /// The outputs that threads take.
 pub(crate) fn shares_of_outputs(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
     let tiles = looks.images * looks.windows[0] * looks.windows[1] / 4;
-    let parts = shares(outputs, TALLEST, looks.channels * POINTS * tiles, OF_OTHERS);
+    let parts = shares(outputs, (TALLEST, looks.channels * POINTS * tiles, OF_OTHERS));
     parts.unwrap_or_else(|| std::iter::once(0..outputs).collect())
 }
 
