@@ -88,7 +88,9 @@ pub use state::State;
 pub use stats::Stats;
 pub use time::{Time, TimeGrid};
 pub use trajectory::schedule::{self, Checkpoints, InputOnly, KeepAll, Schedule};
-pub use trajectory::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, SecondLevel, States};
+pub use trajectory::{
+    Codec, Encodes, Entry, Followed, Increment, Increments4, Increments8, Increments16, SecondLevel, States,
+};
 
 /// What most programs need: `use candle_ode::prelude::*`.
 pub mod prelude {

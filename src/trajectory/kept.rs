@@ -1,12 +1,12 @@
 //! One kept state or increment, wherever it lies.
 
-use super::codec::{Codec, Entry};
+use super::codec::{Codec, Entry, decoded};
 use super::image::{Form, Image};
 use super::second_level::{Away, TwoLevels};
 use crate::State;
 use crate::account::Owned;
-use crate::error::{OdeError, Result};
-use candle_core::{DType, Shape, Tensor};
+use crate::error::Result;
+use candle_core::DType;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -86,16 +86,7 @@ impl Kept {
             Lies::OnHost(image, _) => Cow::Owned(image.entry()?),
             Lies::Away(away) => Cow::Owned(away.fetch(self.codec.name())?),
         };
-        let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
-        let state = self.codec.decode(&entry, dtype)?;
-        if !state.tensors().iter().map(Tensor::shape).eq(&entry.shapes) {
-            let found: Vec<&Shape> = state.tensors().iter().map(Tensor::shape).collect();
-            return Err(OdeError::Unsupported {
-                what: format!("a codec that decodes tensors of shapes {found:?} where it was given {:?}", entry.shapes),
-                instead: "Codec::decode gives back the tensors that were encoded",
-            });
-        }
-        Ok(state)
+        decoded(self.codec.as_ref(), &entry, dtype)
     }
 }
 

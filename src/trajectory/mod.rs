@@ -9,7 +9,7 @@ mod second_level;
 mod slots;
 mod store;
 
-pub use codec::{Codec, Encodes, Entry, Increments4, Increments8, Increments16, States};
+pub use codec::{Codec, Encodes, Entry, Followed, Increment, Increments4, Increments8, Increments16, States};
 pub(crate) use forecast::kept_bytes;
 pub(crate) use image::Image;
 pub(crate) use kept::{AtHand, Encoded, Kept};

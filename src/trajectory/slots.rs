@@ -1,6 +1,6 @@
 //! The states a walk has kept, encoded: each by itself, or as the increment to the next.
 
-use super::codec::{Codec, Encodes, Entry, States};
+use super::codec::{Codec, Encodes, Entry, Followed, Increment, States};
 use super::image::Form;
 use super::kept::{AtHand, Encoded, InFlight, Kept};
 use super::second_level::TwoLevels;
@@ -113,11 +113,15 @@ impl Slots {
         }
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
         if keep && follows && self.codec.encodes() == Encodes::Increments {
-            let increment = self.increment(before, &after)?;
-            let (entry, finite) = self.encode(&self.codec, &increment)?;
+            let residual = self.residual.as_ref().map(|(residual, _)| residual);
+            let followed = {
+                let _span = tracing::trace_span!(target: "candle_ode", "encode").entered();
+                self.codec.follow(&Increment { before, after: &after, residual, dtype: self.accumulate })?
+            };
+            let finite = followed.finite.clone();
             // Where no increment fits, the state is kept as it is.
             if !exactly(&finite)? {
-                return Ok((self.follow(n, before, &increment, entry)?, finite));
+                return Ok((self.follow(n, followed)?, finite));
             }
         }
         let y = self.whole(&after)?;
@@ -251,32 +255,20 @@ impl Slots {
         found.or_else(|| self.kept.iter().rposition(|kept| kept.at == n))
     }
 
-    /// y_n − y_{n−1} + e.
-    fn increment(&self, before: &State, after: &State) -> Result<State> {
-        match &self.residual {
-            None => sum(Some(after), &[(-1.0, before)], self.accumulate),
-            // What is small is added last, to a difference of neighbours.
-            Some((residual, _)) => sum(Some(residual), &[(1.0, after), (-1.0, before)], self.accumulate),
-        }
-    }
-
     /// State n − 1, the last in a slot, is kept by its increment from now on, and state n beside it.
-    fn follow(&mut self, n: usize, before: &State, increment: &State, entry: Entry) -> Result<State> {
-        let kept = Kept::new(n - 1, true, self.codec.clone(), entry);
-        let decoded = kept.decode(self.accumulate)?;
-        // What may go to the second level goes there as it is.
-        let stays = self.levels.as_ref().is_none_or(|levels| !levels.moves(before[0].device()));
-        let kept = if stays { kept.without_tensors(&mut self.form)? } else { kept };
-        let y = sum(Some(before), &[(1.0, &decoded)], self.accumulate)?;
-        let residual = sum(Some(increment), &[(-1.0, &decoded)], self.accumulate)?;
+    fn follow(&mut self, n: usize, Followed { entry, next, residual, .. }: Followed) -> Result<State> {
         let owned = Owned::new(Category::Scratch, residual.bytes(self.accumulate));
         self.residual = Some((residual, owned));
+        let kept = Kept::new(n - 1, true, self.codec.clone(), entry);
+        // What may go to the second level goes there as it is.
+        let stays = self.levels.as_ref().is_none_or(|levels| !levels.moves(next.device()));
+        let kept = if stays { kept.without_tensors(&mut self.form)? } else { kept };
         self.kept.pop();
         self.kept.push(Arc::new(kept));
         let exact = self.exact();
-        let (entry, _) = self.encode(&exact, &y)?;
+        let (entry, _) = self.encode(&exact, &next)?;
         self.push(n, exact, entry)?;
-        Ok(y)
+        Ok(next)
     }
 
     fn encode(&self, codec: &Arc<dyn Codec>, values: &State) -> Result<(Entry, Finite)> {

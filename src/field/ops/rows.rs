@@ -8,8 +8,9 @@
 use super::combine::{self, Finite};
 use super::cpu::{Kernel, vectorised};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Result, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::f16;
+use std::ops::{Add, Range, Sub};
 
 /// What an element of a row becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,12 +72,34 @@ impl Code {
             Storage::Cpu(CpuStorage::F64(all)) => vectorised(Encode { code: self, x: &all[elements], width }),
             _ => candle_core::bail!("rows of {:?} are not encoded: they must be F32 or F64", x.dtype()),
         };
-        let codes = match self {
-            Self::Half => CpuStorage::F16(encoded.halves),
-            Self::Byte | Self::Nibble => CpuStorage::U8(encoded.bytes),
-        };
-        let codes = on_cpu(codes, (rows, self.columns(width)));
-        Ok((codes, on_cpu(CpuStorage::F32(encoded.scales), (rows, 1)), Finite::Host(encoded.finite)))
+        Ok(encoded.tensors(self, rows, width))
+    }
+
+    /// The increment from `before` to `after` and `left`, what rounding has left over so far, encoded in the pass that sums
+    /// it; `None` where operands are not contiguous tensors on the CPU of one dtype, F32 or F64, or are tracked.
+    pub(crate) fn follow(self, before: &Tensor, after: &Tensor, left: Option<&Tensor>) -> Result<Option<Followed>> {
+        let operands = || [Some(before), Some(after), left].into_iter().flatten();
+        let fits = |x: &Tensor| x.dtype() == before.dtype() && x.dims() == before.dims() && !x.track_op();
+        let lies = |x: &Tensor| x.device().is_cpu() && x.is_contiguous();
+        if before.elem_count() == 0 || !operands().all(|x| fits(x) && lies(x)) {
+            return Ok(None);
+        }
+        match before.dtype() {
+            DType::F32 => self.follow_in::<f32>(before, after, left).map(Some),
+            DType::F64 => self.follow_in::<f64>(before, after, left).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn follow_in<T: Wide>(self, before: &Tensor, after: &Tensor, left: Option<&Tensor>) -> Result<Followed> {
+        let (shape, (rows, width)) = (before.shape(), rows(before.shape()));
+        let (before, after, left) = (Elements::of(before), Elements::of(after), left.map(Elements::of));
+        let left = left.as_ref().map(Elements::slice::<T>).transpose()?;
+        let follow = Follow { code: self, before: before.slice::<T>()?, after: after.slice()?, left, width };
+        let Led { encoded, next, residual, largest } = vectorised(follow);
+        let (codes, scales, finite) = encoded.tensors(self, rows, width);
+        let tensor = |values| on_cpu(T::to_cpu_storage_owned(values), shape);
+        Ok(Followed { codes, scales, finite, next: tensor(next), residual: tensor(residual), largest })
     }
 
     /// The tensor again, of that shape and dtype (F32 or F64).
@@ -153,6 +176,38 @@ impl Code {
     }
 }
 
+/// An increment in codes, and where it leads.
+pub(crate) struct Followed {
+    /// As [`Code::encode`] gives them.
+    pub(crate) codes: Tensor,
+    pub(crate) scales: Tensor,
+    pub(crate) finite: Finite,
+    /// `before` and the increment as it is decoded.
+    pub(crate) next: Tensor,
+    /// What rounding has left over now.
+    pub(crate) residual: Tensor,
+    /// The largest |x| of `next`; NaN if any is not finite.
+    pub(crate) largest: f64,
+}
+
+/// A contiguous tensor on the CPU.
+struct Elements<'a>(StorageRef<'a>, Range<usize>);
+
+impl<'a> Elements<'a> {
+    fn of(x: &'a Tensor) -> Self {
+        let (storage, layout) = x.storage_and_layout();
+        let first = layout.start_offset();
+        Self(storage, first..first + x.elem_count())
+    }
+
+    fn slice<T: WithDType>(&self) -> Result<&[T]> {
+        match &*self.0 {
+            Storage::Cpu(storage) => Ok(&T::cpu_storage_as_slice(storage)?[self.1.clone()]),
+            _ => candle_core::bail!("expected a tensor on the CPU"),
+        }
+    }
+}
+
 /// Rows of a shape, and the elements of one.
 fn rows(shape: &Shape) -> (usize, usize) {
     let rows = if shape.rank() < 2 { 1 } else { shape.dims()[0] };
@@ -164,12 +219,11 @@ fn on_cpu(storage: CpuStorage, shape: impl Into<Shape>) -> Tensor {
 }
 
 /// F32 or F64: what rows are encoded from and decoded to.
-trait Wide: Copy {
+trait Wide: WithDType + Add<Output = Self> + Sub<Output = Self> {
     fn wide(self) -> f64;
     fn magnitude(self) -> Self;
     fn larger(self, other: Self) -> Self;
     fn nothing(self) -> Self;
-    fn add(self, other: Self) -> Self;
     fn divided(self, by: f32) -> Self;
     fn integer(self, within: f32) -> u8;
     fn half(self) -> f16;
@@ -201,11 +255,6 @@ macro_rules! wide {
             #[inline(always)]
             fn nothing(self) -> Self {
                 self * 0.0
-            }
-
-            #[inline(always)]
-            fn add(self, other: Self) -> Self {
-                self + other
             }
 
             #[inline(always)]
@@ -245,7 +294,18 @@ struct Encode<'a, T> {
     width: usize,
 }
 
-#[derive(Default)]
+impl<T: Wide> Kernel for Encode<'_, T> {
+    type Output = Encoded;
+
+    #[inline(always)]
+    fn run(self) -> Encoded {
+        let Self { code, x, width } = self;
+        let mut encoded = Encoded::of(code, x.len() / width, width);
+        x.chunks(width).for_each(|row| _ = encoded.push(code, row));
+        encoded
+    }
+}
+
 struct Encoded {
     halves: Vec<f16>,
     bytes: Vec<u8>,
@@ -253,39 +313,108 @@ struct Encoded {
     finite: bool,
 }
 
-impl<T: Wide> Kernel for Encode<'_, T> {
-    type Output = Encoded;
+impl Encoded {
+    #[inline(always)]
+    fn of(code: Code, rows: usize, width: usize) -> Self {
+        let (halves, bytes) = if code == Code::Half { (width, 0) } else { (0, code.columns(width)) };
+        let (halves, bytes) = (Vec::with_capacity(rows * halves), Vec::with_capacity(rows * bytes));
+        Self { halves, bytes, scales: Vec::with_capacity(rows), finite: true }
+    }
+
+    /// Appends a row; its scale.
+    #[inline(always)]
+    fn push<T: Wide>(&mut self, code: Code, row: &[T]) -> f32 {
+        let (largest, nothing) = extent(row);
+        let scale = (largest.wide() / code.largest()) as f32;
+        let scale = if scale == 0.0 && largest.wide() > 0.0 { SMALLEST } else { scale };
+        self.finite &= nothing.wide() == 0.0 && scale.is_finite();
+        self.scales.push(scale);
+        // A row of zeros.
+        let by = if scale == 0.0 { f32::INFINITY } else { scale };
+        let most = code.largest() as f32;
+        match code {
+            Code::Half => self.halves.extend(row.iter().map(|x| x.divided(by).half())),
+            Code::Byte => self.bytes.extend(row.iter().map(|x| x.divided(by).integer(most))),
+            Code::Nibble => self.bytes.extend(row.chunks(2).map(|pair| {
+                let low = pair[0].divided(by).integer(most);
+                let high = pair.get(1).map_or(0, |x| x.divided(by).integer(most));
+                low | high << 4
+            })),
+        }
+        scale
+    }
+
+    /// The codes of the row that was appended last.
+    #[inline(always)]
+    fn last(&self, code: Code, width: usize) -> Codes<'_> {
+        match code {
+            Code::Half => Codes::Halves(&self.halves[self.halves.len() - width..]),
+            Code::Byte => Codes::Bytes(&self.bytes[self.bytes.len() - width..]),
+            Code::Nibble => Codes::Nibbles(&self.bytes[self.bytes.len() - code.columns(width)..]),
+        }
+    }
+
+    /// Codes, scales, and whether all of it is finite.
+    fn tensors(self, code: Code, rows: usize, width: usize) -> (Tensor, Tensor, Finite) {
+        let codes = match code {
+            Code::Half => CpuStorage::F16(self.halves),
+            Code::Byte | Code::Nibble => CpuStorage::U8(self.bytes),
+        };
+        let codes = on_cpu(codes, (rows, code.columns(width)));
+        (codes, on_cpu(CpuStorage::F32(self.scales), (rows, 1)), Finite::Host(self.finite))
+    }
+}
+
+/// Encodes increments of `width` elements a row, and goes where they lead.
+struct Follow<'a, T> {
+    code: Code,
+    before: &'a [T],
+    after: &'a [T],
+    left: Option<&'a [T]>,
+    width: usize,
+}
+
+struct Led<T> {
+    encoded: Encoded,
+    next: Vec<T>,
+    residual: Vec<T>,
+    largest: f64,
+}
+
+impl<T: Wide> Kernel for Follow<'_, T> {
+    type Output = Led<T>;
 
     #[inline(always)]
-    fn run(self) -> Encoded {
-        let Self { code, x, width } = self;
-        let mut encoded = Encoded { finite: true, ..Encoded::default() };
-        let rows = x.len() / width;
-        match code {
-            Code::Half => encoded.halves.reserve_exact(x.len()),
-            Code::Byte | Code::Nibble => encoded.bytes.reserve_exact(rows * code.columns(width)),
-        }
-        encoded.scales.reserve_exact(rows);
-        let most = code.largest() as f32;
-        for row in x.chunks(width) {
-            let (largest, nothing) = extent(row);
-            let scale = (largest.wide() / code.largest()) as f32;
-            let scale = if scale == 0.0 && largest.wide() > 0.0 { SMALLEST } else { scale };
-            encoded.finite &= nothing.wide() == 0.0 && scale.is_finite();
-            encoded.scales.push(scale);
-            // A row of zeros.
-            let by = if scale == 0.0 { f32::INFINITY } else { scale };
-            match code {
-                Code::Half => encoded.halves.extend(row.iter().map(|x| x.divided(by).half())),
-                Code::Byte => encoded.bytes.extend(row.iter().map(|x| x.divided(by).integer(most))),
-                Code::Nibble => encoded.bytes.extend(row.chunks(2).map(|pair| {
-                    let low = pair[0].divided(by).integer(most);
-                    let high = pair.get(1).map_or(0, |x| x.divided(by).integer(most));
-                    low | high << 4
-                })),
+    fn run(self) -> Led<T> {
+        let Self { code, before, after, left, width } = self;
+        let mut encoded = Encoded::of(code, before.len() / width, width);
+        let (mut next, mut residual) = (Vec::with_capacity(before.len()), Vec::with_capacity(before.len()));
+        let mut most = T::ZERO;
+        let mut finite = true;
+        for at in (0..before.len()).step_by(width) {
+            let row = at..at + width;
+            let differences =
+                after[row.clone()].iter().zip(&before[row.clone()]).map(|(after, before)| *after - *before);
+            match left {
+                None => residual.extend(differences),
+                Some(left) => {
+                    residual.extend(differences.zip(&left[row.clone()]).map(|(increment, left)| increment + *left))
+                }
             }
+            let increment = &mut residual[row.clone()];
+            let scale = encoded.push(code, increment);
+            encoded.last(code, width).decode(scale, width, &mut next);
+            let decoded = &mut next[row.clone()];
+            for ((next, residual), before) in decoded.iter_mut().zip(increment).zip(&before[row]) {
+                let rounded = *next;
+                *next = *before + rounded;
+                *residual = *residual - rounded;
+            }
+            let (largest, nothing) = extent(decoded);
+            most = largest.larger(most);
+            finite &= nothing.wide() == 0.0;
         }
-        encoded
+        Led { encoded, next, residual, largest: if finite { most.wide() } else { f64::NAN } }
     }
 }
 
@@ -297,18 +426,46 @@ fn extent<T: Wide>(row: &[T]) -> (T, T) {
     for row in row.chunks(LANES) {
         for ((largest, nothing), x) in largest.iter_mut().zip(&mut nothing).zip(row) {
             *largest = x.magnitude().larger(*largest);
-            *nothing = nothing.add(x.nothing());
+            *nothing = *nothing + x.nothing();
         }
     }
-    (largest.into_iter().fold(T::ZERO, T::larger), nothing.into_iter().fold(T::ZERO, T::add))
+    (largest.into_iter().fold(T::ZERO, T::larger), nothing.into_iter().fold(T::ZERO, |sum, x| sum + x))
 }
 
-/// Codes of all rows.
+/// Codes of some rows.
 #[derive(Clone, Copy)]
 enum Codes<'a> {
     Halves(&'a [f16]),
     Bytes(&'a [u8]),
     Nibbles(&'a [u8]),
+}
+
+impl<'a> Codes<'a> {
+    /// Those of a row of `width` elements.
+    #[inline(always)]
+    fn row(&self, row: usize, width: usize) -> Codes<'a> {
+        match *self {
+            Self::Halves(codes) => Self::Halves(&codes[row * width..(row + 1) * width]),
+            Self::Bytes(codes) => Self::Bytes(&codes[row * width..(row + 1) * width]),
+            Self::Nibbles(codes) => {
+                let columns = width.div_ceil(2);
+                Self::Nibbles(&codes[row * columns..(row + 1) * columns])
+            }
+        }
+    }
+
+    /// Appends what the codes of a row mean.
+    #[inline(always)]
+    fn decode<T: Wide>(&self, scale: f32, width: usize, values: &mut Vec<T>) {
+        match *self {
+            Self::Halves(codes) => values.extend(codes.iter().map(|code| T::of(code.to_f32(), scale))),
+            Self::Bytes(codes) => values.extend(codes.iter().map(|&code| T::of(f32::from(code) - 127.0, scale))),
+            Self::Nibbles(codes) => {
+                let both = codes.iter().flat_map(|&code| [code & 15, code >> 4]);
+                values.extend(both.take(width).map(|code| T::of(f32::from(code) - 7.0, scale)));
+            }
+        }
+    }
 }
 
 /// Decodes rows of `width` elements.
@@ -333,22 +490,7 @@ impl<T: Wide> Kernel for Decode<'_, T> {
         let width = self.width;
         let mut values = Vec::with_capacity(self.scales.len() * width);
         for (row, &scale) in self.scales.iter().enumerate() {
-            match self.codes {
-                Codes::Halves(codes) => {
-                    let codes = &codes[row * width..(row + 1) * width];
-                    values.extend(codes.iter().map(|code| T::of(code.to_f32(), scale)));
-                }
-                Codes::Bytes(codes) => {
-                    let codes = &codes[row * width..(row + 1) * width];
-                    values.extend(codes.iter().map(|&code| T::of(f32::from(code) - 127.0, scale)));
-                }
-                Codes::Nibbles(codes) => {
-                    let columns = width.div_ceil(2);
-                    let codes = &codes[row * columns..(row + 1) * columns];
-                    let both = codes.iter().flat_map(|&code| [code & 15, code >> 4]);
-                    values.extend(both.take(width).map(|code| T::of(f32::from(code) - 7.0, scale)));
-                }
-            }
+            self.codes.row(row, width).decode(scale, width, &mut values);
         }
         values
     }

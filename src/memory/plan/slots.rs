@@ -120,17 +120,16 @@ impl Slots {
         }
         let follows = self.kept.last().is_some_and(|kept| kept.at + 1 == n && !kept.is_increment);
         if keep && follows && solve.sizes.encodes == Encodes::Increments {
-            let increment = solve.state();
-            let entry = solve.entry(n - 1);
-            let decoded = solve.decode();
-            let entry = solve.without_tensors(entry);
+            solve.heap.pass(Part::Other, solve.sizes.following);
             let (y, residual) = (solve.state(), solve.state());
+            let entry = solve.entry(n - 1);
             let owned = residual.announce(Category::Scratch, solve.sizes.accumulate);
             self.residual = Some(Rc::new((residual, owned)));
+            let entry = solve.without_tensors(entry);
             self.kept.pop();
             self.kept.push(Rc::new(entry.into()));
             self.keep_whole(solve, n, &y);
-            drop((increment, decoded, after));
+            drop(after);
             return y;
         }
         let y = self.whole(solve, &after);

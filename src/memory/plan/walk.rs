@@ -30,6 +30,8 @@ pub(super) struct Sizes {
     /// At most while an entry is encoded or decoded.
     pub(super) encoding: usize,
     pub(super) decoding: usize,
+    /// At most while an increment is summed and encoded, with where it leads and what rounding leaves over.
+    pub(super) following: usize,
     pub(super) encodes: Encodes,
     /// Whether an entry is the state itself, not a copy of it.
     pub(super) entry_is_state: bool,

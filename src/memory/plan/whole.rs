@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::memory::composition::Part;
 use crate::memory::meter::{TrackingAllocator, held};
 use crate::solver::{Clock, StageMemory};
-use crate::trajectory::{Codec, Encodes, Entry, Image, Keeping, Kept, States};
+use crate::trajectory::{Codec, Encodes, Entry, Image, Increment, Keeping, Kept, States};
 use candle_core::{Shape, Tensor};
 use std::any::Any;
 use std::sync::Arc;
@@ -250,6 +250,13 @@ impl Planned<'_> {
         let (decoded, decoding) = held(|| codec.decode(&kept, accumulate))?;
         let levels = self.levels(&kept)?;
         let encodes = codec.encodes();
+        let following = match encodes {
+            Encodes::States => 0,
+            Encodes::Increments => {
+                let y = &start.detach();
+                held(|| codec.follow(&Increment { before: y, after: y, residual: Some(y), dtype: accumulate }))?.1.most
+            }
+        };
         let image = match encodes {
             Encodes::Increments if levels.is_none() => image(&kept)?,
             _ => None,
@@ -269,6 +276,7 @@ impl Planned<'_> {
             handle: handle.kept + Kept::BESIDE,
             encoding: encoded.most,
             decoding: decoding.most,
+            following,
             encodes,
             entry_is_state,
             same_dtype: compute == accumulate,

@@ -5,9 +5,9 @@
 //! zeros stay zeros. An increment too small for its scale, or for the smallest scale there is, 2⁻¹⁴⁹, is not lost but
 //! carried to the next step.
 
-use super::{Codec, Encodes, Entry};
+use super::{Codec, Encodes, Entry, Followed, Increment, followed};
 use crate::State;
-use crate::error::Result;
+use crate::error::{OdeError, Result};
 use crate::field::Finite;
 use crate::field::ops::rows::Code;
 use candle_core::{DType, Shape};
@@ -40,6 +40,10 @@ macro_rules! increments {
 
                 fn decode(&self, entry: &Entry, dtype: DType) -> Result<State> {
                     decode($code, entry, dtype)
+                }
+
+                fn follow(&self, step: &Increment<'_>) -> Result<Followed> {
+                    follow($code, step)?.map_or_else(|| followed(self, step), Ok)
                 }
 
                 fn bytes(&self, shapes: &[Shape]) -> usize {
@@ -78,8 +82,108 @@ fn encode(code: Code, increment: &State) -> Result<(Entry, Finite)> {
     Ok((Entry::new(tensors, increment), finite))
 }
 
+/// One pass over each tensor; `None` where one of them has to be composed.
+fn follow(code: Code, step: &Increment<'_>) -> Result<Option<Followed>> {
+    let (before, after) = (step.before.tensors(), step.after.tensors());
+    let (mut finite, mut tensors, mut residuals) = (Finite::default(), vec![], vec![]);
+    let mut parts = Vec::with_capacity(before.len());
+    for (n, (before, after)) in before.iter().zip(after).enumerate() {
+        let fits = before.dtype() == step.dtype;
+        let Some(led) = (if fits { code.follow(before, after, step.residual.map(|left| &left[n]))? } else { None })
+        else {
+            return Ok(None);
+        };
+        finite = finite.and(led.finite);
+        tensors.extend([led.codes, led.scales]);
+        residuals.push(led.residual);
+        parts.push(Ok::<_, OdeError>((led.next, Some(led.largest))));
+    }
+    let (entry, next) = (Entry::new(tensors, step.before), State::noted(parts.into_iter())?);
+    Ok(Some(Followed { entry, finite, next, residual: State::from(residuals) }))
+}
+
 fn decode(code: Code, entry: &Entry, dtype: DType) -> Result<State> {
     let pairs = entry.tensors.chunks_exact(2).zip(&entry.shapes);
     let tensors = pairs.map(|(pair, shape)| code.decode(&pair[0], &pair[1], shape, dtype));
     Ok(State::from(tensors.collect::<candle_core::Result<Vec<_>>>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+
+    const CODES: [Code; 3] = [Code::Half, Code::Byte, Code::Nibble];
+
+    fn codec(code: Code) -> Box<dyn Codec> {
+        match code {
+            Code::Half => Box::new(Increments16),
+            Code::Byte => Box::new(Increments8),
+            Code::Nibble => Box::new(Increments4),
+        }
+    }
+
+    /// Dtype, shape and bits, those of all NaNs the same.
+    fn bits(x: &Tensor) -> (DType, Vec<usize>, Vec<u64>) {
+        let values = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let of = |x: f64| if x.is_nan() { f64::NAN.to_bits() } else { x.to_bits() };
+        (x.dtype(), x.dims().to_vec(), values.into_iter().map(of).collect())
+    }
+
+    fn everything(of: &Followed) -> impl PartialEq + std::fmt::Debug {
+        let states = of.next.tensors().iter().chain(of.residual.tensors());
+        let tensors: Vec<_> = of.entry.tensors.iter().chain(states).map(bits).collect();
+        // NaN is what is not finite.
+        let largest = of.next.known_largest().map(|x| x.is_finite().then_some(x));
+        (tensors, of.entry.shapes.clone(), of.finite.known_bad(), largest)
+    }
+
+    fn numbers(shape: &[usize], dtype: DType, size: f64) -> Tensor {
+        (Tensor::randn(0f64, size, shape, &Device::Cpu).unwrap()).to_dtype(dtype).unwrap()
+    }
+
+    #[test]
+    fn one_pass_has_the_bits_of_one_operation_after_another() {
+        let shapes = [&[][..], &[1], &[33], &[5, 1], &[4, 7], &[3, 2, 5], &[2, 300], &[1, 0]];
+        for (code, dtype) in CODES.into_iter().flat_map(|code| [DType::F32, DType::F64].map(|dtype| (code, dtype))) {
+            for shape in shapes {
+                for (size, of_left) in
+                    [(1e-2, None), (1e-2, Some(1e-4)), (1e-44, Some(1e-46)), (0.0, Some(0.0)), (1e38, None)]
+                {
+                    let before = State::from([numbers(shape, dtype, 1.0), numbers(&[3, 2], dtype, 1.0)]);
+                    let step = [numbers(shape, dtype, size), numbers(&[3, 2], dtype, size)];
+                    let after = State::from([(&before[0] + &step[0]).unwrap(), (&before[1] + &step[1]).unwrap()]);
+                    let left =
+                        of_left.map(|size| State::from([numbers(shape, dtype, size), numbers(&[3, 2], dtype, size)]));
+                    let step = Increment { before: &before, after: &after, residual: left.as_ref(), dtype };
+                    let apart = followed(codec(code).as_ref(), &step).unwrap();
+                    let at_once = codec(code).follow(&step).unwrap();
+                    assert_eq!(everything(&at_once), everything(&apart), "{code:?} {dtype:?} {shape:?} {size:e}");
+                    assert_eq!(follow(code, &step).unwrap().is_some(), !shape.contains(&0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_told_and_what_has_gaps_is_summed_all_the_same() {
+        for (code, dtype) in CODES.into_iter().flat_map(|code| [DType::F32, DType::F64].map(|dtype| (code, dtype))) {
+            let before = State::from(numbers(&[3, 4], dtype, 1.0));
+            for (at, bad) in [(0, f64::NAN), (5, f64::INFINITY), (11, f64::NEG_INFINITY)] {
+                let mut values = vec![0.5; 12];
+                values[at] = bad;
+                let after = Tensor::from_vec(values, (3, 4), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let step = Increment { before: &before, after: &State::from(after), residual: None, dtype };
+                let (at_once, apart) =
+                    (codec(code).follow(&step).unwrap(), followed(codec(code).as_ref(), &step).unwrap());
+                assert!(at_once.finite.known_bad() && everything(&at_once) == everything(&apart), "{code:?} {bad}");
+            }
+            let after = State::from(numbers(&[4, 3], dtype, 1.0).t().unwrap());
+            let step = Increment { before: &before, after: &after, residual: None, dtype };
+            assert!(follow(code, &step).unwrap().is_none());
+            let (at_once, dense) = (codec(code).follow(&step).unwrap(), State::from(after[0].contiguous().unwrap()));
+            let dense = codec(code).follow(&Increment { after: &dense, ..step }).unwrap();
+            assert_eq!(everything(&at_once), everything(&dense));
+        }
+    }
 }

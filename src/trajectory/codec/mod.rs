@@ -18,8 +18,8 @@ pub use increments::{Increments4, Increments8, Increments16};
 pub use states::States;
 
 use crate::State;
-use crate::error::Result;
-use crate::field::Finite;
+use crate::error::{OdeError, Result};
+use crate::field::{Finite, sum};
 use crate::precision::largest_finite;
 use candle_core::{DType, Shape, Tensor};
 use std::fmt::Debug;
@@ -52,6 +52,70 @@ pub enum Encodes {
     States,
     /// Increments between neighbouring states, with error feedback: entries are decoded last first.
     Increments,
+}
+
+/// A step whose increment is to be kept: Δ = `after` − `before`, and e.
+#[derive(Clone, Copy, Debug)]
+pub struct Increment<'a> {
+    /// y, at which the step has begun.
+    pub before: &'a State,
+    /// y + Δ.
+    pub after: &'a State,
+    /// e, what rounding has left over so far; nothing before the first increment.
+    pub residual: Option<&'a State>,
+    /// The accumulate dtype, F32 or F64.
+    pub dtype: DType,
+}
+
+impl Increment<'_> {
+    /// Δ + e.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn sum(&self) -> Result<State> {
+        match self.residual {
+            None => sum(Some(self.after), &[(-1.0, self.before)], self.dtype),
+            // What is small is added last, to a difference of neighbours.
+            Some(residual) => sum(Some(residual), &[(1.0, self.after), (-1.0, self.before)], self.dtype),
+        }
+    }
+}
+
+/// An increment that is kept, and where it leads.
+#[derive(Clone, Debug)]
+pub struct Followed {
+    /// q, encoded.
+    pub entry: Entry,
+    /// Whether all of it is finite.
+    pub finite: Finite,
+    /// y⁺ = y + q.
+    pub next: State,
+    /// e⁺ = Δ + e − q.
+    pub residual: State,
+}
+
+/// [`Codec::follow`] of any codec, one operation after another.
+fn followed(codec: &(impl Codec + ?Sized), step: &Increment<'_>) -> Result<Followed> {
+    let increment = step.sum()?;
+    let (entry, finite) = codec.encode(&increment)?;
+    let decoded = decoded(codec, &entry, step.dtype)?;
+    let next = sum(Some(step.before), &[(1.0, &decoded)], step.dtype)?;
+    let residual = sum(Some(&increment), &[(-1.0, &decoded)], step.dtype)?;
+    Ok(Followed { entry, finite, next, residual })
+}
+
+/// What `entry` means to `codec`, of the shapes that were encoded.
+pub(super) fn decoded(codec: &(impl Codec + ?Sized), entry: &Entry, dtype: DType) -> Result<State> {
+    let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
+    let state = codec.decode(entry, dtype)?;
+    if !state.tensors().iter().map(Tensor::shape).eq(&entry.shapes) {
+        let found: Vec<&Shape> = state.tensors().iter().map(Tensor::shape).collect();
+        return Err(OdeError::Unsupported {
+            what: format!("a codec that decodes tensors of shapes {found:?} where it was given {:?}", entry.shapes),
+            instead: "Codec::decode gives back the tensors that were encoded",
+        });
+    }
+    Ok(state)
 }
 
 /// Encodes kept states, or the increments between them. Rounding to fewer bits happens here and nowhere else.
@@ -115,6 +179,15 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// # Errors
     /// When the device fails.
     fn decode(&self, entry: &Entry, dtype: DType) -> Result<State>;
+
+    /// Encodes the increment of a step, and says where it leads as it is decoded. Nothing is to be done for a codec of one's
+    /// own, but where sum and codes can be made in one pass. Asked of codecs of increments alone.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn follow(&self, step: &Increment<'_>) -> Result<Followed> {
+        followed(self, step)
+    }
 
     /// Bytes of one entry for tensors of these shapes, to the byte.
     fn bytes(&self, shapes: &[Shape]) -> usize;
