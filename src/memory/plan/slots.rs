@@ -122,10 +122,9 @@ impl Slots {
         if keep && follows && solve.sizes.encodes == Encodes::Increments {
             solve.heap.pass(Part::Other, solve.sizes.following);
             let (y, residual) = (solve.state(), solve.state());
-            let entry = solve.entry(n - 1);
             let owned = residual.announce(Category::Scratch, solve.sizes.accumulate);
             self.residual = Some(Rc::new((residual, owned)));
-            let entry = solve.without_tensors(entry);
+            let entry = solve.without_tensors(solve.entry(n - 1));
             self.kept.pop();
             self.kept.push(Rc::new(entry.into()));
             self.keep_whole(solve, n, &y);

@@ -1,8 +1,8 @@
 //! How a kept entry is encoded.
 //!
 //! A codec turns the tensors of a state into fewer bytes and back, and says what it is to be given: the states
-//! themselves, or the increments between neighbouring ones. The walk does the rest for increments: with Δ = the step's
-//! increment and e = what rounding has left over so far,
+//! themselves, or the increments between neighbouring ones. Of increments, with Δ = the step's increment and e = what
+//! rounding has left over so far, it tells where they lead ([`Codec::follow`], which need not be written):
 //!
 //! q = Q(Δ + e), y⁺ = y + q, e⁺ = Δ + e − q
 //!
