@@ -10,7 +10,7 @@ use super::cpu::{Kernel, vectorised};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Result, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::f16;
-use std::ops::{Add, Range, Sub};
+use std::ops::Range;
 
 /// What an element of a row becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,7 +219,7 @@ fn on_cpu(storage: CpuStorage, shape: impl Into<Shape>) -> Tensor {
 }
 
 /// F32 or F64: what rows are encoded from and decoded to.
-trait Wide: WithDType + Add<Output = Self> + Sub<Output = Self> {
+trait Wide: WithDType {
     fn wide(self) -> f64;
     fn magnitude(self) -> Self;
     fn larger(self, other: Self) -> Self;
@@ -408,7 +408,7 @@ impl<T: Wide> Kernel for Follow<'_, T> {
             for ((next, residual), before) in decoded.iter_mut().zip(increment).zip(&before[row]) {
                 let rounded = *next;
                 *next = *before + rounded;
-                *residual = *residual - rounded;
+                *residual -= rounded;
             }
             let (largest, nothing) = extent(decoded);
             most = largest.larger(most);
@@ -426,7 +426,7 @@ fn extent<T: Wide>(row: &[T]) -> (T, T) {
     for row in row.chunks(LANES) {
         for ((largest, nothing), x) in largest.iter_mut().zip(&mut nothing).zip(row) {
             *largest = x.magnitude().larger(*largest);
-            *nothing = *nothing + x.nothing();
+            *nothing += x.nothing();
         }
     }
     (largest.into_iter().fold(T::ZERO, T::larger), nothing.into_iter().fold(T::ZERO, |sum, x| sum + x))
