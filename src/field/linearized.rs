@@ -87,7 +87,7 @@ impl Linearization for Layered {
         let (cotangent, value) = (&cotangent[0], &self.value[0]);
         let seed = scale.apply(cotangent, value.dtype())?;
         gradients.set_scale(scale);
-        let (pulled, sums) = sink::open(std::mem::take(gradients), || self.way_back.pull(value, &seed));
+        let (pulled, sums) = sink::open(std::mem::take(gradients), || self.way_back.pull(None, value, &seed));
         *gradients = sums;
         let y = State::noted(std::iter::once(scale.undone(&pulled?, cotangent.dtype())))?;
         let finite = all_finite(&y)?.and(gradients.take_finite());

@@ -45,11 +45,11 @@ pub(crate) struct Ran {
 
 /// Layers that pull cotangents back through themselves.
 pub(crate) trait WayBack: Send + Sync {
-    /// dL/dx from dL/d(value), both S times; dL/dθ goes to the open sums.
+    /// dL/dx from dL/d(value), both S times; dL/dθ goes to the open sums. x is not needed where nothing was tracked.
     ///
     /// # Errors
     /// When no sums are open for a parameter.
-    fn pull(&self, value: &Tensor, cotangent: &Tensor) -> candle_core::Result<Tensor>;
+    fn pull(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> candle_core::Result<Tensor>;
 }
 
 /// The session of one pass on one thread.

@@ -216,7 +216,14 @@ fn conv(
 ) -> candle_ode::Result<ModelField> {
     let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
     match layers {
-        Layers::Ours | Layers::Called => {
+        Layers::Ours => {
+            let layer = move |vb: VarBuilder<'static>| ops::conv2d(channels, channels, 3, same, vb);
+            let build = move |vb: VarBuilder<'static>| {
+                Ok(ops::seq().add(layer(vb.pp(0))?).add(Activation::Relu).add(layer(vb.pp(1))?))
+            };
+            ModelField::of_layers(VarBuilder::from_varmap(vars, dtype, device), build)
+        }
+        Layers::Called => {
             let layer = move |vb: VarBuilder<'static>| ops::conv2d(channels, channels, 3, same, vb);
             let build = move |vb: VarBuilder<'static>| Ok((layer(vb.pp(0))?, layer(vb.pp(1))?));
             ModelField::new_in(dtype, vars, device, build, |m, _: &Time, y| m.1.forward(&ops::relu(&m.0.forward(y)?)?))

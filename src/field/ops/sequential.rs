@@ -1,7 +1,7 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
 use super::chain::{self, Chain, Linked, Stacked};
-use super::{Activation, ConcatLinear, ConcatSquashLinear, HyperLinear, Linear};
+use super::{Activation, ConcatLinear, ConcatSquashLinear, Conv2d, HyperLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -141,16 +141,17 @@ trait Layer: Linked {
     fn push(&self, t: &Time, x: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)>;
 }
 
+/// The layer, if it is of that kind.
+fn linked<L: Linked + 'static>(layer: &dyn Any) -> Option<&dyn Linked> {
+    layer.downcast_ref::<L>().map(|layer| layer as &dyn Linked)
+}
+
 struct Plain<L>(L);
 
 impl<L: Module + Tangent + 'static> Linked for Plain<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        let layer = &self.0 as &dyn Any;
-        match (layer.downcast_ref::<Linear>(), layer.downcast_ref::<Activation>()) {
-            (Some(linear), _) => linear.link(t, x, chain),
-            (_, Some(activation)) => activation.link(t, x, chain),
-            _ => false,
-        }
+        let kinds = [linked::<Linear>, linked::<Activation>, linked::<Conv2d>];
+        kinds.iter().find_map(|linked| linked(&self.0)).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward(x)
@@ -170,12 +171,8 @@ struct InTime<L>(L);
 
 impl<L: Timed + Tangent + 'static> Linked for InTime<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        fn linked<L: Linked + 'static>(layer: &dyn Any) -> Option<&dyn Linked> {
-            layer.downcast_ref::<L>().map(|layer| layer as &dyn Linked)
-        }
-        let layer = &self.0 as &dyn Any;
         let kinds = [linked::<ConcatLinear>, linked::<HyperLinear>, linked::<ConcatSquashLinear>];
-        kinds.iter().find_map(|linked| linked(layer)).is_some_and(|layer| layer.link(t, x, chain))
+        kinds.iter().find_map(|linked| linked(&self.0)).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         self.0.forward_at(t.ok_or_else(no_time)?, x)

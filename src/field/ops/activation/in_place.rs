@@ -3,6 +3,7 @@
 use super::functions::{Function, with_function};
 use super::{Activation, beyond_turns};
 use crate::field::ops::cpu::{CHUNK, Kernel, vectorised};
+use crate::field::ops::kernel::Held;
 use crate::field::ops::real::Real;
 
 /// What a pullback needs of an activation's forward pass.
@@ -34,8 +35,15 @@ impl Activation {
         }
     }
 
+    /// x ← f(x) for what tiles hold, rounded once.
+    pub(crate) fn value_of_held<T: Held>(self, x: &mut [T]) {
+        if self != Self::Identity {
+            with_function!(self, f => vectorised(OfHeld { x, f }));
+        }
+    }
+
     /// out ← out f′, f′ from what [`keeps`](Self::keeps) says; as many of both.
-    pub(crate) fn times_slope(self, kept: &[f32], out: &mut [f32]) {
+    pub(crate) fn times_slope<T: Held>(self, kept: &[T], out: &mut [T]) {
         with_function!(self, f => vectorised(TimesSlope { kept, out, f }));
     }
 
@@ -85,28 +93,50 @@ impl<R: Real, F: Function, const ORDER: u32> Kernel for InPlace<'_, R, F, ORDER>
     }
 }
 
-/// out ← out f′
-struct TimesSlope<'a, F> {
-    kept: &'a [f32],
-    out: &'a mut [f32],
+/// x ← f(x)
+struct OfHeld<'a, T, F> {
+    x: &'a mut [T],
     f: F,
 }
 
-impl<F: Function> Kernel for TimesSlope<'_, F> {
+impl<T: Held, F: Function> Kernel for OfHeld<'_, T, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let mut wide = [0.0; CHUNK];
+        for x in self.x.chunks_mut(CHUNK) {
+            let wide = &mut wide[..x.len()];
+            wide.iter_mut().zip(&*x).for_each(|(wide, x)| *wide = x.wide());
+            InPlace::<_, _, 0> { x: wide, f: self.f }.run();
+            x.iter_mut().zip(wide).for_each(|(x, wide)| *x = T::of(*wide));
+        }
+    }
+}
+
+/// out ← out f′
+struct TimesSlope<'a, T, F> {
+    kept: &'a [T],
+    out: &'a mut [T],
+    f: F,
+}
+
+impl<T: Held, F: Function> Kernel for TimesSlope<'_, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
         let Self { kept, out, f } = self;
+        let times = |out: &mut T, slope: f32| *out = T::of(out.wide() * slope);
         if F::SINE.is_none() {
-            return out.iter_mut().zip(kept).for_each(|(out, kept)| *out *= f.slope_of_kept(*kept));
+            return out.iter_mut().zip(kept).for_each(|(out, kept)| times(out, f.slope_of_kept(kept.wide())));
         }
         let mut slopes = [0.0; CHUNK];
         for (out, kept) in out.chunks_mut(CHUNK).zip(kept.chunks(CHUNK)) {
             let slopes = &mut slopes[..kept.len()];
-            slopes.copy_from_slice(kept);
+            slopes.iter_mut().zip(kept).for_each(|(slope, kept)| *slope = kept.wide());
             InPlace::<_, _, 1> { x: slopes, f }.run();
-            out.iter_mut().zip(&*slopes).for_each(|(out, slope)| *out *= slope);
+            out.iter_mut().zip(&*slopes).for_each(|(out, slope)| times(out, *slope));
         }
     }
 }

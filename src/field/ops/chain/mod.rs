@@ -1,4 +1,5 @@
-//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows.
+//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows; or convolutions, of which
+//! `conv/fused.rs` tells.
 //!
 //! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16,
 //! the layers of this crate run in it: parameters are packed once per solve, weights that are made of the time once per
@@ -17,11 +18,13 @@ mod pass;
 mod weights;
 
 use super::Activation;
+use super::conv::{Convolution, Convolutions};
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_nn::Conv2dConfig;
 use given::Given;
 use pass::{Pulled, Saved, Saves};
 use std::any::Any;
@@ -74,7 +77,7 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
         if chain.as_mut().is_some_and(|chain| layer.link(t, &x, chain)) {
             continue;
         }
-        if let Some(done) = chain.take().filter(|chain| !chain.links.is_empty()) {
+        if let Some(done) = chain.take().filter(|chain| !chain.is_empty()) {
             x = done.run(&x)?;
             chain = Chain::start(&x);
             if chain.as_mut().is_some_and(|chain| layer.link(t, &x, chain)) {
@@ -87,10 +90,11 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
     chain.map_or(Ok(x.clone()), |chain| chain.run(&x))
 }
 
-/// Layers that may become one op.
+/// Layers that may become one op: linear ones or convolutions, not both.
 pub(super) struct Chain {
     current: Current,
     links: Vec<Link>,
+    convolutions: Vec<Convolution>,
     /// Weights that are no parameters, one tensor for each layer that has such.
     given: Vec<Tensor>,
     /// Whether Candle's graph is to lead back from the value.
@@ -112,7 +116,30 @@ impl Chain {
             // Parameters may be tracked: Candle will come back through one of them.
             current.call = Call::Value;
         }
-        Some(Self { current, links: vec![], given: vec![], in_graph })
+        Some(Self { current, links: vec![], convolutions: vec![], given: vec![], in_graph })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.links.is_empty() && self.convolutions.is_empty()
+    }
+
+    /// Appends x ∗ w + b. Says whether it could.
+    pub(super) fn convolution(
+        &mut self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        config: &Conv2dConfig,
+    ) -> bool {
+        let shape = match self.convolutions.last() {
+            Some(before) => Some(before.shape()),
+            None => x.dims4().ok().map(Into::into),
+        };
+        let Some(shape) = shape.filter(|_| self.links.is_empty()) else { return false };
+        let made = Convolution::new(&self.current, x, shape, (weight, bias), config);
+        let could = made.is_some();
+        self.convolutions.extend(made);
+        could
     }
 
     /// Appends x W[:, ..inputs]ᵀ + b, with the time on the column beyond. Says whether it could.
@@ -190,7 +217,7 @@ impl Chain {
     /// Whether a layer of that size goes on from the last one.
     fn takes(&self, x: &Tensor, inputs: usize, outputs: usize) -> bool {
         let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
-        before == Some(inputs) && inputs > 0 && outputs > 0
+        before == Some(inputs) && inputs > 0 && outputs > 0 && self.convolutions.is_empty()
     }
 
     /// Elements that several layers of a chain are given at most: beyond, to put them into one tensor takes more than it saves.
@@ -209,7 +236,8 @@ impl Chain {
             return Ok((x.contiguous()?, given.map(|given| given.detach())));
         }
         let is_reached = x.track_op() || given.as_ref().is_some_and(Tensor::track_op);
-        let mut parameters = self.links.iter().flat_map(|link| link.weights.parameters());
+        let of_convolutions = self.convolutions.iter().flat_map(Convolution::parameters);
+        let mut parameters = self.links.iter().flat_map(|link| link.weights.parameters()).chain(of_convolutions);
         match parameters.find(|parameter| !is_reached && x.device().is_cpu() && parameter.is_tracked()) {
             Some(parameter) => Ok((x.contiguous()?.apply_op2(&parameter.leaf, Through)?, given)),
             None => Ok((x.contiguous()?, given)),
@@ -218,8 +246,9 @@ impl Chain {
 
     /// Appends an activation. Says whether it could.
     pub(super) fn activation(&mut self, activation: Activation) -> bool {
-        match self.links.last_mut() {
-            Some(Link { then: then @ Activation::Identity, .. }) => {
+        let last = self.links.last_mut().map(|link| &mut link.then);
+        match last.or(self.convolutions.last_mut().map(|convolution| &mut convolution.then)) {
+            Some(then @ Activation::Identity) => {
                 *then = activation;
                 true
             }
@@ -229,10 +258,15 @@ impl Chain {
 
     /// Its value; x itself where nothing has been appended.
     pub(super) fn run(mut self, x: &Tensor) -> Result<Tensor> {
-        if self.links.is_empty() {
+        if self.is_empty() {
             return Ok(x.clone());
         }
         let (x, given) = self.operands(x)?;
+        if !self.convolutions.is_empty() {
+            let saves = x.track_op() || self.current.call == Call::Layers;
+            let layers = Convolutions::new(self.current.session, self.convolutions, saves);
+            return if saves { run_to_pull(layers, &x) } else { x.apply_op1_no_bwd(&layers) };
+        }
         #[cfg(feature = "cuda")]
         if !x.device().is_cpu() {
             return super::cuda::run_chain(self.links, &x);
@@ -253,14 +287,16 @@ impl Chain {
                 x.apply_op2(&given, layers)
             };
         }
-        if saves == Saves::Nothing {
-            return x.apply_op1_no_bwd(&layers);
-        }
-        let layers = Arc::new(layers);
-        let value = if x.track_op() { x.apply_op1(Node(layers.clone())) } else { x.apply_op1_no_bwd(layers.as_ref()) }?;
-        Session::ran(Ran { from: x.id(), to: value.id(), way_back: layers });
-        Ok(value)
+        if saves == Saves::Nothing { x.apply_op1_no_bwd(&layers) } else { run_to_pull(layers, &x) }
     }
+}
+
+/// The value of layers that will be pulled back, by Candle's graph or by themselves.
+fn run_to_pull<L: CustomOp1 + WayBack + 'static>(layers: L, x: &Tensor) -> Result<Tensor> {
+    let layers = Arc::new(layers);
+    let value = if x.track_op() { x.apply_op1(Node(layers.clone())) } else { x.apply_op1_no_bwd(layers.as_ref()) }?;
+    Session::ran(Ran { from: x.id(), to: value.id(), way_back: layers });
+    Ok(value)
 }
 
 /// The layers of a chain.
@@ -336,8 +372,8 @@ impl Layers {
 }
 
 impl WayBack for Layers {
-    fn pull(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
-        Ok(self.pull_from(None, value, cotangent, None)?.0)
+    fn pull(&self, x: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        Ok(self.pull_from(x, value, cotangent, None)?.0)
     }
 }
 
@@ -375,20 +411,20 @@ impl CustomOp2 for Layers {
     }
 }
 
-/// The layers as a node of Candle's graph.
-struct Node(Arc<Layers>);
+/// Layers as a node of Candle's graph.
+struct Node<L>(Arc<L>);
 
-impl CustomOp1 for Node {
+impl<L: CustomOp1 + WayBack> CustomOp1 for Node<L> {
     fn name(&self) -> &'static str {
-        CustomOp1::name(self.0.as_ref())
+        self.0.name()
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        CustomOp1::cpu_fwd(self.0.as_ref(), x, layout)
+        self.0.cpu_fwd(x, layout)
     }
 
     fn bwd(&self, x: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.0.pull_from(Some(x), value, grad, None).map(|(of_x, _)| Some(of_x))
+        self.0.pull(Some(x), value, grad).map(Some)
     }
 }
 
@@ -410,7 +446,7 @@ impl CustomOp2 for Through {
 }
 
 /// The elements of a contiguous operand.
-fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+pub(super) fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("a chain takes contiguous tensors") };
     Ok(&T::cpu_storage_as_slice(storage)?[from..to])
 }

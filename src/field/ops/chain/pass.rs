@@ -4,9 +4,7 @@ use super::Link;
 use super::compute::{Compute, Input};
 use super::given::{Given, Way};
 use super::order::{Order, Ordered};
-use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
-use crate::field::ops::cpu::CHUNK;
 use crate::field::ops::kernel::{Epilogue, Held, Then, View};
 use crate::field::session::{Buffered, Matrix, Session, Side, Tile};
 use crate::field::sink;
@@ -207,22 +205,14 @@ impl Link {
         let (gate, bias) = (self.gate(way)?, bias.as_deref());
         let rows = out.len() / self.outputs;
         if self.then.keeps() != Keeps::Input {
-            let then = match self.then {
-                Activation::Identity => Then::Nothing,
-                activation => Then::Activation(activation),
-            };
+            let then = Then::activation(self.then);
             T::multiply(order, x, &packed, &Epilogue { gate, bias, then }, order.write(out, rows));
             return Ok(None);
         }
         let mut z = order.tile(session, rows, self.outputs);
         T::multiply(order, x, &packed, &Epilogue { gate, bias, then: Then::Nothing }, order.write(&mut z, rows));
-        let mut wide = [0.0; CHUNK];
-        for (z, out) in z.chunks(CHUNK).zip(out.chunks_mut(CHUNK)) {
-            let wide = &mut wide[..z.len()];
-            wide.iter_mut().zip(z).for_each(|(wide, z)| *wide = z.wide());
-            self.then.value_in_place(wide);
-            out.iter_mut().zip(wide).for_each(|(out, wide)| *out = T::of(*wide));
-        }
+        out.copy_from_slice(&z);
+        self.then.value_of_held(out);
         Ok(Some(z))
     }
 }

@@ -1,35 +1,37 @@
-//! A convolution as one op of Candle's graph, on a tile of images.
+//! Convolutions with activations between them as one op of Candle's graph, on a tile of images.
 //!
-//! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering ([`Method`]). Pixels are turned
-//! channel by channel into a frame of zeros `(images, height, width, channels)`; the windows of a frame are then rows of
-//! a matrix that is never made, since the kernels find them where they lie:
+//! Inside a solve on the CPU, in F32, F16 and BF16, directly or by minimal filtering ([`Method`]). From the first
+//! convolution to the last, images lie pixel by pixel, in frames of zeros where windows look at them: the windows of a
+//! frame are rows of a matrix that is never made, since the kernels find them where they lie:
 //!
 //! | product | windows | by |
 //! |---|---|---|
 //! | y = x ∗ w + b | of x in a frame as wide as the padding | w, packed once per solve |
 //! | dL/dx | of dL/dy, spread by the stride, in a frame of kernel − 1 − padding | w turned round, packed once per solve |
 //! | dL/dw, added in place to the F32 sums | of x, kept from the forward pass | dL/dy |
+//!
+//! The framed x of a convolution holds the value of the activation before it, too, for the pullback through that.
 
-use super::super::chain::{Compute, Order, Parameter, with_compute, with_elements};
+use super::frame::{Frame, pixels_of, planes_of};
 use super::method::{Convolved, Method};
-use crate::field::ops::kernel::{Held, Looks, Packed, View, ViewMut, Windows, add_column_sums, transpose};
-use crate::field::session::{Buffered, Matrix, Session, Shared, Side, Tile};
+use crate::field::ops::Activation;
+use crate::field::ops::activation::in_place::Keeps;
+use crate::field::ops::chain::{Compute, Order, Parameter, elements, with_compute, with_elements};
+use crate::field::ops::kernel::{Held, Packed, View, ViewMut, Windows, add_column_sums};
+use crate::field::session::{Buffered, Current, Matrix, Session, Shared, Side, Tile, WayBack};
 use crate::field::sink;
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::Conv2dConfig;
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A convolution of images of one size.
-pub(super) struct Fused {
-    session: Arc<Session>,
+/// A convolution of images of one size, and what is done with its result.
+#[derive(Clone, Debug)]
+pub(in crate::field::ops) struct Convolution {
     weight: Parameter,
     bias: Option<Parameter>,
     sizes: Sizes,
-    /// The framed x, a matrix of what tiles hold; from the forward pass on.
-    framed: Mutex<Option<Box<dyn Any + Send + Sync>>>,
-    tracked: bool,
+    pub(in crate::field::ops) then: Activation,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,122 +50,108 @@ struct Sizes {
     padding: usize,
 }
 
-impl Fused {
-    /// The convolution of `x`, if kernels of ours do it: inside a solve, on the CPU, in a dtype with kernels, with stride 1
-    /// or 2, without dilation and groups.
-    pub(super) fn new(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, config: &Conv2dConfig) -> Option<Self> {
+impl Convolution {
+    /// The convolution of images `(images, channels, height, width)`, if kernels of ours do it: with stride 1 or 2, without
+    /// dilation and groups. `x` is what the chain begins with.
+    pub(in crate::field::ops) fn new(
+        current: &Current,
+        x: &Tensor,
+        [images, inputs, height, width]: [usize; 4],
+        (weight, bias): (&Tensor, Option<&Tensor>),
+        config: &Conv2dConfig,
+    ) -> Option<Self> {
         let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
-        let has_kernels = matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
-        if !x.device().is_cpu() || !has_kernels || !matches!((stride, dilation, groups), (1 | 2, 1, 1)) {
-            return None;
-        }
-        let (images, inputs, height, width) = x.dims4().ok()?;
         let (outputs, channels, kernel_height, kernel_width) = weight.dims4().ok()?;
         let (size, kernel) = ([height, width], [kernel_height, kernel_width]);
         let windows = |n: usize| Some((size[n] + 2 * padding).checked_sub(kernel[n])? / stride + 1);
-        let sizes =
-            Sizes { images, inputs, outputs, size, result: [windows(0)?, windows(1)?], kernel, stride, padding };
-        if channels != inputs || x.elem_count() == 0 || weight.elem_count() == 0 {
+        let fits = x.device().is_cpu() && matches!((stride, dilation, groups), (1 | 2, 1, 1)) && channels == inputs;
+        if !fits || weight.elem_count() == 0 {
             return None;
         }
-        let current = Session::current()?;
-        let (weight, bias) = Parameter::of_layer(&current, x, weight, bias)?;
-        let session = current.session;
-        Some(Self { session, weight, bias, sizes, framed: Mutex::default(), tracked: x.track_op() })
+        let sizes =
+            Sizes { images, inputs, outputs, size, result: [windows(0)?, windows(1)?], kernel, stride, padding };
+        let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
+        Some(Self { weight, bias, sizes, then: Activation::Identity })
     }
 
-    /// Its value.
-    pub(super) fn run(self, x: &Tensor) -> Result<Tensor> {
-        let x = x.contiguous()?;
-        if self.tracked { x.apply_op1(self) } else { x.apply_op1_no_bwd(&self) }
+    /// The shape of its value.
+    pub(in crate::field::ops) fn shape(&self) -> [usize; 4] {
+        let Sizes { images, outputs, result: [height, width], .. } = self.sizes;
+        [images, outputs, height, width]
     }
 
-    fn value<C: Compute<Held: Convolved>>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
-        let Sizes { images, inputs, outputs, result: [height, width], .. } = self.sizes;
-        let x = C::held(&self.session, Order::Rows, x, images * inputs);
-        let looks = self.sizes.looks::<C::Held>();
-        let framed = self.sizes.framed(&self.session, x.view(), &looks);
-        let packed = self.packed::<C::Held>(Side::Forward)?;
-        let bias = self.bias.as_ref().map(|bias| bias.in_f32(&self.session)).transpose()?;
-        let method = self.sizes.method::<C::Held>();
-        let value = self.planes::<C>([outputs, height * width], 1.0, |y| {
-            C::Held::convolve(method, &self.session, Windows::new(&framed, looks), &packed, bias.as_deref(), y);
-        });
-        if self.tracked {
-            *self.framed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(framed));
-        }
-        Ok((C::storage(value), Shape::from((images, outputs, height, width))))
+    pub(in crate::field::ops) fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        std::iter::once(&self.weight).chain(&self.bias)
     }
 
-    /// Adds dL/dw and dL/db to the open sums, and gives dL/dx.
-    fn pull<C: Compute<Held: Convolved>>(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let Sizes { images, inputs, outputs, size: [height, width], .. } = self.sizes;
-        let framed = self.framed.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(framed) = framed.as_ref().and_then(|framed| framed.downcast_ref::<Matrix<C::Held>>()) else {
-            bail!("a convolution pulls back what it has evaluated")
-        };
-        let scale = sink::scale()? as f32;
-        let g = with_elements::<C::Stored, _>(grad, |grad| {
-            let grad = C::held(&self.session, Order::Rows, grad, images * outputs);
-            let mut g = self.sizes.pixels(&self.session, grad.view());
-            multiply_by(&mut g, scale.recip());
-            Ok(g)
-        })?;
-        self.add_gradients(g.view(), framed)?;
-        let looks = self.sizes.looks_back::<C::Held>();
-        let spread = self.sizes.spread(&self.session, g.view(), &looks);
-        let packed = self.packed::<C::Held>(Side::Backward)?;
-        let dx = self.planes::<C>([inputs, height * width], scale, |dx| {
-            let (method, windows) = (self.sizes.method::<C::Held>(), Windows::new(&spread, looks));
-            C::Held::convolve(method, &self.session, windows, &packed, None, dx);
-        });
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
-    }
-
-    /// What `fill` writes pixel by pixel, `scale` times, as Candle stores it: channel by channel.
-    fn planes<C: Compute>(
+    /// Its pixels, and what was activated where f′ is a function of that and `saves` says that it is wanted.
+    fn value<T: Convolved>(
         &self,
-        [channels, pixels]: [usize; 2],
-        scale: f32,
-        fill: impl FnOnce(ViewMut<'_, C::Held>),
-    ) -> Vec<C::Stored> {
-        let images = self.sizes.images;
-        let mut tile = C::Held::spare(&self.session).matrix(images * pixels, channels);
-        fill(ViewMut::new(&mut tile, images * pixels, channels, channels));
-        multiply_by(&mut tile, scale);
-        C::stored(&self.session, Order::Rows, [images * channels, pixels], |planes| {
-            for (n, image) in planes.chunks_exact_mut(channels * pixels).enumerate() {
-                let from = tile.view().part(n * pixels..(n + 1) * pixels, 0..channels);
-                transpose(from, ViewMut::new(image, channels, pixels, pixels));
-            }
-        })
+        session: &Session,
+        framed: &[T],
+        saves: bool,
+    ) -> Result<(Matrix<T>, Option<Matrix<T>>)> {
+        let Sizes { images, outputs, result: [height, width], .. } = self.sizes;
+        let packed = self.packed::<T>(session, Side::Forward)?;
+        let bias = self.bias.as_ref().map(|bias| bias.in_f32(session)).transpose()?;
+        let mut y = T::spare(session).matrix(images * height * width, outputs);
+        let to = ViewMut::new(&mut y, images * height * width, outputs, outputs);
+        let (windows, is_apart) = (self.sizes.windows(framed), self.then.keeps() == Keeps::Input);
+        let then = if is_apart { Activation::Identity } else { self.then };
+        T::convolve(self.sizes.method::<T>(), session, windows, &packed, (bias.as_deref(), then), to);
+        if !is_apart {
+            return Ok((y, None));
+        }
+        let kept = saves.then(|| {
+            let mut kept = T::spare(session).matrix(images * height * width, outputs);
+            kept.copy_from_slice(&y);
+            kept
+        });
+        self.then.value_of_held(&mut y);
+        Ok((y, kept))
+    }
+
+    /// From the cotangent of its pixels before they were activated, which is not scaled, to that of x.
+    fn pull<T: Convolved>(&self, session: &Session, g: Matrix<T>, framed: &[T]) -> Result<Matrix<T>> {
+        let Sizes { images, inputs, size: [height, width], .. } = self.sizes;
+        let g = self.sizes.filled(session, g);
+        self.add_gradients(session, g.view(), framed)?;
+        let frame = self.sizes.frame_back::<T>();
+        let spread = self.sizes.spread(session, g.view(), &frame);
+        drop(g);
+        let packed = self.packed::<T>(session, Side::Backward)?;
+        let mut dx = T::spare(session).matrix(images * height * width, inputs);
+        let to = ViewMut::new(&mut dx, images * height * width, inputs, inputs);
+        let windows = Windows::new(&spread, frame.looks(self.sizes.kernel, 1, self.sizes.size));
+        T::convolve(self.sizes.method::<T>(), session, windows, &packed, (None, Activation::Identity), to);
+        Ok(dx)
     }
 
     /// dw += gᵀ windows and db += Σ g, for those of the two that are tracked.
-    fn add_gradients<T: Convolved>(&self, g: View<'_, T>, framed: &Matrix<T>) -> Result<()> {
+    fn add_gradients<T: Convolved>(&self, session: &Session, g: View<'_, T>, framed: &[T]) -> Result<()> {
         let tracked = |parameter: &&Parameter| parameter.is_tracked();
         let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
         let Sizes { inputs, outputs, .. } = self.sizes;
-        let mut sums = f32::spare(&self.session).matrix(1, outputs);
+        let mut sums = f32::spare(session).matrix(1, outputs);
         sums.fill(0.0);
         add_column_sums(g, &mut sums);
         // A cotangent that is not finite shows in its sums.
         sink::note(sums.iter().all(|sum| sum.is_finite()));
         if let Some(weight) = weight {
-            let (looks, taps) = (self.sizes.looks::<T>(), self.sizes.taps());
-            let columns = taps * looks.channels;
-            let mut dw = f32::spare(&self.session).matrix(outputs, columns);
+            let (windows, taps) = (self.sizes.windows(framed), self.sizes.taps());
+            let channels = windows.looks().channels;
+            let columns = taps * channels;
+            let mut dw = f32::spare(session).matrix(outputs, columns);
             dw.fill(0.0);
             let to = ViewMut::new(&mut dw, outputs, columns, columns);
-            let windows = Windows::new(framed, looks);
-            T::add_outer(self.sizes.method::<T>(), &self.session, g, windows, to);
+            T::add_outer(self.sizes.method::<T>(), session, g, windows, to);
             sink::add_in_place(&weight.leaf, |sum| {
                 for (sum, dw) in sum.chunks_exact_mut(inputs * taps).zip(dw.chunks_exact(columns)) {
                     for (channel, sum) in sum.chunks_exact_mut(taps).enumerate() {
-                        let dw = dw[channel..].iter().step_by(looks.channels);
+                        let dw = dw[channel..].iter().step_by(channels);
                         sum.iter_mut().zip(dw).for_each(|(sum, dw)| *sum += dw);
                     }
                 }
@@ -173,23 +161,27 @@ impl Fused {
     }
 
     /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by channel.
-    fn packed<T: Convolved>(&self, side: Side) -> Result<Arc<Shared<T>>> {
+    fn packed<T: Convolved>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
         let Sizes { inputs, outputs, .. } = self.sizes;
         let (taps, slot, method) = (self.sizes.taps(), self.weight.slot, self.sizes.method::<T>());
         let points = method.points(taps);
+        // The same weight may be packed for both methods: the number of points tells them apart.
+        let key = (slot, points * inputs, side);
+        if let Some(seen) = session.seen(key) {
+            return Ok(seen);
+        }
         self.weight.with_floats(|w| {
             let at = |output: usize, input: usize, tap: usize| w((output * inputs + input) * taps + tap);
-            // The same weight may be packed for both methods: the number of points tells them apart.
-            self.session.packed((slot, points * inputs, side), |side| match side {
+            session.packed(key, |side| match side {
                 Side::Forward => {
-                    let channels = self.sizes.looks::<T>().channels;
+                    let channels = self.sizes.frame::<T>().channels;
                     Packed::pack(points * channels, outputs, |k, output| {
                         let (point, input) = (k / channels, k % channels);
                         if input < inputs { method.of_kernel(point, |tap| at(output, input, tap)) } else { 0.0 }
                     })
                 }
                 Side::Backward => {
-                    let channels = self.sizes.looks_back::<T>().channels;
+                    let channels = self.sizes.frame_back::<T>().channels;
                     Packed::pack(points * channels, inputs, |k, input| {
                         let (point, output) = (k / channels, k % channels);
                         let turned = |tap: usize| at(output, input, taps - 1 - tap);
@@ -205,7 +197,7 @@ impl Sizes {
     /// How products are made, on the way forward and on the way back: with one pixel from window to window x and dL/dy
     /// have even sides both, or neither, whatever their sizes.
     fn method<T: Convolved>(&self) -> Method {
-        T::method(&self.looks::<T>(), self.outputs)
+        T::method(&self.frame::<T>().looks(self.kernel, self.stride, self.result), self.outputs)
     }
 
     /// Elements of the kernel in one channel.
@@ -213,60 +205,51 @@ impl Sizes {
         self.kernel[0] * self.kernel[1]
     }
 
-    /// The windows of x in its frame.
-    fn looks<T: Held>(&self) -> Looks {
-        let Self { images, inputs, size, result, kernel, stride, padding, .. } = *self;
-        let channels = inputs.next_multiple_of(T::DEPTH);
-        Looks { images, size: size.map(|n| n + 2 * padding), channels, kernel, stride, windows: result }
-    }
-
-    /// The windows of dL/dy in its frame.
-    fn looks_back<T: Held>(&self) -> Looks {
-        let Self { images, outputs, size, kernel, .. } = *self;
-        let channels = outputs.next_multiple_of(T::DEPTH);
-        let framed = [size[0] + kernel[0] - 1, size[1] + kernel[1] - 1];
-        Looks { images, size: framed, channels, kernel, stride: 1, windows: size }
-    }
-
-    /// x, whose planes are given, pixel by pixel in its frame of zeros.
-    fn framed<T: Tile>(&self, session: &Session, planes: View<'_, T>, looks: &Looks) -> Matrix<T> {
+    /// x in its frame.
+    fn frame<T: Held>(&self) -> Frame {
         let Self { images, inputs, size: [height, width], padding, .. } = *self;
-        let Looks { size, channels, .. } = *looks;
-        let mut framed = T::spare(session).matrix(images * size[0] * size[1], channels);
-        framed.fill(T::default());
-        for image in 0..images {
-            for y in 0..height {
-                let line = planes.part(image * inputs..(image + 1) * inputs, y * width..(y + 1) * width);
-                let start = (image * size[0] + y + padding) * size[1] + padding;
-                transpose(line, ViewMut::new(&mut framed[start * channels..], width, inputs, channels));
-            }
-        }
-        framed
+        let size = self.size.map(|n| n + 2 * padding);
+        let channels = inputs.next_multiple_of(T::DEPTH);
+        Frame { images, size, channels, at: [padding; 2], inner: [height, width, inputs] }
     }
 
-    /// dL/dy, whose planes are given, pixel by pixel; lines are filled up with zeros as kernels want them.
-    fn pixels<T: Tile>(&self, session: &Session, planes: View<'_, T>) -> Matrix<T> {
+    /// The windows of x in its frame.
+    fn windows<'a, T: Held>(&self, framed: &'a [T]) -> Windows<'a, T> {
+        Windows::new(framed, self.frame::<T>().looks(self.kernel, self.stride, self.result))
+    }
+
+    /// dL/dy in its frame, if it need not be spread.
+    fn frame_back<T: Held>(&self) -> Frame {
+        let Self { images, outputs, size, result: [height, width], kernel, padding, .. } = *self;
+        let channels = outputs.next_multiple_of(T::DEPTH);
+        let size = [size[0] + kernel[0] - 1, size[1] + kernel[1] - 1];
+        let at = kernel.map(|n| (n - 1).saturating_sub(padding));
+        Frame { images, size, channels, at, inner: [height, width, outputs] }
+    }
+
+    /// The pixels of dL/dy, each line filled up with zeros as kernels want them.
+    fn filled<T: Tile>(&self, session: &Session, pixels: Matrix<T>) -> Matrix<T> {
         let Self { images, outputs, result: [height, width], .. } = *self;
         let filled = width.next_multiple_of(T::DEPTH);
-        let mut pixels = T::spare(session).matrix(images * height * filled, outputs);
-        if filled != width {
-            pixels.fill(T::default());
+        if filled == width {
+            return pixels;
         }
-        // Lines without gaps are one line.
-        let (lines, width) = if filled == width { (1, height * width) } else { (height, width) };
-        let filled = filled * height / lines;
-        for (n, to) in pixels.chunks_exact_mut(filled * outputs).enumerate() {
-            let (image, y) = (n / lines, n % lines);
-            let line = planes.part(image * outputs..(image + 1) * outputs, y * width..(y + 1) * width);
-            transpose(line, ViewMut::new(to, width, outputs, outputs));
+        let mut lines = T::spare(session).matrix(images * height * filled, outputs);
+        lines.fill(T::default());
+        let count = width * outputs;
+        for (to, from) in lines.chunks_exact_mut(filled * outputs).zip(pixels.chunks_exact(count)) {
+            to[..count].copy_from_slice(from);
         }
-        pixels
+        lines
     }
 
-    /// The [`pixels`](Self::pixels) of dL/dy in their frame, as far apart as the windows of x were.
-    fn spread<T: Tile>(&self, session: &Session, pixels: View<'_, T>, looks: &Looks) -> Matrix<T> {
+    /// The [`filled`](Self::filled) pixels of dL/dy in their frame, as far apart as the windows of x were.
+    fn spread<T: Tile>(&self, session: &Session, pixels: View<'_, T>, frame: &Frame) -> Matrix<T> {
         let Self { images, outputs, result: [height, width], kernel, stride, padding, .. } = *self;
-        let Looks { size, channels, .. } = *looks;
+        if stride == 1 && kernel.iter().all(|&n| padding < n) {
+            return frame.of_pixels(session, pixels);
+        }
+        let Frame { size, channels, .. } = *frame;
         let filled = width.next_multiple_of(T::DEPTH);
         let mut spread = T::spare(session).matrix(images * size[0] * size[1], channels);
         spread.fill(T::default());
@@ -284,26 +267,118 @@ impl Sizes {
     }
 }
 
+/// Convolutions of tensors one after another.
+pub(in crate::field::ops) struct Convolutions {
+    session: Arc<Session>,
+    links: Vec<Convolution>,
+    saves: bool,
+    /// What the pullback needs, a [`Passed`] of what tiles hold for each; from the forward pass on.
+    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
+}
+
+/// What the pullback of a convolution needs.
+struct Passed<T> {
+    framed: Matrix<T>,
+    /// What was activated, where f′ is a function of that.
+    activated: Option<Matrix<T>>,
+}
+
+impl Convolutions {
+    /// At least one; `saves` says whether they will be pulled back.
+    pub(in crate::field::ops) fn new(session: Arc<Session>, links: Vec<Convolution>, saves: bool) -> Self {
+        Self { session, links, saves, saved: Mutex::default() }
+    }
+
+    fn value<C: Compute<Held: Convolved>>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
+        let (session, Some(last)) = (&self.session, self.links.last()) else { bail!("a chain of no layers") };
+        let Sizes { images, inputs, .. } = self.links[0].sizes;
+        let mut saved = vec![];
+        let mut save = |framed, activated| saved.extend(self.saves.then_some(Passed { framed, activated }));
+        let mut framed = {
+            let x = C::held(session, Order::Rows, x, images * inputs);
+            self.links[0].sizes.frame::<C::Held>().of_planes(session, x.view())
+        };
+        for (link, next) in self.links.iter().zip(&self.links[1..]) {
+            let (y, activated) = link.value(session, &framed, self.saves)?;
+            let next = next.sizes.frame::<C::Held>().of_pixels(session, y.view());
+            save(std::mem::replace(&mut framed, next), activated);
+        }
+        let (y, activated) = last.value(session, &framed, self.saves)?;
+        save(framed, activated);
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = self.saves.then(|| Box::new(saved) as _);
+        let shape = last.shape();
+        let value = planes::<C>(session, shape, y);
+        Ok((C::storage(value), Shape::from(shape.to_vec())))
+    }
+
+    fn pull_in<C: Compute<Held: Convolved>>(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        let session = &self.session;
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Vec<Passed<C::Held>>>()) else {
+            bail!("convolutions pull back what they have evaluated")
+        };
+        let (scale, last) = (sink::scale()? as f32, &self.links[self.links.len() - 1]);
+        let pixels = |tensor: &Tensor| {
+            let Sizes { images, outputs, .. } = last.sizes;
+            with_elements::<C::Stored, _>(tensor, |planes| {
+                let planes = C::held(session, Order::Rows, planes, images * outputs);
+                Ok(pixels_of(session, planes.view(), outputs))
+            })
+        };
+        let mut g = pixels(cotangent)?;
+        multiply_by(&mut g, scale.recip());
+        if last.then.keeps() == Keeps::Value {
+            last.then.times_slope(&pixels(&value.contiguous()?)?, &mut g);
+        }
+        for (n, (link, passed)) in self.links.iter().zip(saved).enumerate().rev() {
+            if let Some(activated) = &passed.activated {
+                link.then.times_slope(activated, &mut g);
+            }
+            g = link.pull(session, g, &passed.framed)?;
+            if let Some(before) = n.checked_sub(1).map(|n| self.links[n].then) {
+                if before.keeps() == Keeps::Value {
+                    link.sizes.frame::<C::Held>().times_slope(before, &passed.framed, &mut g);
+                }
+            }
+        }
+        multiply_by(&mut g, scale);
+        let Sizes { images, inputs, size: [height, width], .. } = self.links[0].sizes;
+        let shape = [images, inputs, height, width];
+        Tensor::from_vec(planes::<C>(session, shape, g), &shape, value.device())
+    }
+}
+
+/// The pixels of images of that shape, channel by channel, as Candle stores them.
+fn planes<C: Compute>(
+    session: &Session,
+    [images, channels, height, width]: [usize; 4],
+    pixels: Matrix<C::Held>,
+) -> Vec<C::Stored> {
+    C::stored(session, Order::Rows, [images * channels, height * width], |planes| {
+        planes_of(pixels.view(), height * width, planes);
+    })
+}
+
 fn multiply_by<T: Held>(values: &mut [T], factor: f32) {
     if factor != 1.0 {
         values.iter_mut().for_each(|value| *value = T::of(value.wide() * factor));
     }
 }
 
-impl CustomOp1 for Fused {
+impl WayBack for Convolutions {
+    fn pull(&self, _: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        let cotangent = cotangent.detach().contiguous()?;
+        with_compute!(value.dtype(), false, C => self.pull_in::<C>(value, &cotangent))
+    }
+}
+
+impl CustomOp1 for Convolutions {
     fn name(&self) -> &'static str {
-        "conv2d"
+        "convolutions"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((from, to)) = layout.contiguous_offsets() else { bail!("kernels of conv2d take a contiguous tensor") };
-        with_compute!(x.dtype(), false, C => {
-            self.value::<C>(&<C as Compute>::Stored::cpu_storage_as_slice(x)?[from..to])
-        })
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.detach().contiguous()?;
-        with_compute!(x.dtype(), false, C => self.pull::<C>(x, &grad))
+        use candle_core::backend::BackendStorage;
+        with_compute!(x.dtype(), false, C => self.value::<C>(elements(x, layout)?))
     }
 }

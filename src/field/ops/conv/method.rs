@@ -1,7 +1,8 @@
 //! How a convolution is summed, and the kernels for each way.
 
+use crate::field::ops::Activation;
 use crate::field::ops::kernel::{
-    Epilogue, Looks, Packed, View, ViewMut, Windows, add_outer_windows, convolve, winograd,
+    Epilogue, Looks, Packed, Then, View, ViewMut, Windows, add_outer_windows, convolve, winograd,
 };
 use crate::field::session::{Buffered, Session, Tile};
 use half::bf16;
@@ -36,6 +37,9 @@ impl Method {
     }
 }
 
+/// b, if there is one, and f.
+pub(super) type Behind<'a> = (Option<&'a [f32]>, Activation);
+
 /// Elements with kernels for convolutions: what is provided is the direct one.
 pub(super) trait Convolved: Tile {
     /// The faster method for images that are looked at so.
@@ -43,16 +47,16 @@ pub(super) trait Convolved: Tile {
         Method::Direct
     }
 
-    /// y = x ∗ w + b, w packed for the method.
+    /// y = f(x ∗ w + b), w packed for the method.
     fn convolve(
         _: Method,
         _: &Session,
         x: Windows<'_, Self>,
         w: &Packed<Self>,
-        bias: Option<&[f32]>,
+        behind: Behind<'_>,
         out: ViewMut<'_, Self>,
     ) {
-        directly(x, w, bias, out);
+        directly(x, w, behind, out);
     }
 
     /// dw += gᵀ x for dw `(outputs, taps · channels)`.
@@ -76,15 +80,15 @@ impl Convolved for f32 {
         session: &Session,
         x: Windows<'_, f32>,
         w: &Packed<f32>,
-        bias: Option<&[f32]>,
+        behind: Behind<'_>,
         out: ViewMut<'_, f32>,
     ) {
         match method {
-            Method::Direct => directly(x, w, bias, out),
+            Method::Direct => directly(x, w, behind, out),
             Method::Filtered => {
                 let images = winograd::shares_of_images(x.looks(), w.columns());
                 let space = images.len() * winograd::space(x.looks().channels, w.columns());
-                winograd::convolve_in_tiles(images, x, w, bias, out, &mut Self::spare(session).matrix(1, space));
+                winograd::convolve_in_tiles(images, x, w, behind, out, &mut Self::spare(session).matrix(1, space));
             }
         }
     }
@@ -101,8 +105,8 @@ impl Convolved for f32 {
     }
 }
 
-fn directly<T: Tile>(x: Windows<'_, T>, w: &Packed<T>, bias: Option<&[f32]>, out: ViewMut<'_, T>) {
-    convolve(x, w, &Epilogue { bias, ..Epilogue::default() }, out);
+fn directly<T: Tile>(x: Windows<'_, T>, w: &Packed<T>, (bias, then): Behind<'_>, out: ViewMut<'_, T>) {
+    convolve(x, w, &Epilogue { bias, then: Then::activation(then), ..Epilogue::default() }, out);
 }
 
 fn add_outer_directly<T: Tile>(session: &Session, g: View<'_, T>, x: Windows<'_, T>, dw: ViewMut<'_, f32>) {

@@ -6,10 +6,12 @@
 //! on the CPU, kernels of ours do it ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
+mod frame;
 mod fused;
 mod method;
 
 use super::bias::add_bias;
+use super::chain::{self, Chain, Linked};
 use super::cpu::wide_dtype;
 use super::precomputed::Precomputed;
 use super::weight::give;
@@ -17,7 +19,7 @@ use crate::Time;
 use crate::field::Tangent;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Module, Result, Shape, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
-use fused::Fused;
+pub(super) use fused::{Convolution, Convolutions};
 
 /// A 2-d convolution: the twin of [`candle_nn::Conv2d`].
 ///
@@ -98,9 +100,16 @@ impl Conv2d {
 
 impl Module for Conv2d {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(fused) = Fused::new(x, &self.weight, self.bias.as_ref(), &self.config) {
-            return fused.run(x);
-        }
+        chain::run([self], None, x)
+    }
+}
+
+impl Linked for Conv2d {
+    fn link(&self, _: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        chain.convolution(x, &self.weight, self.bias.as_ref(), &self.config)
+    }
+
+    fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
         let y = self.convolve(x)?;
         match &self.bias {
             Some(bias) => add_bias(&y, bias, 1),

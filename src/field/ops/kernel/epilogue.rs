@@ -28,6 +28,12 @@ pub(crate) enum Then<'a, T> {
     TimesSlope(Activation, View<'a, T>),
 }
 
+impl<T> Then<'_, T> {
+    pub(crate) fn activation(activation: Activation) -> Self {
+        if activation == Activation::Identity { Self::Nothing } else { Self::Activation(activation) }
+    }
+}
+
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
         Self { gate: None, bias: None, then: Then::Nothing }

@@ -104,6 +104,15 @@ impl<'a, T> ViewMut<'a, T> {
         parts
     }
 
+    /// Its elements: all at once, or row by row where something lies between the rows.
+    pub(super) fn pieces(&mut self) -> impl Iterator<Item = &mut [T]> {
+        let (pieces, count, apart) = match self.stride == self.columns {
+            true => (1, self.rows * self.columns, self.rows * self.columns),
+            false => (self.rows, self.columns, self.stride),
+        };
+        self.values.chunks_mut(apart.max(1)).take(pieces).map(move |piece| &mut piece[..count])
+    }
+
     pub(crate) fn slice_mut(&mut self) -> &mut [T] {
         self.values
     }

@@ -34,12 +34,14 @@ fn filtered_convolutions_are_right_on_every_path() {
                 let mut y = Matrix::<f32>::noise(images * windows[0] * windows[1], outputs, 5);
                 let windowed = Windows::new(&x, looks);
                 let bias = if channels == 5 { None } else { Some(bias.as_slice()) };
-                convolve_in_tiles_on(path, windowed, &packed, bias, y.view_mut(), &mut room);
+                let then = if outputs == 19 { Activation::Tanh } else { Activation::Identity };
+                convolve_in_tiles_on(path, windowed, &packed, (bias, then), y.view_mut(), &mut room);
                 assert!(room[space(channels, outputs)..].iter().all(|x| x.is_nan()), "{what}");
                 let taps = || (0..9 * channels).map(|k| (k % 9, k / 9));
                 y.check(&what, 2e-5, |row, n| {
-                    bias.map_or(0.0, |bias| f64::from(bias[n]))
-                        + sum(taps().map(|(tap, c)| at(place(row), tap, c) * w(n, c, tap)))
+                    let bias = bias.map_or(0.0, |bias| f64::from(bias[n]));
+                    let z = bias + sum(taps().map(|(tap, c)| at(place(row), tap, c) * w(n, c, tap)));
+                    if then == Activation::Tanh { z.tanh() } else { z }
                 });
 
                 let g = Matrix::<f32>::noise(y.rows, outputs, 4);

@@ -1,6 +1,7 @@
 //! y = x ∗ w + b by minimal filtering.
 
 use super::{OneWay, POINTS, apart, blocks, both_ways, first_result, fits, load, load_square, put, transform};
+use crate::field::ops::Activation;
 use crate::field::ops::kernel::held::Held;
 use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
@@ -38,13 +39,13 @@ fn padded(columns: usize) -> usize {
     columns.next_multiple_of(PANEL / 2)
 }
 
-/// y = x ∗ w + b for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point; the images
+/// y = f(x ∗ w + b) for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point; the images
 /// [shared](shares_of_images) among threads.
 pub(crate) fn convolve_in_tiles(
     images: Vec<Range<usize>>,
     x: Windows<'_, f32>,
     w: &Packed<f32>,
-    bias: Option<&[f32]>,
+    behind: (Option<&[f32]>, Activation),
     out: ViewMut<'_, f32>,
     space: &mut [f32],
 ) {
@@ -53,7 +54,7 @@ pub(crate) fn convolve_in_tiles(
     assert_eq!(space.len(), images.len() * each);
     let outs = out.split(images.iter().map(|images| images.len() * results));
     share(images.into_iter().zip(outs).zip(space.chunks_exact_mut(each)), |((images, out), space)| {
-        convolve_in_tiles_on(path, x.part(images), w, bias, out, space);
+        convolve_in_tiles_on(path, x.part(images), w, behind, out, space);
     });
 }
 
@@ -62,7 +63,7 @@ pub(in crate::field::ops::kernel) fn convolve_in_tiles_on(
     path: Path,
     x: Windows<'_, f32>,
     w: &Packed<f32>,
-    bias: Option<&[f32]>,
+    (bias, then): (Option<&[f32]>, Activation),
     out: ViewMut<'_, f32>,
     space: &mut [f32],
 ) {
@@ -73,13 +74,14 @@ pub(in crate::field::ops::kernel) fn convolve_in_tiles_on(
     assert!(bias.is_none_or(|bias| bias.len() == outputs));
     let (v, m) = space.split_at_mut(POINTS * apart(looks.channels));
     assert!(m.len() >= POINTS * apart(padded(outputs)));
-    path.run(Convolve { x, w, bias, out, v, m });
+    path.run(Convolve { x, w, bias, then, out, v, m });
 }
 
 struct Convolve<'a> {
     x: Windows<'a, f32>,
     w: &'a Packed<f32>,
     bias: Option<&'a [f32]>,
+    then: Activation,
     out: ViewMut<'a, f32>,
     /// Transformed pixels.
     v: &'a mut [f32],
@@ -102,6 +104,9 @@ impl Work for Convolve<'_> {
                 }
                 self.finish::<M::Lanes>(tiles);
             }
+        }
+        for piece in self.out.pieces() {
+            self.then.value_in_place(piece);
         }
     }
 }
