@@ -6,12 +6,16 @@ mod common;
 mod declared;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Conv2dConfig;
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::Increments8;
-use candle_ode::ops::{Activation, Mlp, Sequential, concat_linear, concat_squash_linear, linear, linear_no_bias, seq};
+use candle_ode::ops::{
+    Activation, Mlp, Sequential, concat_linear, concat_squash_linear, conv2d, conv2d_no_bias, linear, linear_no_bias,
+    seq,
+};
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
-use common::{bits, normal, sorted, variable};
+use common::{bits, fill, normal, sorted, variable};
 use declared::Ran::{Both, Buffers, Tensors};
 use declared::{BUFFERS, TENSORS, Way, alone, are_the_same, both, way_in};
 
@@ -29,6 +33,25 @@ fn wide(vb: VarBuilder) -> candle_core::Result<Mlp> {
 fn activated(vb: VarBuilder, last: Activation) -> candle_core::Result<Sequential> {
     let layers = seq().add(linear_no_bias(3, 20, vb.pp(0))?).add(Activation::Gelu).add(linear(20, 3, vb.pp(1))?);
     Ok(layers.add(last))
+}
+
+/// Three convolutions, the first without a bias.
+fn images(vb: VarBuilder, [outer, inner]: [usize; 2], last: Option<Activation>) -> candle_core::Result<Sequential> {
+    let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
+    let layers = seq().add(conv2d_no_bias(outer, inner, 3, same, vb.pp(0))?).add(Activation::Gelu);
+    let layers = layers.add(conv2d(inner, inner, 3, same, vb.pp(1))?).add(Activation::Relu);
+    let layers = layers.add(conv2d(inner, outer, 3, same, vb.pp(2))?);
+    Ok(match last {
+        Some(last) => layers.add(last),
+        None => layers,
+    })
+}
+
+/// Fields of them that do not grow fast.
+fn of_images(vars: &VarMap, channels: [usize; 2], last: Option<Activation>) -> [ModelField; 2] {
+    let fields = both(vars, move |vb| images(vb, channels, last));
+    fill(vars, 1, 0.3);
+    fields
 }
 
 #[test]
@@ -154,6 +177,64 @@ fn tiles_threads_and_frozen_parameters() {
         are_the_same(frozen, &stopped, &vars, &y0, TENSORS, |ode: Ode| ode.span(0.0, 1.0).steps(6));
         let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
         are_the_same(frozen, &fields, &vars, &y0, BUFFERS, |ode: Ode| ode.span(0.0, 1.0).steps(6));
+    }
+}
+
+/// Convolutions with activations between them, summed directly and by minimal filtering, on images of even and odd sides;
+/// the last result as it is, or activated.
+#[test]
+fn convolutions() {
+    let _turn = alone();
+    for precision in PRECISIONS {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(4).precision(precision);
+        for (channels, size) in [([3, 5], [7, 9]), ([3, 4], [4, 6]), ([16, 20], [8, 10])] {
+            let vars = VarMap::new();
+            let fields = of_images(&vars, channels, None);
+            let (what, shape) = (format!("{precision:?} {channels:?}"), [5, channels[0], size[0], size[1]]);
+            are_the_same(&what, &fields, &vars, &variable(9, &shape, DType::F32), way_in(precision), steps);
+        }
+        for last in [Activation::Tanh, Activation::Silu, Activation::Sin, Activation::Elu(0.5)] {
+            let vars = VarMap::new();
+            let fields = of_images(&vars, [3, 5], Some(last));
+            let y0 = variable(9, &[5, 3, 7, 5], DType::F32);
+            are_the_same(&format!("{precision:?} {last:?}"), &fields, &vars, &y0, way_in(precision), steps);
+            let one = |ode: Ode| steps(ode).adjoint(Discrete::default().stage_memory(StageMemory::One));
+            let way = if precision == Precision::F64 { TENSORS } else { [Buffers, Tensors] };
+            are_the_same(&format!("one at a time {precision:?} {last:?}"), &fields, &vars, &y0, way, one);
+            let kept = |ode: Ode| steps(ode).adjoint(Discrete::default().keep_linearizations());
+            are_the_same(&format!("kept {precision:?} {last:?}"), &fields, &vars, &y0, TENSORS, kept);
+        }
+    }
+    let vars = VarMap::new();
+    let fields = of_images(&vars, [16, 20], None).map(ModelField::row_wise);
+    let y0 = variable(9, &[7, 16, 8, 10], DType::F32);
+    for threads in [1, 2] {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(3).tile(3).threads(threads);
+        are_the_same(&format!("{threads} threads"), &fields, &vars, &y0, BUFFERS, steps);
+    }
+    for frozen in ["0.", "1.weight", "bias"] {
+        let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
+        are_the_same(frozen, &fields, &vars, &y0, BUFFERS, |ode: Ode| ode.span(0.0, 1.0).steps(3));
+    }
+}
+
+/// Images of other sizes are other rows; what makes fewer pixels than it is given, and what has no image, is no field.
+#[test]
+fn images_of_many_shapes() {
+    let _turn = alone();
+    let vars = VarMap::new();
+    let fields = of_images(&vars, [3, 5], None);
+    for shape in [[4, 3, 6, 6], [4, 3, 5, 6], [1, 3, 6, 5], [2, 3, 1, 1]] {
+        let y0 = variable(9, &shape, DType::F32);
+        are_the_same(&format!("{shape:?}"), &fields, &vars, &y0, BUFFERS, |ode: Ode| ode.span(0.0, 1.0).steps(3));
+    }
+    let shrinks = |vb: VarBuilder<'static>| Ok(seq().add(conv2d(3, 3, 3, Conv2dConfig::default(), vb)?));
+    let vars = VarMap::new();
+    for field in both(&vars, shrinks) {
+        for shape in [&[4, 3, 6, 6][..], &[3, 6, 6], &[6]] {
+            let error = Ode::new(&field).span(0.0, 1.0).steps(2).solve(normal(9, shape, DType::F32)).unwrap_err();
+            assert!(matches!(error, OdeError::ShapeChanged { .. } | OdeError::Field { .. }), "{shape:?} {error:?}");
+        }
     }
 }
 

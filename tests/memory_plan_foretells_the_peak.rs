@@ -12,7 +12,7 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_ode::account::Category;
 use candle_ode::field::divergence::{LogDensity, Trace};
 use candle_ode::memory::{MemoryPlan, MemoryProfiler, TrackingAllocator};
-use candle_ode::ops::{Activation, Mlp, conv2d};
+use candle_ode::ops::{Activation, Mlp, conv2d, seq};
 use candle_ode::prelude::*;
 use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, SecondLevel, States};
 use common::{fill, variable};
@@ -56,6 +56,19 @@ fn convolution() -> (ModelField, Var) {
     let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y)?.tanh()).unwrap();
     fill(&vars, 1, 1.0);
     (field, variable(2, &[8, 4, 16, 16], DType::F32))
+}
+
+/// Convolutions that are the whole field: their steps run on buffers.
+fn convolutions() -> (ModelField, Var) {
+    let vars = VarMap::new();
+    let same = candle_nn::Conv2dConfig { padding: 1, ..Default::default() };
+    let build = move |vb: VarBuilder<'static>| {
+        let layers = seq().add(conv2d(16, 16, 3, same, vb.pp(0))?).add(Activation::Relu);
+        Ok(layers.add(conv2d(16, 16, 3, same, vb.pp(1))?))
+    };
+    let field = ModelField::of_layers(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), build).unwrap();
+    fill(&vars, 1, 0.3);
+    (field, variable(2, &[6, 16, 12, 12], DType::F32))
 }
 
 /// The reference flow, row by row: what it holds at once is little beside dL/dθ, which Candle is handed at the end.
@@ -172,8 +185,13 @@ fn planned_is_measured() {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().unwrap();
     let mut worst = (1.0_f64, String::new());
     // One field at a time: the ledger tells the masters of all that are alive.
-    let problems: [(&str, Makes); 4] =
-        [("mlp", mlp), ("layers", layers), ("narrow layers", narrow_layers), ("convolution", convolution)];
+    let problems: [(&str, Makes); 5] = [
+        ("mlp", mlp),
+        ("layers", layers),
+        ("narrow layers", narrow_layers),
+        ("convolution", convolution),
+        ("convolutions", convolutions),
+    ];
     for (problem, make) in problems {
         let (field, y0) = make();
         // Unoptimised, all of it takes a quarter of an hour; the optimised run is the one that counts.

@@ -6,40 +6,42 @@ use std::fmt;
 use std::sync::Arc;
 
 /// The layers of an open field that consists of them alone: see [`ModelField::of_layers`](super::ModelField::of_layers).
-pub struct Bare(Box<dyn Rows>);
+pub struct Bare {
+    row: Vec<usize>,
+    layers: Box<dyn Rows>,
+}
 
 impl Bare {
-    pub(super) fn new(layers: Box<dyn Rows>) -> Self {
-        Self(layers)
+    pub(super) fn new(row: &[usize], layers: Box<dyn Rows>) -> Self {
+        Self { row: row.to_vec(), layers }
     }
 
-    /// As wide as the rows of their argument are, and those of their value.
-    pub(super) fn features(&self) -> usize {
-        self.0.features()
+    /// The shape of a row of their argument, and of their value.
+    pub(super) fn row(&self) -> &[usize] {
+        &self.row
     }
 
     /// Buffers for a step of so many stages, of a state of so many elements.
     pub(crate) fn buffers(&self, stages: usize, elements: usize) -> Box<dyn Buffers + '_> {
-        self.0.buffers(stages, elements)
+        self.layers.buffers(stages, elements)
     }
 }
 
 impl fmt::Debug for Bare {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "layers on rows of {}", self.features())
+        write!(f, "layers on rows of {:?}", self.row)
     }
 }
 
 /// Where layers are to run, and on what.
 pub struct Site<'a> {
     pub(crate) session: &'a Arc<Session>,
-    /// Rows like those they will be given.
+    /// A row like those they will be given.
     pub(crate) x: &'a Tensor,
 }
 
 /// Layers on rows of a batch, in one compute dtype.
 pub(crate) trait Rows {
-    fn features(&self) -> usize;
     fn buffers(&self, stages: usize, elements: usize) -> Box<dyn Buffers + '_>;
 }
 

@@ -135,7 +135,7 @@ impl ModelField {
     /// leads to, and backwards of λ, and of nothing else, and what it works in is counted as scratch. Values and gradients
     /// are those of a closure that calls the layers, to the bit (as long as a scale brings no number below the normal ones
     /// of F32). So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
-    /// ones, with the time beside their input or without, and activations; with all stages of a step linearised at once and
+    /// ones, with the time beside their input or without, or convolutions, and activations; with all stages of a step linearised at once and
     /// kept states. Anything else runs as in [`new`](Self::new).
     ///
     /// ```
@@ -153,7 +153,8 @@ impl ModelField {
     /// # Ok::<(), OdeError>(())
     /// ```
     ///
-    /// States are `(…, features)`, as wide as the first layer takes and the last one gives; of inputs it sees none.
+    /// States are `(…, features)`, or images `(batch, channels, height, width)`, of the shape that the first layer takes
+    /// and the last one gives; of inputs it sees none.
     ///
     /// # Errors
     /// Whatever `build` reports; solves of a state of several tensors are [`OdeError::Unsupported`].
@@ -440,12 +441,16 @@ impl VectorField for OpenModel {
         if self.source.learned.needs_graph {
             return None;
         }
-        let features = y.dims().last().copied().filter(|features| *features > 0)?;
+        // A state of one dimension is a row, a number is none.
+        let row = if y.rank() > 1 { &y.dims()[1..] } else { y.dims() };
+        if row.is_empty() {
+            return None;
+        }
         let made = self.bare.get_or_init(|| {
-            let like = Tensor::zeros((1, features), self.casts.dtype(), y.device()).ok()?;
+            let like = Tensor::zeros([&[1], row].concat(), self.casts.dtype(), y.device()).ok()?;
             self.model.bare(&Site { session, x: &like })
         });
-        made.as_ref().filter(|bare| bare.features() == features)
+        made.as_ref().filter(|bare| bare.row() == row)
     }
 
     fn leaves(&self) -> &[Tensor] {

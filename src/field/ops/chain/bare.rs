@@ -6,9 +6,11 @@ use super::{Chain, Compute, Link, Linked, Order, with_compute};
 use crate::Time;
 use crate::field::bare::{Bare, Buffers, Rows, Site};
 use crate::field::ops::combine::{Source, Sum, Target};
+use crate::field::ops::conv::fused::{self, Passed};
+use crate::field::ops::conv::{Convolution, Convolved};
 use crate::field::ops::cpu::{Element, vectorised};
 use crate::field::session::{Buffered, Call, Matrix, Session};
-use candle_core::{Result, bail};
+use candle_core::{DType, Result, bail};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,65 +22,155 @@ pub trait Stacked {
 }
 
 /// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, on arguments in the
-/// dtype of x whose rows are as wide as those of x. Values must be as wide as arguments.
+/// dtype of x whose rows are those of x in shape. Values must have the shape of arguments.
 pub(in crate::field::ops) fn bare<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
     &Site { session, x }: &Site<'_>,
 ) -> Option<Bare> {
-    let (links, _) = session.open(Call::Value, || {
+    let (chain, _) = session.open(Call::Value, || {
         let mut chain = Chain::start(x).filter(|_| x.device().is_cpu())?;
         let linked = layers.into_iter().all(|layer| layer.link(Some(&Time::new(0.0, x.device())), x, &mut chain));
-        (linked && chain.given.is_empty()).then_some(chain.links)
+        (linked && chain.given.is_empty()).then_some((chain.links, chain.convolutions))
     });
-    let mut links = links?;
+    let (mut links, convolutions) = chain?;
     links.iter_mut().for_each(|link| link.ready = Some(Arc::default()));
-    let (first, last) = (links.first()?, links.last()?);
-    if first.inputs != last.outputs {
-        return None;
-    }
-    let (is_narrow, session) = (Order::is_narrow(&links), session.clone());
-    let rows = with_compute!(x.dtype(), is_narrow, C => {
-        Ok(Box::new(Stack::<C> { session, links, compute: PhantomData }) as Box<dyn Rows>)
-    });
-    rows.ok().map(Bare::new)
+    let rows = match (links.as_slice(), convolutions.as_slice()) {
+        ([first, .., last] | [first @ last], _) if first.inputs == last.outputs => {
+            linear(session.clone(), x.dtype(), links)
+        }
+        (_, [first, .., last] | [first @ last]) if first.given() == last.made() => {
+            of_images(session.clone(), x.dtype(), convolutions)
+        }
+        _ => return None,
+    };
+    rows.ok().map(|rows| Bare::new(&x.dims()[1..], rows))
 }
 
-struct Stack<C> {
+fn linear(session: Arc<Session>, dtype: DType, layers: Vec<Link>) -> Result<Box<dyn Rows>> {
+    let is_narrow = Order::is_narrow(&layers);
+    with_compute!(dtype, is_narrow, C => Ok(Box::new(Stack::<C, _> { session, layers, compute: PhantomData })))
+}
+
+fn of_images(session: Arc<Session>, dtype: DType, layers: Vec<Convolution>) -> Result<Box<dyn Rows>> {
+    with_compute!(dtype, false, C => Ok(Box::new(Stack::<C, _> { session, layers, compute: PhantomData })))
+}
+
+/// Layers of one kind, as steps run them.
+trait Runs<C: Compute> {
+    /// What their pullback needs, beside the value.
+    type Saved;
+
+    /// Whether their pullback needs the value.
+    fn needs_value(&self) -> bool;
+
+    /// Writes the value at x at a time, if it is wanted, and gives what the pullback needs, if it `saves`.
+    fn value(
+        &self,
+        at: (&Session, f64),
+        x: &[C::Stored],
+        saves: bool,
+        to: Option<&mut [C::Stored]>,
+    ) -> Result<Option<Self::Saved>>;
+
+    /// Adds dL/dθ to the open sums and writes S times dL/dx, for a cotangent that is S times that of the value.
+    fn pull(
+        &self,
+        at: (&Session, f64),
+        saved: &Self::Saved,
+        of_value: (&[C::Stored], &[C::Stored]),
+        to: &mut [C::Stored],
+    ) -> Result<()>;
+}
+
+impl<C: Compute> Runs<C> for Vec<Link> {
+    type Saved = Saved<C::Held>;
+
+    fn needs_value(&self) -> bool {
+        pass::needs_value(self)
+    }
+
+    fn value(
+        &self,
+        (session, t): (&Session, f64),
+        x: &[C::Stored],
+        saves: bool,
+        to: Option<&mut [C::Stored]>,
+    ) -> Result<Option<Self::Saved>> {
+        let saves = if saves { Saves::All } else { Saves::Nothing };
+        pass::value::<C>((session, self, Some(t)), x, &Given::default(), saves, to)
+    }
+
+    fn pull(
+        &self,
+        (session, t): (&Session, f64),
+        saved: &Self::Saved,
+        (value, grad): (&[C::Stored], &[C::Stored]),
+        to: &mut [C::Stored],
+    ) -> Result<()> {
+        pass::pull::<C>((session, self, Some(t)), saved, &Given::default(), Pulled { x: None, value, grad }, to)
+    }
+}
+
+impl<C: Compute<Held: Convolved>> Runs<C> for Vec<Convolution> {
+    type Saved = Vec<Passed<C::Held>>;
+
+    fn needs_value(&self) -> bool {
+        fused::needs_value(self)
+    }
+
+    fn value(
+        &self,
+        (session, _): (&Session, f64),
+        x: &[C::Stored],
+        saves: bool,
+        to: Option<&mut [C::Stored]>,
+    ) -> Result<Option<Self::Saved>> {
+        fused::value::<C>((session, self), x, saves, to)
+    }
+
+    fn pull(
+        &self,
+        (session, _): (&Session, f64),
+        saved: &Self::Saved,
+        of_value: (&[C::Stored], &[C::Stored]),
+        to: &mut [C::Stored],
+    ) -> Result<()> {
+        fused::pull::<C>((session, self), saved, of_value, to)
+    }
+}
+
+struct Stack<C, L> {
     session: Arc<Session>,
-    links: Vec<Link>,
+    layers: L,
     compute: PhantomData<C>,
 }
 
-impl<C: Compute + 'static> Rows for Stack<C> {
-    fn features(&self) -> usize {
-        self.links[0].inputs
-    }
-
+impl<C: Compute + 'static, L: Runs<C>> Rows for Stack<C, L> {
     fn buffers(&self, stages: usize, elements: usize) -> Box<dyn Buffers + '_> {
         let stages = (0..stages).map(|_| Stage { t: 0.0, slope: None, saved: None, mu: None }).collect();
-        Box::new(Step::<C> { layers: self, elements, stages, kappa: None })
+        Box::new(Step { stack: self, elements, stages, kappa: None })
     }
 }
 
 /// What belongs to a stage.
-struct Stage<C: Compute> {
+struct Stage<C: Compute, S> {
     t: f64,
     slope: Option<Matrix<C::Stored>>,
-    saved: Option<Saved<C::Held>>,
+    saved: Option<S>,
     /// S μ and 1/S.
     mu: Option<(Matrix<C::Stored>, f64)>,
 }
 
-struct Step<'a, C: Compute> {
-    layers: &'a Stack<C>,
+struct Step<'a, C: Compute, L: Runs<C>> {
+    stack: &'a Stack<C, L>,
     elements: usize,
-    stages: Vec<Stage<C>>,
+    stages: Vec<Stage<C, L::Saved>>,
     kappa: Option<Matrix<f32>>,
 }
 
-impl<C: Compute> Step<'_, C> {
+impl<C: Compute, L: Runs<C>> Step<'_, C, L> {
     fn buffer<T: Buffered>(&self) -> Matrix<T> {
-        T::spare(&self.layers.session).matrix(1, self.elements)
+        T::spare(&self.stack.session).matrix(1, self.elements)
     }
 
     /// kᵢ, if it is `wanted`, and what the pullback needs, if it is to be saved.
@@ -88,9 +180,9 @@ impl<C: Compute> Step<'_, C> {
         y: &[f32],
         terms: &[(f64, usize)],
         wanted: bool,
-        saves: Saves,
+        saves: bool,
     ) -> Result<Option<f64>> {
-        let Stack { session, links, .. } = self.layers;
+        let Stack { session, layers, .. } = self.stack;
         let mut slope = wanted.then(|| self.buffer());
         let (mut own, mut largest) = (None, None);
         let point: &[C::Stored] = match C::Stored::same(y).filter(|_| terms.is_empty()) {
@@ -101,7 +193,7 @@ impl<C: Compute> Step<'_, C> {
                 point
             }
         };
-        let saved = pass::value::<C>((session, links, Some(t)), point, &Given::default(), saves, slope.as_deref_mut())?;
+        let saved = layers.value((session, t), point, saves, slope.as_deref_mut())?;
         let stage = &mut self.stages[i];
         (stage.t, stage.slope, stage.saved) = (t, slope, saved);
         Ok(largest)
@@ -149,14 +241,14 @@ impl<T: Element<Wide = f32>> Source<f32> for Operand<'_, T> {
     }
 }
 
-impl<C: Compute> Buffers for Step<'_, C> {
+impl<C: Compute, L: Runs<C>> Buffers for Step<'_, C, L> {
     fn evaluate(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)]) -> Result<Option<f64>> {
-        self.run(i, y, terms, true, Saves::Nothing)
+        self.run(i, y, terms, true, false)
     }
 
     fn linearize(&mut self, i: (usize, f64), y: &[f32], terms: &[(f64, usize)], wanted: bool) -> Result<()> {
-        let wanted = wanted || pass::needs_value(&self.layers.links);
-        self.run(i, y, terms, wanted, Saves::All).map(drop)
+        let wanted = wanted || self.stack.layers.needs_value();
+        self.run(i, y, terms, wanted, true).map(drop)
     }
 
     fn end(&self, y: &[f32], terms: &[(f64, usize)]) -> Result<(Vec<f32>, f64)> {
@@ -166,7 +258,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
     }
 
     fn gather(&mut self, (c, lambda): (f64, &[f32]), terms: &[(f64, usize)]) -> Result<f64> {
-        if !pass::needs_value(&self.layers.links) {
+        if !self.stack.layers.needs_value() {
             // No stage is evaluated any more, and no pullback reads them.
             self.stages.iter_mut().for_each(|stage| stage.slope = None);
         }
@@ -180,7 +272,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
     }
 
     fn pull(&mut self, i: usize, scale: f64) -> Result<()> {
-        let Stack { session, links, .. } = self.layers;
+        let Stack { session, layers, .. } = self.stack;
         let (Some(kappa), Some(saved)) = (&self.kappa, self.stages[i].saved.take()) else {
             bail!("a stage is pulled back once, after it was linearised")
         };
@@ -197,8 +289,7 @@ impl<C: Compute> Buffers for Step<'_, C> {
         let mut mu = self.buffer();
         let slope = self.stages[i].slope.take();
         let value = slope.as_deref().unwrap_or_default();
-        let layers = (&**session, &links[..], Some(self.stages[i].t));
-        pass::pull::<C>(layers, &saved, &Given::default(), Pulled { x: None, value, grad }, &mut mu)?;
+        layers.pull((session, self.stages[i].t), &saved, (value, grad), &mut mu)?;
         self.stages[i].mu = Some((mu, 1.0 / scale));
         Ok(())
     }

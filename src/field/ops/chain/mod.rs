@@ -18,7 +18,8 @@ mod pass;
 mod weights;
 
 use super::Activation;
-use super::conv::{Convolution, Convolutions};
+use super::conv::Convolution;
+use super::conv::fused::Convolutions;
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use crate::field::sink;
@@ -132,8 +133,8 @@ impl Chain {
         config: &Conv2dConfig,
     ) -> bool {
         let shape = match self.convolutions.last() {
-            Some(before) => Some(before.shape()),
-            None => x.dims4().ok().map(Into::into),
+            Some(before) => Some(before.made()),
+            None => x.dims4().ok().map(|(_, channels, height, width)| [channels, height, width]),
         };
         let Some(shape) = shape.filter(|_| self.links.is_empty()) else { return false };
         let made = Convolution::new(&self.current, x, shape, (weight, bias), config);

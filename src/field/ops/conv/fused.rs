@@ -12,351 +12,107 @@
 //!
 //! The framed x of a convolution holds the value of the activation before it, too, for the pullback through that.
 
-use super::frame::{Frame, pixels_of, planes_of};
-use super::method::{Convolved, Method};
-use crate::field::ops::Activation;
+use super::convolution::Convolution;
+use super::frame::{pixels_of, planes_of};
+use super::method::Convolved;
 use crate::field::ops::activation::in_place::Keeps;
-use crate::field::ops::chain::{Compute, Order, Parameter, elements, with_compute, with_elements};
-use crate::field::ops::kernel::{Held, Packed, View, ViewMut, Windows, add_column_sums};
-use crate::field::session::{Buffered, Current, Matrix, Session, Shared, Side, Tile, WayBack};
+use crate::field::ops::chain::{Compute, Order, elements, with_compute, with_elements};
+use crate::field::ops::kernel::Held;
+use crate::field::session::{Matrix, Session, WayBack};
 use crate::field::sink;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
-use candle_nn::Conv2dConfig;
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A convolution of images of one size, and what is done with its result.
-#[derive(Clone, Debug)]
-pub(in crate::field::ops) struct Convolution {
-    weight: Parameter,
-    bias: Option<Parameter>,
-    sizes: Sizes,
-    pub(in crate::field::ops) then: Activation,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    images: usize,
-    /// Channels of x.
-    inputs: usize,
-    /// Channels of y.
-    outputs: usize,
-    /// Height and width of x.
-    size: [usize; 2],
-    /// Height and width of y.
-    result: [usize; 2],
-    kernel: [usize; 2],
-    stride: usize,
-    padding: usize,
-}
-
-impl Convolution {
-    /// The convolution of images `(images, channels, height, width)`, if kernels of ours do it: with stride 1 or 2, without
-    /// dilation and groups. `x` is what the chain begins with.
-    pub(in crate::field::ops) fn new(
-        current: &Current,
-        x: &Tensor,
-        [images, inputs, height, width]: [usize; 4],
-        (weight, bias): (&Tensor, Option<&Tensor>),
-        config: &Conv2dConfig,
-    ) -> Option<Self> {
-        let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
-        let (outputs, channels, kernel_height, kernel_width) = weight.dims4().ok()?;
-        let (size, kernel) = ([height, width], [kernel_height, kernel_width]);
-        let windows = |n: usize| Some((size[n] + 2 * padding).checked_sub(kernel[n])? / stride + 1);
-        let fits = x.device().is_cpu() && matches!((stride, dilation, groups), (1 | 2, 1, 1)) && channels == inputs;
-        if !fits || weight.elem_count() == 0 {
-            return None;
-        }
-        let sizes =
-            Sizes { images, inputs, outputs, size, result: [windows(0)?, windows(1)?], kernel, stride, padding };
-        let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
-        Some(Self { weight, bias, sizes, then: Activation::Identity })
-    }
-
-    /// The shape of its value.
-    pub(in crate::field::ops) fn shape(&self) -> [usize; 4] {
-        let Sizes { images, outputs, result: [height, width], .. } = self.sizes;
-        [images, outputs, height, width]
-    }
-
-    pub(in crate::field::ops) fn parameters(&self) -> impl Iterator<Item = &Parameter> {
-        std::iter::once(&self.weight).chain(&self.bias)
-    }
-
-    /// Its pixels, and what was activated where f′ is a function of that and `saves` says that it is wanted.
-    fn value<T: Convolved>(
-        &self,
-        session: &Session,
-        framed: &[T],
-        saves: bool,
-    ) -> Result<(Matrix<T>, Option<Matrix<T>>)> {
-        let Sizes { images, outputs, result: [height, width], .. } = self.sizes;
-        let packed = self.packed::<T>(session, Side::Forward)?;
-        let bias = self.bias.as_ref().map(|bias| bias.in_f32(session)).transpose()?;
-        let mut y = T::spare(session).matrix(images * height * width, outputs);
-        let to = ViewMut::new(&mut y, images * height * width, outputs, outputs);
-        let (windows, is_apart) = (self.sizes.windows(framed), self.then.keeps() == Keeps::Input);
-        let then = if is_apart { Activation::Identity } else { self.then };
-        T::convolve(self.sizes.method::<T>(), session, windows, &packed, (bias.as_deref(), then), to);
-        if !is_apart {
-            return Ok((y, None));
-        }
-        let kept = saves.then(|| {
-            let mut kept = T::spare(session).matrix(images * height * width, outputs);
-            kept.copy_from_slice(&y);
-            kept
-        });
-        self.then.value_of_held(&mut y);
-        Ok((y, kept))
-    }
-
-    /// From the cotangent of its pixels before they were activated, which is not scaled, to that of x.
-    fn pull<T: Convolved>(&self, session: &Session, g: Matrix<T>, framed: &[T]) -> Result<Matrix<T>> {
-        let Sizes { images, inputs, size: [height, width], .. } = self.sizes;
-        let g = self.sizes.filled(session, g);
-        self.add_gradients(session, g.view(), framed)?;
-        let frame = self.sizes.frame_back::<T>();
-        let spread = self.sizes.spread(session, g.view(), &frame);
-        drop(g);
-        let packed = self.packed::<T>(session, Side::Backward)?;
-        let mut dx = T::spare(session).matrix(images * height * width, inputs);
-        let to = ViewMut::new(&mut dx, images * height * width, inputs, inputs);
-        let windows = Windows::new(&spread, frame.looks(self.sizes.kernel, 1, self.sizes.size));
-        T::convolve(self.sizes.method::<T>(), session, windows, &packed, (None, Activation::Identity), to);
-        Ok(dx)
-    }
-
-    /// dw += gᵀ windows and db += Σ g, for those of the two that are tracked.
-    fn add_gradients<T: Convolved>(&self, session: &Session, g: View<'_, T>, framed: &[T]) -> Result<()> {
-        let tracked = |parameter: &&Parameter| parameter.is_tracked();
-        let (weight, bias) = (Some(&self.weight).filter(tracked), self.bias.as_ref().filter(tracked));
-        if weight.is_none() && bias.is_none() {
-            return Ok(());
-        }
-        let Sizes { inputs, outputs, .. } = self.sizes;
-        let mut sums = f32::spare(session).matrix(1, outputs);
-        sums.fill(0.0);
-        add_column_sums(g, &mut sums);
-        // A cotangent that is not finite shows in its sums.
-        sink::note(sums.iter().all(|sum| sum.is_finite()));
-        if let Some(weight) = weight {
-            let (windows, taps) = (self.sizes.windows(framed), self.sizes.taps());
-            let channels = windows.looks().channels;
-            let columns = taps * channels;
-            let mut dw = f32::spare(session).matrix(outputs, columns);
-            dw.fill(0.0);
-            let to = ViewMut::new(&mut dw, outputs, columns, columns);
-            T::add_outer(self.sizes.method::<T>(), session, g, windows, to);
-            sink::add_in_place(&weight.leaf, |sum| {
-                for (sum, dw) in sum.chunks_exact_mut(inputs * taps).zip(dw.chunks_exact(columns)) {
-                    for (channel, sum) in sum.chunks_exact_mut(taps).enumerate() {
-                        let dw = dw[channel..].iter().step_by(channels);
-                        sum.iter_mut().zip(dw).for_each(|(sum, dw)| *sum += dw);
-                    }
-                }
-            })?;
-        }
-        bias.map_or(Ok(()), |bias| bias.add(&sums))
-    }
-
-    /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by channel.
-    fn packed<T: Convolved>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
-        let Sizes { inputs, outputs, .. } = self.sizes;
-        let (taps, slot, method) = (self.sizes.taps(), self.weight.slot, self.sizes.method::<T>());
-        let points = method.points(taps);
-        // The same weight may be packed for both methods: the number of points tells them apart.
-        let key = (slot, points * inputs, side);
-        if let Some(seen) = session.seen(key) {
-            return Ok(seen);
-        }
-        self.weight.with_floats(|w| {
-            let at = |output: usize, input: usize, tap: usize| w((output * inputs + input) * taps + tap);
-            session.packed(key, |side| match side {
-                Side::Forward => {
-                    let channels = self.sizes.frame::<T>().channels;
-                    Packed::pack(points * channels, outputs, |k, output| {
-                        let (point, input) = (k / channels, k % channels);
-                        if input < inputs { method.of_kernel(point, |tap| at(output, input, tap)) } else { 0.0 }
-                    })
-                }
-                Side::Backward => {
-                    let channels = self.sizes.frame_back::<T>().channels;
-                    Packed::pack(points * channels, inputs, |k, input| {
-                        let (point, output) = (k / channels, k % channels);
-                        let turned = |tap: usize| at(output, input, taps - 1 - tap);
-                        if output < outputs { method.of_kernel(point, turned) } else { 0.0 }
-                    })
-                }
-            })
-        })
-    }
-}
-
-impl Sizes {
-    /// How products are made, on the way forward and on the way back: with one pixel from window to window x and dL/dy
-    /// have even sides both, or neither, whatever their sizes.
-    fn method<T: Convolved>(&self) -> Method {
-        T::method(&self.frame::<T>().looks(self.kernel, self.stride, self.result), self.outputs)
-    }
-
-    /// Elements of the kernel in one channel.
-    fn taps(&self) -> usize {
-        self.kernel[0] * self.kernel[1]
-    }
-
-    /// x in its frame.
-    fn frame<T: Held>(&self) -> Frame {
-        let Self { images, inputs, size: [height, width], padding, .. } = *self;
-        let size = self.size.map(|n| n + 2 * padding);
-        let channels = inputs.next_multiple_of(T::DEPTH);
-        Frame { images, size, channels, at: [padding; 2], inner: [height, width, inputs] }
-    }
-
-    /// The windows of x in its frame.
-    fn windows<'a, T: Held>(&self, framed: &'a [T]) -> Windows<'a, T> {
-        Windows::new(framed, self.frame::<T>().looks(self.kernel, self.stride, self.result))
-    }
-
-    /// dL/dy in its frame, if it need not be spread.
-    fn frame_back<T: Held>(&self) -> Frame {
-        let Self { images, outputs, size, result: [height, width], kernel, padding, .. } = *self;
-        let channels = outputs.next_multiple_of(T::DEPTH);
-        let size = [size[0] + kernel[0] - 1, size[1] + kernel[1] - 1];
-        let at = kernel.map(|n| (n - 1).saturating_sub(padding));
-        Frame { images, size, channels, at, inner: [height, width, outputs] }
-    }
-
-    /// The pixels of dL/dy, each line filled up with zeros as kernels want them.
-    fn filled<T: Tile>(&self, session: &Session, pixels: Matrix<T>) -> Matrix<T> {
-        let Self { images, outputs, result: [height, width], .. } = *self;
-        let filled = width.next_multiple_of(T::DEPTH);
-        if filled == width {
-            return pixels;
-        }
-        let mut lines = T::spare(session).matrix(images * height * filled, outputs);
-        lines.fill(T::default());
-        let count = width * outputs;
-        for (to, from) in lines.chunks_exact_mut(filled * outputs).zip(pixels.chunks_exact(count)) {
-            to[..count].copy_from_slice(from);
-        }
-        lines
-    }
-
-    /// The [`filled`](Self::filled) pixels of dL/dy in their frame, as far apart as the windows of x were.
-    fn spread<T: Tile>(&self, session: &Session, pixels: View<'_, T>, frame: &Frame) -> Matrix<T> {
-        let Self { images, outputs, result: [height, width], kernel, stride, padding, .. } = *self;
-        if stride == 1 && kernel.iter().all(|&n| padding < n) {
-            return frame.of_pixels(session, pixels);
-        }
-        let Frame { size, channels, .. } = *frame;
-        let filled = width.next_multiple_of(T::DEPTH);
-        let mut spread = T::spare(session).matrix(images * size[0] * size[1], channels);
-        spread.fill(T::default());
-        // Windows in the padding alone give x nothing.
-        let place = |n: usize, at: usize| (at * stride + kernel[n] - 1).checked_sub(padding).filter(|&at| at < size[n]);
-        for line in 0..images * height {
-            let Some(y) = place(0, line % height) else { continue };
-            for x in 0..width {
-                let Some(to) = place(1, x) else { continue };
-                let to = ((line / height * size[0] + y) * size[1] + to) * channels;
-                spread[to..to + outputs].copy_from_slice(pixels.row(line * filled + x));
-            }
-        }
-        spread
-    }
-}
-
-/// Convolutions of tensors one after another.
-pub(in crate::field::ops) struct Convolutions {
-    session: Arc<Session>,
-    links: Vec<Convolution>,
-    saves: bool,
-    /// What the pullback needs, a [`Passed`] of what tiles hold for each; from the forward pass on.
-    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
-}
-
 /// What the pullback of a convolution needs.
-struct Passed<T> {
+pub(in crate::field::ops) struct Passed<T> {
     framed: Matrix<T>,
     /// What was activated, where f′ is a function of that.
     activated: Option<Matrix<T>>,
 }
 
-impl Convolutions {
-    /// At least one; `saves` says whether they will be pulled back.
-    pub(in crate::field::ops) fn new(session: Arc<Session>, links: Vec<Convolution>, saves: bool) -> Self {
-        Self { session, links, saves, saved: Mutex::default() }
+/// Writes the value of the convolutions at x, if it is wanted, and gives what the pullback needs, if it will be asked for.
+pub(in crate::field::ops) fn value<C: Compute<Held: Convolved>>(
+    (session, links): (&Session, &[Convolution]),
+    x: &[C::Stored],
+    saves: bool,
+    to: Option<&mut [C::Stored]>,
+) -> Result<Option<Vec<Passed<C::Held>>>> {
+    let (first, last) = (&links[0], &links[links.len() - 1]);
+    let [channels, height, width] = first.given();
+    let images = x.len() / (channels * height * width);
+    let mut saved = vec![];
+    let mut save = |framed, activated| saved.extend(saves.then_some(Passed { framed, activated }));
+    let mut framed = {
+        let x = C::held(session, Order::Rows, x, images * channels);
+        first.frame::<C::Held>(images).of_planes(session, x.view())
+    };
+    for (link, next) in links.iter().zip(&links[1..]) {
+        let (y, activated) = link.value(session, (images, &framed), saves)?;
+        let next = next.frame::<C::Held>(images).of_pixels(session, y.view());
+        save(std::mem::replace(&mut framed, next), activated);
     }
-
-    fn value<C: Compute<Held: Convolved>>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
-        let (session, Some(last)) = (&self.session, self.links.last()) else { bail!("a chain of no layers") };
-        let Sizes { images, inputs, .. } = self.links[0].sizes;
-        let mut saved = vec![];
-        let mut save = |framed, activated| saved.extend(self.saves.then_some(Passed { framed, activated }));
-        let mut framed = {
-            let x = C::held(session, Order::Rows, x, images * inputs);
-            self.links[0].sizes.frame::<C::Held>().of_planes(session, x.view())
-        };
-        for (link, next) in self.links.iter().zip(&self.links[1..]) {
-            let (y, activated) = link.value(session, &framed, self.saves)?;
-            let next = next.sizes.frame::<C::Held>().of_pixels(session, y.view());
-            save(std::mem::replace(&mut framed, next), activated);
-        }
-        let (y, activated) = last.value(session, &framed, self.saves)?;
-        save(framed, activated);
-        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = self.saves.then(|| Box::new(saved) as _);
-        let shape = last.shape();
-        let value = planes::<C>(session, shape, y);
-        Ok((C::storage(value), Shape::from(shape.to_vec())))
+    let mut kept = None;
+    if let Some(to) = to {
+        let (y, activated) = last.value(session, (images, &framed), saves)?;
+        store::<C>(session, last.made(), &y, to);
+        kept = activated;
     }
-
-    fn pull_in<C: Compute<Held: Convolved>>(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
-        let session = &self.session;
-        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Vec<Passed<C::Held>>>()) else {
-            bail!("convolutions pull back what they have evaluated")
-        };
-        let (scale, last) = (sink::scale()? as f32, &self.links[self.links.len() - 1]);
-        let pixels = |tensor: &Tensor| {
-            let Sizes { images, outputs, .. } = last.sizes;
-            with_elements::<C::Stored, _>(tensor, |planes| {
-                let planes = C::held(session, Order::Rows, planes, images * outputs);
-                Ok(pixels_of(session, planes.view(), outputs))
-            })
-        };
-        let mut g = pixels(cotangent)?;
-        multiply_by(&mut g, scale.recip());
-        if last.then.keeps() == Keeps::Value {
-            last.then.times_slope(&pixels(&value.contiguous()?)?, &mut g);
-        }
-        for (n, (link, passed)) in self.links.iter().zip(saved).enumerate().rev() {
-            if let Some(activated) = &passed.activated {
-                link.then.times_slope(activated, &mut g);
-            }
-            g = link.pull(session, g, &passed.framed)?;
-            if let Some(before) = n.checked_sub(1).map(|n| self.links[n].then) {
-                if before.keeps() == Keeps::Value {
-                    link.sizes.frame::<C::Held>().times_slope(before, &passed.framed, &mut g);
-                }
-            }
-        }
-        multiply_by(&mut g, scale);
-        let Sizes { images, inputs, size: [height, width], .. } = self.links[0].sizes;
-        let shape = [images, inputs, height, width];
-        Tensor::from_vec(planes::<C>(session, shape, g), &shape, value.device())
-    }
+    save(framed, kept);
+    Ok(saves.then_some(saved))
 }
 
-/// The pixels of images of that shape, channel by channel, as Candle stores them.
-fn planes<C: Compute>(
+/// Whether the pullback needs the value of the convolutions.
+pub(in crate::field::ops) fn needs_value(links: &[Convolution]) -> bool {
+    links.last().is_some_and(|link| link.then.keeps() != Keeps::Nothing)
+}
+
+/// Adds dL/dw and dL/db of every convolution to the open sums, and writes S times dL/dx, for `grad` S times the cotangent of
+/// the `value`, which is empty where it is not needed.
+pub(in crate::field::ops) fn pull<C: Compute<Held: Convolved>>(
+    (session, links): (&Session, &[Convolution]),
+    saved: &[Passed<C::Held>],
+    (value, grad): (&[C::Stored], &[C::Stored]),
+    to: &mut [C::Stored],
+) -> Result<()> {
+    let (first, last, scale) = (&links[0], &links[links.len() - 1], sink::scale()? as f32);
+    let [channels, height, width] = last.made();
+    let images = grad.len() / (channels * height * width);
+    let pixels = |planes: &[C::Stored]| {
+        let planes = C::held(session, Order::Rows, planes, images * channels);
+        pixels_of(session, planes.view(), channels)
+    };
+    let mut g = pixels(grad);
+    multiply_by(&mut g, scale.recip());
+    if last.then.keeps() == Keeps::Value {
+        last.then.times_slope(&pixels(value), &mut g);
+    }
+    for (n, (link, Passed { framed, activated })) in links.iter().zip(saved).enumerate().rev() {
+        if let Some(activated) = activated {
+            link.then.times_slope(activated, &mut g);
+        }
+        g = link.pull(session, g, (images, framed))?;
+        // What they look at is the value of the one before.
+        let before = n.checked_sub(1).map(|n| links[n].then).filter(|then| then.keeps() == Keeps::Value);
+        if let Some(before) = before {
+            link.frame::<C::Held>(images).times_slope(before, framed, &mut g);
+        }
+    }
+    multiply_by(&mut g, scale);
+    store::<C>(session, first.given(), &g, to);
+    Ok(())
+}
+
+/// Stores the pixels of images of that shape, channel by channel.
+fn store<C: Compute>(
     session: &Session,
-    [images, channels, height, width]: [usize; 4],
-    pixels: Matrix<C::Held>,
-) -> Vec<C::Stored> {
-    C::stored(session, Order::Rows, [images * channels, height * width], |planes| {
-        planes_of(pixels.view(), height * width, planes);
-    })
+    [channels, height, width]: [usize; 3],
+    pixels: &Matrix<C::Held>,
+    to: &mut [C::Stored],
+) {
+    let rows = to.len() / (height * width);
+    debug_assert_eq!(pixels.len(), rows / channels * height * width * channels);
+    C::store(session, Order::Rows, rows, to, |planes| planes_of(pixels.view(), height * width, planes));
 }
 
 fn multiply_by<T: Held>(values: &mut [T], factor: f32) {
@@ -365,10 +121,49 @@ fn multiply_by<T: Held>(values: &mut [T], factor: f32) {
     }
 }
 
+/// Convolutions of a tensor one after another.
+pub(in crate::field::ops) struct Convolutions {
+    session: Arc<Session>,
+    links: Vec<Convolution>,
+    saves: bool,
+    /// What the pullback needs, [`Passed`] of what tiles hold; from the forward pass on.
+    saved: Mutex<Option<Box<dyn Any + Send + Sync>>>,
+}
+
+impl Convolutions {
+    /// At least one; `saves` says whether they will be pulled back.
+    pub(in crate::field::ops) fn new(session: Arc<Session>, links: Vec<Convolution>, saves: bool) -> Self {
+        Self { session, links, saves, saved: Mutex::default() }
+    }
+
+    fn value_of<C: Compute<Held: Convolved>>(&self, x: &[C::Stored]) -> Result<(CpuStorage, Shape)> {
+        let elements = |image: [usize; 3]| image.iter().product::<usize>();
+        let (given, made) = (self.links[0].given(), self.links[self.links.len() - 1].made());
+        let images = x.len() / elements(given);
+        let mut y = vec![C::Stored::default(); images * elements(made)];
+        let saved = value::<C>((&self.session, &self.links), x, self.saves, Some(&mut y))?;
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
+        Ok((C::storage(y), Shape::from([&[images], &made[..]].concat())))
+    }
+
+    fn pull_from<C: Compute<Held: Convolved>>(&self, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(saved) = saved.as_ref().and_then(|saved| saved.downcast_ref::<Vec<Passed<C::Held>>>()) else {
+            bail!("convolutions pull back what they have evaluated")
+        };
+        let shape = [&value.dims()[..1], &self.links[0].given()].concat();
+        let mut dx = vec![C::Stored::default(); shape.iter().product()];
+        with_elements(value, |value| {
+            with_elements(cotangent, |grad| pull::<C>((&self.session, &self.links), saved, (value, grad), &mut dx))
+        })?;
+        Tensor::from_vec(dx, shape, value.device())
+    }
+}
+
 impl WayBack for Convolutions {
     fn pull(&self, _: Option<&Tensor>, value: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
         let cotangent = cotangent.detach().contiguous()?;
-        with_compute!(value.dtype(), false, C => self.pull_in::<C>(value, &cotangent))
+        with_compute!(value.dtype(), false, C => self.pull_from::<C>(value, &cotangent))
     }
 }
 
@@ -379,6 +174,6 @@ impl CustomOp1 for Convolutions {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
-        with_compute!(x.dtype(), false, C => self.value::<C>(elements(x, layout)?))
+        with_compute!(x.dtype(), false, C => self.value_of::<C>(elements(x, layout)?))
     }
 }

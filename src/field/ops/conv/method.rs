@@ -9,7 +9,7 @@ use half::bf16;
 
 /// How the products of a convolution are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Method {
+pub(in crate::field::ops) enum Method {
     /// One for each element of the kernel.
     Direct,
     /// 16 where that takes 36: minimal filtering.
@@ -38,10 +38,10 @@ impl Method {
 }
 
 /// b, if there is one, and f.
-pub(super) type Behind<'a> = (Option<&'a [f32]>, Activation);
+pub(in crate::field::ops) type Behind<'a> = (Option<&'a [f32]>, Activation);
 
 /// Elements with kernels for convolutions: what is provided is the direct one.
-pub(super) trait Convolved: Tile {
+pub(in crate::field::ops) trait Convolved: Tile {
     /// The faster method for images that are looked at so.
     fn method(_: &Looks, _: usize) -> Method {
         Method::Direct

@@ -6,8 +6,9 @@
 //! on the CPU, kernels of ours do it ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
+mod convolution;
 mod frame;
-mod fused;
+pub(super) mod fused;
 mod method;
 
 use super::bias::add_bias;
@@ -19,7 +20,8 @@ use crate::Time;
 use crate::field::Tangent;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Module, Result, Shape, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
-pub(super) use fused::{Convolution, Convolutions};
+pub(super) use convolution::Convolution;
+pub(super) use method::Convolved;
 
 /// A 2-d convolution: the twin of [`candle_nn::Conv2d`].
 ///
