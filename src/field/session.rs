@@ -260,18 +260,14 @@ impl<T: Default> Default for Spare<T> {
 }
 
 impl<T: Copy + Default> Spare<T> {
-    /// A matrix with anything in it: the smallest buffer it fits into, or a new one.
+    /// A matrix with anything in it: a buffer of its size, or a new one.
     pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
         let len = rows * columns;
         let mut unused = lock(&self.0);
-        // Of those that fit exactly the last, which the cache may still hold.
-        let exact = unused.buffers.iter().rposition(|(buffer, _)| buffer.len() == len);
-        let best = exact.or_else(|| {
-            let fits = |buffer: &Vec<T>| (len..=2 * len).contains(&buffer.len());
-            let fitting = unused.buffers.iter().enumerate().filter(|(_, (buffer, _))| fits(buffer));
-            fitting.min_by_key(|(_, (buffer, _))| buffer.len()).map(|(n, _)| n)
-        });
-        let buffer = match best {
+        // The last one, which the cache may still hold. None of another size: how many there are of each would hang on the
+        // order in which they were asked for, and no plan could tell.
+        let found = unused.buffers.iter().rposition(|(buffer, _)| buffer.len() == len);
+        let buffer = match found {
             Some(n) => unused.buffers.swap_remove(n),
             None => (vec![T::default(); len], Owned::new(Category::Scratch, len * size_of::<T>())),
         };

@@ -79,8 +79,9 @@ pub(crate) struct Layers {
     pub(super) beside: usize,
     pub(super) pullback: usize,
     pub(super) pullback_alone: usize,
-    /// Of the buffers of a pullback, those of a size that linearisations take afterwards.
+    /// Of the buffers of such pullbacks, those of a size that linearisations take afterwards.
     pub(super) reused: usize,
+    pub(super) reused_alone: usize,
     /// What a pullback needs for a moment: sums in F32, on their way into those in F64.
     pub(super) moment: usize,
 }
@@ -264,9 +265,8 @@ impl Probed<'_> {
             drop(pull(&mut gradients, second.as_ref())?);
             let all = grown().saturating_sub(packed);
             // Where linearisations are kept, others are made after a pullback.
-            let more: Vec<_> = (0..if self.linearizes { 2 } else { 0 })
-                .map(|_| stages.linearize(&at, 0, point))
-                .collect::<Result<_>>()?;
+            let more = (0..if self.linearizes { 2 } else { 0 }).map(|_| stages.linearize(&at, 0, point));
+            let more = more.collect::<Result<Vec<_>>>()?;
             let four = grown().saturating_sub(packed);
             drop((first, second, more));
             costs.layers.packed_back = packed;
@@ -291,13 +291,18 @@ impl Probed<'_> {
         layers.evaluation = evaluation;
         (layers.linearisation, layers.further, layers.beside, layers.pullback) = differences;
         layers.reused = (2 * layers.further).saturating_sub(four.saturating_sub(all));
-        layers.pullback_alone =
-            if self.linearizes { self.pull_alone(casts, point, counters)? } else { layers.pullback };
+        (layers.pullback_alone, layers.reused_alone) = (layers.pullback, layers.reused);
+        if self.linearizes {
+            let (pullback, two_more) = self.pull_alone(casts, point, counters)?;
+            layers.pullback_alone = pullback;
+            layers.reused_alone = (2 * layers.further).saturating_sub(two_more);
+        }
         Ok(())
     }
 
-    /// Buffers for the pullback of a session that has evaluated nothing while its linearisations live.
-    fn pull_alone(&self, casts: &Casts, point: &State, counters: &Counters) -> Result<usize> {
+    /// Buffers for the pullback of a session that has evaluated nothing while its linearisations live, and for two more of
+    /// them after it.
+    fn pull_alone(&self, casts: &Casts, point: &State, counters: &Counters) -> Result<(usize, usize)> {
         let model = self.field.open(casts, Opening::Linearize, self.seed)?;
         let at = self.clock.step(0, self.compute);
         let stages = Stages::new(model.as_ref(), self.accumulate, counters, Slopes::Cut);
@@ -308,7 +313,10 @@ impl Probed<'_> {
         let before = alive_here(Category::Scratch);
         let kappa = self.start.try_map(|x| combine::combine(Some(x), &[(0.5, x)], self.accumulate))?;
         drop(Pullbacks::new(&mut gradients, self.scale(), counters).pull(kept[1].as_ref(), &at, 0, &kappa)?);
-        Ok(grown_since(before))
+        let pullback = grown_since(before);
+        drop(kappa);
+        let _more = [stages.linearize(&at, 0, point)?, stages.linearize(&at, 0, point)?];
+        Ok((pullback, grown_since(before).saturating_sub(pullback)))
     }
 
     fn scale(&self) -> StageScale {

@@ -21,7 +21,7 @@ struct Buffers {
     live: usize,
     /// Whether it has evaluated f since the last of them was made.
     evaluated: bool,
-    /// What the last pullback needed beside them.
+    /// What the last pullback needed beside them, and linearisations do not.
     pulled: usize,
     /// Whether it has taken a step on buffers.
     stepped: bool,
@@ -77,7 +77,7 @@ impl Solve<'_> {
             buffers.live += 1;
             buffers.evaluated = false;
             // Buffers of other sizes wait for the next pullback.
-            buffers.need(layers) + buffers.pulled.saturating_sub(layers.reused)
+            buffers.need(layers) + buffers.pulled
         };
         self.grow(&self.session.0, need);
     }
@@ -91,8 +91,11 @@ impl Solve<'_> {
     pub(super) fn pull_layers(&self, through: &Linearization) {
         let layers = &self.costs.layers;
         let (need, evaluated) = (through.session.borrow().need(layers), through.session.borrow().evaluated);
-        let more = if evaluated { layers.beside + layers.pullback } else { layers.pullback_alone };
-        through.session.borrow_mut().pulled = more;
+        let (more, reused) = match evaluated {
+            true => (layers.beside + layers.pullback, layers.reused),
+            false => (layers.pullback_alone, layers.reused_alone),
+        };
+        through.session.borrow_mut().pulled = more.saturating_sub(reused);
         self.grow(&through.session, need + more);
     }
 
