@@ -99,6 +99,52 @@ fn a_kernel_that_is_summed_in_two_ways() {
     against_f64(&field, &vars, &start(2, &[2, 16, 8, 10]), "two ways");
 }
 
+/// A `Sequential` of them is one op, whatever the activations, with channels and widths that are odd or even.
+#[test]
+fn convolutions_one_after_another() {
+    let activations = [Activation::Tanh, Activation::Silu, Activation::Sin, Activation::Elu(0.5), Activation::Identity];
+    for (n, last) in activations.into_iter().enumerate() {
+        for (stride, channels, size) in [(1, [3, 5], [5, 7]), (2, [4, 3], [7, 9]), (1, [16, 18], [8, 8])] {
+            let inner = activations[(n + 1) % activations.len()];
+            let build = move |vb: VarBuilder<'static>| {
+                let layers = ops::seq().add(ops::conv2d(channels[0], channels[1], 3, config(stride, 1), vb.pp(0))?);
+                let layers =
+                    layers.add(inner).add(ops::conv2d_no_bias(channels[1], channels[0], 3, config(1, 1), vb.pp(1))?);
+                Ok(layers.add(last))
+            };
+            // What is made of y is given to them, and something of what they make: Candle's graph leads through them.
+            let eval = |layers: &ops::Sequential, _: &Time, y: &Tensor| {
+                let (z, (_, _, height, width)) = (layers.forward(&(y * 0.5)?)?, y.dims4()?);
+                let (_, _, rows, columns) = z.dims4()?;
+                let z = z.pad_with_same(2, 0, height - rows)?.pad_with_same(3, 0, width - columns)?;
+                z * 0.7
+            };
+            let vars = VarMap::new();
+            let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+            fill(&vars, 5, 0.4);
+            let what = format!("{inner:?}, {last:?}, stride {stride}, {channels:?}");
+            against_f64(&field, &vars, &start(2, &[3, channels[0], size[0], size[1]]), &what);
+        }
+    }
+}
+
+/// Convolutions of images that nothing tracks have gradients of their parameters all the same.
+#[test]
+fn convolutions_of_what_is_given() {
+    let build = |vb: VarBuilder<'static>| {
+        let layers = ops::seq().add(ops::conv2d(3, 4, 3, config(1, 1), vb.pp(0))?).add(Activation::Tanh);
+        Ok(layers.add(ops::conv2d(4, 3, 3, config(1, 1), vb.pp(1))?))
+    };
+    let given = normal(4, &[2, 3, 6, 5], DType::F64);
+    let eval = move |layers: &ops::Sequential, _: &Time, y: &Tensor| {
+        layers.forward(&given.to_dtype(y.dtype())?)?.mul(y)?.tanh()
+    };
+    let vars = VarMap::new();
+    let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+    fill(&vars, 5, 0.5);
+    against_f64(&field, &vars, &start(2, &[2, 3, 6, 5]), "given images");
+}
+
 #[test]
 fn settings_without_kernels_are_right_too() {
     for config in [

@@ -3,7 +3,8 @@
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in / groups, k, k)`, b `(out)`. Dtypes: x and weight share one of F16,
 //! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over batch
 //! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included. Inside a solve
-//! on the CPU, kernels of ours do it ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
+//! on the CPU, kernels of ours do it, and those of several convolutions with activations between them, as one op ([`fused`]),
+//! except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
 mod convolution;
