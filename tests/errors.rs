@@ -7,7 +7,7 @@ use candle_core::{Context, DType, Device, DeviceLocation, Shape, Tensor, Var};
 use candle_nn::{Init, ModuleT, VarMap};
 use candle_ode::field::ops::combine::Finite;
 use candle_ode::prelude::*;
-use candle_ode::{Codec, Entry, PassKind, Place, States};
+use candle_ode::{Codec, Encodes, Entry, Followed, Increment, Increments8, PassKind, Place, States};
 use common::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -193,6 +193,77 @@ fn of_a_codec_that_decodes_another_shape() {
     let loss = ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap();
     says!(OdeError::from(loss.backward().unwrap_err()), OdeError::Unsupported { what, instead }
         if what.contains("[[3, 2]]") && what.contains("[[2, 3]]") && instead.contains("Codec::decode"));
+}
+
+/// Increments in 8 bits that lead elsewhere.
+#[derive(Debug)]
+struct Misled(fn(&mut Followed));
+
+impl Codec for Misled {
+    fn encodes(&self) -> Encodes {
+        Encodes::Increments
+    }
+
+    fn encode(&self, increment: &State) -> Result<(Entry, Finite), OdeError> {
+        Increments8.encode(increment)
+    }
+
+    fn decode(&self, entry: &Entry, dtype: DType) -> Result<State, OdeError> {
+        Increments8.decode(entry, dtype)
+    }
+
+    fn follow(&self, step: &Increment<'_>) -> Result<Followed, OdeError> {
+        let mut followed = Increments8.follow(step)?;
+        (self.0)(&mut followed);
+        Ok(followed)
+    }
+
+    fn bytes(&self, shapes: &[Shape]) -> usize {
+        Increments8.bytes(shapes)
+    }
+
+    fn dtype(&self) -> DType {
+        DType::U8
+    }
+}
+
+#[test]
+fn of_a_codec_that_follows_increments_elsewhere() {
+    let field = FnField::with_state(|_, y| y.try_map(Tensor::neg));
+    let y0 = State::from([Var::from_tensor(&ones()).unwrap().as_tensor().clone(), ones()]);
+    let solve = |misled: fn(&mut Followed)| {
+        let ode = Ode::new(&field).span(0.0, 1.0).steps(4).adjoint(Discrete::default().codec(Misled(misled)));
+        ode.solve(&y0)
+    };
+    assert!(solve(|_| {}).is_ok());
+    let fewer = |state: &State| State::from(state[0].clone());
+    macro_rules! elsewhere {
+        ($word:literal, $misled:expr) => {
+            says!(solve($misled).unwrap_err(), OdeError::Unsupported { what, instead }
+                if what.contains($word) && instead.contains("Codec::follow"));
+        };
+    }
+    elsewhere!("next", |led| led.next = State::from(led.next[0].clone()));
+    elsewhere!("residual", |led| led.residual = State::from(led.residual[0].clone()));
+    elsewhere!("F64", |led| led.next = led.next.try_map(|x| x.to_dtype(DType::F64)).unwrap());
+    elsewhere!("[[6], [6]]", |led| led.residual = led.residual.try_map(Tensor::flatten_all).unwrap());
+    says!(solve(|led| drop(led.entry.shapes.pop())).unwrap_err(), OdeError::Unsupported { what, instead }
+        if what.contains("an entry of [[2, 3]]") && instead.contains("Entry::new"));
+
+    // Whoever asks for the next state by himself is told as well.
+    let (two, one) = (y0.clone(), fewer(&y0));
+    let flat = two.try_map(Tensor::flatten_all).unwrap();
+    for (before, after, residual) in
+        [(&two, &one, None), (&one, &two, None), (&two, &two, Some(&one)), (&two, &flat, None)]
+    {
+        let step = Increment { before, after, residual, dtype: DType::F32 };
+        let wrong = |error: OdeError| {
+            says!(error, OdeError::Unsupported { what, instead }
+                if what.contains("an increment of shapes") && instead.contains("the same shapes"));
+        };
+        wrong(step.sum().unwrap_err());
+        wrong(Increments8.follow(&step).unwrap_err());
+    }
 }
 
 #[test]

@@ -116,7 +116,10 @@ impl Slots {
             let residual = self.residual.as_ref().map(|(residual, _)| residual);
             let followed = {
                 let _span = tracing::trace_span!(target: "candle_ode", "encode").entered();
-                self.codec.follow(&Increment { before, after: &after, residual, dtype: self.accumulate })?
+                let step = Increment { before, after: &after, residual, dtype: self.accumulate };
+                let followed = self.codec.follow(&step)?;
+                followed.check(&step)?;
+                followed
             };
             let finite = followed.finite.clone();
             // Where no increment fits, the state is kept as it is.

@@ -84,6 +84,7 @@ fn encode(code: Code, increment: &State) -> Result<(Entry, Finite)> {
 
 /// One pass over each tensor; `None` where one of them has to be composed.
 fn follow(code: Code, step: &Increment<'_>) -> Result<Option<Followed>> {
+    step.check()?;
     let (before, after) = (step.before.tensors(), step.after.tensors());
     let (mut finite, mut tensors, mut residuals) = (Finite::default(), vec![], vec![]);
     let mut parts = Vec::with_capacity(before.len());

@@ -71,14 +71,32 @@ impl Increment<'_> {
     /// Δ + e.
     ///
     /// # Errors
-    /// When the device fails.
+    /// States whose tensors differ in number or shape; when the device fails.
     pub fn sum(&self) -> Result<State> {
+        self.check()?;
         match self.residual {
             None => sum(Some(self.after), &[(-1.0, self.before)], self.dtype),
             // What is small is added last, to a difference of neighbours.
             Some(residual) => sum(Some(residual), &[(1.0, self.after), (-1.0, self.before)], self.dtype),
         }
     }
+
+    /// That its states have tensors of the same shapes.
+    fn check(&self) -> Result<()> {
+        for other in [Some(self.after), self.residual].into_iter().flatten() {
+            if shapes(other) != shapes(self.before) {
+                return Err(OdeError::Unsupported {
+                    what: format!("an increment of shapes {:?} to {:?}", shapes(other), shapes(self.before)),
+                    instead: "before, after and residual have tensors of the same shapes",
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn shapes(state: &State) -> Vec<&Shape> {
+    state.tensors().iter().map(Tensor::shape).collect()
 }
 
 /// An increment that is kept, and where it leads.
@@ -92,6 +110,32 @@ pub struct Followed {
     pub next: State,
     /// e⁺ = Δ + e − q.
     pub residual: State,
+}
+
+impl Followed {
+    /// That a codec has led on from `step` to states like those it was given.
+    pub(super) fn check(&self, step: &Increment<'_>) -> Result<()> {
+        let wanted = shapes(step.before);
+        for (name, state) in [("next", &self.next), ("residual", &self.residual)] {
+            let dtypes: Vec<DType> = state.tensors().iter().map(Tensor::dtype).collect();
+            if shapes(state) != wanted || dtypes.iter().any(|dtype| *dtype != step.dtype) {
+                return Err(OdeError::Unsupported {
+                    what: format!(
+                        "a codec that follows an increment to a `{name}` of {:?} in {dtypes:?}",
+                        shapes(state)
+                    ),
+                    instead: "Codec::follow gives states of the shapes it was given, in the accumulate dtype",
+                });
+            }
+        }
+        if self.entry.shapes.iter().ne(wanted.iter().copied()) {
+            return Err(OdeError::Unsupported {
+                what: format!("a codec that follows an increment of {wanted:?} by an entry of {:?}", self.entry.shapes),
+                instead: "make it by Entry::new, of the state that was encoded",
+            });
+        }
+        Ok(())
+    }
 }
 
 /// [`Codec::follow`] of any codec, one operation after another.
@@ -108,8 +152,8 @@ fn followed(codec: &(impl Codec + ?Sized), step: &Increment<'_>) -> Result<Follo
 pub(super) fn decoded(codec: &(impl Codec + ?Sized), entry: &Entry, dtype: DType) -> Result<State> {
     let _span = tracing::trace_span!(target: "candle_ode", "decode").entered();
     let state = codec.decode(entry, dtype)?;
-    if !state.tensors().iter().map(Tensor::shape).eq(&entry.shapes) {
-        let found: Vec<&Shape> = state.tensors().iter().map(Tensor::shape).collect();
+    let found = shapes(&state);
+    if found.iter().copied().ne(&entry.shapes) {
         return Err(OdeError::Unsupported {
             what: format!("a codec that decodes tensors of shapes {found:?} where it was given {:?}", entry.shapes),
             instead: "Codec::decode gives back the tensors that were encoded",
@@ -181,10 +225,11 @@ pub trait Codec: Debug + Send + Sync + 'static {
     fn decode(&self, entry: &Entry, dtype: DType) -> Result<State>;
 
     /// Encodes the increment of a step, and says where it leads as it is decoded. Nothing is to be done for a codec of one's
-    /// own, but where sum and codes can be made in one pass. Asked of codecs of increments alone.
+    /// own, but where sum and codes can be made in one pass. Asked of codecs of increments alone. `next` and `residual` have
+    /// the shapes of the states that are given, in the accumulate dtype, or the solve is [`OdeError::Unsupported`].
     ///
     /// # Errors
-    /// When the device fails.
+    /// States whose tensors differ in number or shape; when the device fails.
     fn follow(&self, step: &Increment<'_>) -> Result<Followed> {
         followed(self, step)
     }
