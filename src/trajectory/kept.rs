@@ -36,7 +36,7 @@ impl Kept {
         Self { at, is_increment, lies: Lies::OnDevice(entry, owned), codec }
     }
 
-    /// The same without tensors around its bytes, where they are on the host; `form` is that of entries before.
+    /// The same without tensors around its bytes, where an [`Image`] can be made of them; `form` is that of entries before.
     pub(super) fn without_tensors(self, form: &mut Option<Arc<Form>>) -> Result<Self> {
         let lies = match self.lies {
             Lies::OnDevice(entry, owned) => match Image::of(&entry, form)? {

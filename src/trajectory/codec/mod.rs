@@ -104,7 +104,7 @@ fn shapes(state: &State) -> Vec<&Shape> {
 pub struct Followed {
     /// q, encoded.
     pub entry: Entry,
-    /// Whether all of it is finite.
+    /// Whether all of it is finite. Where it is known not to be, nobody asks for what follows.
     pub finite: Finite,
     /// y⁺ = y + q.
     pub next: State,
@@ -142,6 +142,10 @@ impl Followed {
 fn followed(codec: &(impl Codec + ?Sized), step: &Increment<'_>) -> Result<Followed> {
     let increment = step.sum()?;
     let (entry, finite) = codec.encode(&increment)?;
+    if finite.known_bad() {
+        // Nobody goes on from there, and a codec may have no codes for what it cannot hold.
+        return Ok(Followed { entry, finite, next: step.after.clone(), residual: increment });
+    }
     let decoded = decoded(codec, &entry, step.dtype)?;
     let next = sum(Some(step.before), &[(1.0, &decoded)], step.dtype)?;
     let residual = sum(Some(&increment), &[(-1.0, &decoded)], step.dtype)?;
