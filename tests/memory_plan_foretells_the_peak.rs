@@ -6,6 +6,8 @@ mod common;
 #[allow(dead_code)]
 #[path = "../examples/cnf/flow.rs"]
 mod flow;
+#[path = "common/own_codec.rs"]
+mod own_codec;
 
 use candle_core::{DType, Device, Module, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -16,6 +18,7 @@ use candle_ode::ops::{Activation, Mlp, conv2d, seq};
 use candle_ode::prelude::*;
 use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, SecondLevel, States};
 use common::{fill, variable};
+use own_codec::Own;
 
 #[global_allocator]
 static HEAP: TrackingAllocator = TrackingAllocator::system();
@@ -135,6 +138,7 @@ fn keepings() -> Vec<(&'static str, Adjoint)> {
         ("increments in 16 bits", discrete().codec(Increments16)),
         ("increments in 8 bits", discrete().codec(Increments8)),
         ("increments in 4 bits", discrete().codec(Increments4)),
+        ("increments of one's own", discrete().codec(Own(DType::BF16))),
         ("3 checkpoints", discrete().checkpoints(3)),
         ("3 checkpoints, one stage at a time", discrete().checkpoints(3).stage_memory(StageMemory::One)),
         ("8 checkpoints", discrete().checkpoints(8)),
