@@ -1,5 +1,5 @@
-//! A training step of a flow with its log-density, whose layers run as one op with their tangents, of plain layers and of
-//! FFJORD's concat-squash layers, and of the reference flow, beside the same made of ops one by one in the same run.
+//! A training step of a flow with its log-density, whose layers run as one op with their tangents, of plain layers and
+//! of FFJORD's concat-squash layers, and of the reference flow, beside the same made of ops one by one in the same run.
 //! `cargo bench --bench flows`
 #![allow(missing_docs)]
 

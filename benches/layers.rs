@@ -1,6 +1,7 @@
 //! What layers reach of a core, in F32 and BF16: the products of a solve over `ops::Mlp`, forward alone and with its
-//! gradient, beside the bare product of the `gemm` crate in the same run; and those of a convolution of 3 × 3, counted as
-//! if all were made, over images of even sides, where filtering makes fewer, and of odd ones. `cargo bench --bench layers`
+//! gradient, beside the bare product of the `gemm` crate in the same run; and those of a convolution of 3 × 3, counted
+//! as if all were made, over images of even sides, where filtering makes fewer, and of odd ones.
+//! `cargo bench --bench layers`
 #![allow(missing_docs)]
 
 use candle_core::{DType, Device, Module, Tensor, Var};

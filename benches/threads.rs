@@ -1,5 +1,5 @@
-//! A training step with the whole batch on one thread and on all of them, beside the default tiles: seconds of the clock,
-//! and the peak of the heap. Alternately, in one run. `cargo bench --bench threads`
+//! A training step with the whole batch on one thread and on all of them, beside the default tiles: seconds of the
+//! clock, and the peak of the heap. Alternately, in one run. `cargo bench --bench threads`
 #![allow(missing_docs)]
 
 use candle_core::{Device, Module, Tensor, Var};

@@ -2,10 +2,10 @@
 //!
 //! A custom op takes at most three tensors, so y0 and the parameters are collected by a tree of token ops, whose values
 //! are 0-d zeros. The solve node takes the root of the tree, and each state that is handed out is a node of its own on
-//! top of the solve node, so that a loss over many of them costs no more than they do. On its way down Candle's backward
-//! meets the outputs, which leave their cotangents in cells of that backward; then the solve node, which runs the whole
-//! reverse pass and leaves dL/dy0 and each dL/dθᵢ there; then the tokens, which hand those out. Backward passes on
-//! different threads have cells of their own.
+//! top of the solve node, so that a loss over many of them costs no more than they do. On its way down Candle's
+//! backward meets the outputs, which leave their cotangents in cells of that backward; then the solve node, which runs
+//! the whole reverse pass and leaves dL/dy0 and each dL/dθᵢ there; then the tokens, which hand those out. Backward
+//! passes on different threads have cells of their own.
 
 use crate::State;
 use crate::account::{Category, Owned};
@@ -67,7 +67,8 @@ pub(crate) fn widened(y0: &State, accumulate: DType) -> Owned {
     Owned::new(Category::Scratch, bytes)
 }
 
-/// Ties `outputs` (grid index, state) to `y0` (accumulate dtype; `copy` if it is one) and the trainable tensors, by slot.
+/// Ties `outputs` (grid index, state) to `y0` (accumulate dtype; `copy` if it is one) and the trainable tensors, by
+/// slot.
 pub(crate) fn attach(
     outputs: Vec<(usize, State)>,
     y0: &State,

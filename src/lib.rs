@@ -2,8 +2,8 @@
 //!
 //! A model written against a `VarBuilder` becomes a vector field; [`Ode::solve`] integrates it; the states it hands out
 //! are part of Candle's graph, so that `loss.backward()` reaches the parameters and everything upstream of y0. The
-//! forward pass evaluates the field in F16, BF16 or F32, sums y in F32 and keeps a compact trajectory; the backward pass
-//! linearises each step again and pulls cotangents back through it, scaled against underflow and summed in F32.
+//! forward pass evaluates the field in F16, BF16 or F32, sums y in F32 and keeps a compact trajectory; the backward
+//! pass linearises each step again and pulls cotangents back through it, scaled against underflow and summed in F32.
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};

@@ -41,8 +41,8 @@ impl AdjointScaling {
         Self::of(Rule::PerStep)
     }
 
-    /// The dynamic rule of the reference: S₀ = 2^round(log₂(target / max|λ|)), target = √(batch/numel)/ε; halved and the
-    /// step redone on overflow (at most 50 times); doubled after eight clean steps in a row if S·max|λ| < target/4
+    /// The dynamic rule of the reference: S₀ = 2^round(log₂(target / max|λ|)), target = √(batch/numel)/ε; halved and
+    /// the step redone on overflow (at most 50 times); doubled after eight clean steps in a row if S·max|λ| < target/4
     /// (the reference tests the unscaled λ, and so doubles until it overflows). Reads from the device every step.
     pub fn dynamic() -> Self {
         Self::of(Rule::Dynamic)

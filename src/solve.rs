@@ -124,8 +124,8 @@ impl Ode {
 
     /// The same with 0-d tensors, which receive their gradients from `loss.backward()`.
     ///
-    /// The gradient is that of the steps: the ends of equal steps move with both ends of the span; of adaptive steps the
-    /// first and the last move and the others are constant. f must depend on its time through
+    /// The gradient is that of the steps: the ends of equal steps move with both ends of the span; of adaptive steps
+    /// the first and the last move and the others are constant. f must depend on its time through
     /// [`Time::tensor`](crate::Time::tensor) or [`Time::like`](crate::Time::like). Needs
     /// [`Discrete`](crate::Discrete) and an explicit Runge–Kutta method.
     ///
@@ -170,7 +170,8 @@ impl Ode {
     /// atol + rtol·|y|, in the norm of the [`Controller`]. Needs a solver with an error estimate (Heun, Ralston, Bosh3,
     /// Dopri5, Tsit5, a tableau with embedded weights). Each is a number, or given by component: see [`Tolerance`].
     ///
-    /// The gradient is that of the steps that were accepted, at constant times. A step reads one number from the device.
+    /// The gradient is that of the steps that were accepted, at constant times. A step reads one number from the
+    /// device.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -208,8 +209,8 @@ impl Ode {
         self
     }
 
-    /// Output times are interpolated as by [`Solution::at`], and shape no step: adaptive steps go over them, and with fixed
-    /// steps they need not be grid points. Worth it where they lie closer than the steps.
+    /// Output times are interpolated as by [`Solution::at`], and shape no step: adaptive steps go over them, and with
+    /// fixed steps they need not be grid points. Worth it where they lie closer than the steps.
     pub fn interpolate(mut self) -> Self {
         self.interpolate = true;
         self
@@ -223,9 +224,9 @@ impl Ode {
         self
     }
 
-    /// The same with a 1-d tensor for adaptive steps, which receives its gradient from `loss.backward()`: the steps end at
-    /// the output times, which move. See [`span_tensors`](Self::span_tensors); an end of the span that is an output time
-    /// gets no gradient of its own.
+    /// The same with a 1-d tensor for adaptive steps, which receives its gradient from `loss.backward()`: the steps end
+    /// at the output times, which move. See [`span_tensors`](Self::span_tensors); an end of the span that is an output
+    /// time gets no gradient of its own.
     pub fn save_at_tensor(mut self, times: &Tensor) -> Self {
         self.time_tensors.outputs = Some(times.clone());
         self
@@ -291,22 +292,23 @@ impl Ode {
     /// [row-wise](crate::ModelField::row_wise). What a pass needs beside the trajectory (the stages and linearisations
     /// of a step) is that of one tile a thread.
     ///
-    /// By default, on a CPU, at most 256 rows and at most as many as have 8192 elements of the state, the number of tiles
-    /// a power of two if there are so many rows; on other devices, and where a solve cannot be cut (adaptive steps, whose
-    /// lengths all rows share; an observer; [`Unrolled`](crate::Unrolled); times with gradients), all rows. The sums over the
-    /// batch are made tile by tile, so the tile moves the last bits of dL/dθ. The states and dL/dy0 of a row stay what they are, as far as f's matrix products do.
+    /// By default, on a CPU, at most 256 rows and at most as many as have 8192 elements of the state, the number of
+    /// tiles a power of two if there are so many rows; on other devices, and where a solve cannot be cut (adaptive
+    /// steps, whose lengths all rows share; an observer; [`Unrolled`](crate::Unrolled); times with gradients), all
+    /// rows. The sums over the batch are made tile by tile, so the tile moves the last bits of dL/dθ. The states and
+    /// dL/dy0 of a row stay what they are, as far as f's matrix products do.
     pub fn tile(mut self, rows: usize) -> Self {
         self.cut.rows = Some(rows);
         self
     }
 
-    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Changes no bit
-    /// of any result.
+    /// How many threads the tiles of a solve on a CPU run on; by default one per core, or `RAYON_NUM_THREADS`. Changes
+    /// no bit of any result.
     ///
-    /// Where the batch is not cut, layers of this crate share their larger products among as many, and wait for the next
-    /// one for half a millisecond before they sleep. Without a number they leave cores to other solves that share theirs, and
-    /// nothing is shared on a thread of rayon's. ([`Unrolled`](crate::Unrolled) does not limit its backward pass, which is
-    /// Candle's.)
+    /// Where the batch is not cut, layers of this crate share their larger products among as many, and wait for the
+    /// next one for half a millisecond before they sleep. Without a number they leave cores to other solves that share
+    /// theirs, and nothing is shared on a thread of rayon's. ([`Unrolled`](crate::Unrolled) does not limit its backward
+    /// pass, which is Candle's.)
     pub fn threads(mut self, threads: usize) -> Self {
         self.cut.threads = Some(threads);
         self

@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Counts of one solve. They go on counting through its backward passes. Where a solve runs in tiles, each is that of
-        /// the tile with most: an evaluation of all tiles counts once.
+        /// Counts of one solve. They go on counting through its backward passes. Where a solve runs in tiles, each is
+        /// that of the tile with most: an evaluation of all tiles counts once.
         #[derive(Clone, Copy, Debug, Default, PartialEq)]
         #[non_exhaustive]
         pub struct Stats {

@@ -2,8 +2,8 @@
 //!
 //! A field that treats the rows of a batch independently is solved tile by tile: what lives at once of its evaluations,
 //! linearisations and stages belongs to one tile a thread and stays in that core's cache. Tiles are as
-//! even as can be. What they add up to, dL/dθ, is summed in the order of the tiles, so that the bits depend on the tile and
-//! not on the number of threads. A batch that is not cut is solved whole; its kernels share their work.
+//! even as can be. What they add up to, dL/dθ, is summed in the order of the tiles, so that the bits depend on the tile
+//! and not on the number of threads. A batch that is not cut is solved whole; its kernels share their work.
 
 mod folding;
 
@@ -32,8 +32,8 @@ impl Tiles {
     /// then fit in a core's own cache.
     const ELEMENTS: usize = 8192;
 
-    /// Rows in a tile by default, at most: with few elements a row it is the field that is wide. More rows would take more
-    /// memory and hardly less time.
+    /// Rows in a tile by default, at most: with few elements a row it is the field that is wide. More rows would take
+    /// more memory and hardly less time.
     const ROWS: usize = 256;
 
     /// So many tiles of a batch, on `threads` threads. `None` if one holds it all.
@@ -48,8 +48,8 @@ impl Tiles {
         state.tensors().iter().all(|x| x.dims().first() == Some(&rows)).then_some(rows)
     }
 
-    /// How many tiles where no rows are asked for; the same on every machine, since it decides the order of sums. A power of
-    /// two, if there are so many rows: two threads, or four, then have as many each.
+    /// How many tiles where no rows are asked for; the same on every machine, since it decides the order of sums. A
+    /// power of two, if there are so many rows: two threads, or four, then have as many each.
     pub(crate) fn default_count(state: &State, batch: usize) -> usize {
         let rows = (Self::ELEMENTS * batch / state.numel().max(1)).clamp(1, Self::ROWS);
         batch.div_ceil(rows).next_power_of_two().min(batch)

@@ -1,5 +1,5 @@
-//! Threads that take tiles, or shares of a kernel's work: each is a pool of one, so that whatever runs on it (a matmul of
-//! Candle's, say) finds no other thread to share its work with.
+//! Threads that take tiles, or shares of a kernel's work: each is a pool of one, so that whatever runs on it (a matmul
+//! of Candle's, say) finds no other thread to share its work with.
 
 use rayon::{ThreadPool, ThreadPoolBuilder, Yield};
 use std::cell::Cell;
@@ -40,8 +40,8 @@ pub(crate) fn sharing<T>(threads: Option<usize>, run: impl FnOnce() -> T) -> T {
     run()
 }
 
-/// Threads that a kernel may share its work among: unless it is said how many those of the process, as far as others do not
-/// share theirs; one where it runs on a worker.
+/// Threads that a kernel may share its work among: unless it is said how many those of the process, as far as others do
+/// not share theirs; one where it runs on a worker.
 pub(crate) fn to_share() -> usize {
     let free = || most() / (1 + SHARERS.load(Ordering::Relaxed));
     if rayon::current_thread_index().is_some() { 1 } else { SHARING.get().unwrap_or_else(free) }

@@ -42,7 +42,8 @@ fn is_proportional(solver: impl Solver + Clone, loosest: i32) {
             if let Some((error_before, steps_before)) = before {
                 let gain: f64 = error_before / error;
                 assert!((1.5..100.0).contains(&gain), "{says}, {gain} times less than the one before");
-                // h ~ tol^(1/k): ten times the accuracy costs 10^(1/k) times the steps, k being order of the estimate + 1.
+                // h ~ tol^(1/k): ten times the accuracy costs 10^(1/k) times the steps, k being order of the estimate +
+                // 1.
                 let k = solver.estimate_order().unwrap() + 1;
                 let growth = solution.stats().accepted_steps as f64 / steps_before as f64;
                 assert!(growth < 1.35 * 10f64.powf(1.0 / k as f64), "{says}, {growth} times the steps");

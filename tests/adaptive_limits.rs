@@ -1,5 +1,5 @@
-//! An adaptive solve that cannot go on says how far it came, with the solution so far, the last errors and the offending
-//! component; settings that make no sense are refused before anything runs.
+//! An adaptive solve that cannot go on says how far it came, with the solution so far, the last errors and the
+//! offending component; settings that make no sense are refused before anything runs.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! `Backsolve` gives the gradient of the equation, not of the steps: it converges to the gradient of `Discrete` with the
-//! step size, at the order of the solver, and is wrong where y cannot be solved backwards.
+//! `Backsolve` gives the gradient of the equation, not of the steps: it converges to the gradient of `Discrete` with
+//! the step size, at the order of the solver, and is wrong where y cannot be solved backwards.
 #![allow(missing_docs)]
 
 mod common;
@@ -139,8 +139,8 @@ fn jumps_of_f_are_seen_from_both_sides() {
     assert!(error.abs() < 1e-7, "{error:e}");
 }
 
-/// Stages whose slopes do not count add nothing to dL/dθ, and their cotangents count for dL/dy all the same: layers that
-/// make both in one do what Candle's do.
+/// Stages whose slopes do not count add nothing to dL/dθ, and their cotangents count for dL/dy all the same: layers
+/// that make both in one do what Candle's do.
 #[test]
 fn layers_pull_through_stages_that_do_not_count() {
     use candle_nn::Module;

@@ -1,5 +1,5 @@
-//! `Backsolve` by tolerances of its own: the way back chooses its steps, its gradient follows the tolerances, whatever the
-//! steps of the solve and the scale of the loss.
+//! `Backsolve` by tolerances of its own: the way back chooses its steps, its gradient follows the tolerances, whatever
+//! the steps of the solve and the scale of the loss.
 #![allow(missing_docs)]
 
 mod common;

@@ -83,8 +83,8 @@ fn layers_whose_weights_are_made_of_the_time() {
     check("a concat-squash layer", |vb| ops::concat_squash_linear(6, 6, vb));
 }
 
-/// A gated layer, one whose weights a network makes, one in time and a plain one as one op, its parameters in one another's
-/// way: values, gradients, what is frozen, gradients of times; the batch in rows and in the lanes of vectors.
+/// A gated layer, one whose weights a network makes, one in time and a plain one as one op, its parameters in one
+/// another's way: values, gradients, what is frozen, gradients of times; the batch in rows and in the lanes of vectors.
 #[test]
 fn layers_of_the_time_in_a_chain_of_others() {
     let field = |vars: &VarMap, [outer, inner]: [usize; 2], activation| {
@@ -107,7 +107,8 @@ fn layers_of_the_time_in_a_chain_of_others() {
             let field = field(&vars, sizes, activation);
             let what = format!("{sizes:?} with {activation:?}, {rows} rows");
             let y0 = start(2, &[rows, sizes[0]]);
-            // The cotangents of weights that a network makes are sums over the batch, which cancel, rounded to the dtype.
+            // The cotangents of weights that a network makes are sums over the batch, which cancel, rounded to the
+            // dtype.
             against_f64_within(3.0, &field, &vars, &y0, &what);
             same_bits_evaluated_and_linearised(&field, &vars, &y0, &what);
         }
@@ -281,7 +282,8 @@ fn the_divergence_of_planar_units_has_gradients() {
     }
 }
 
-/// Weights of planar units that are parameters themselves are summed in F32: F16 knows no 4097, and BF16 none from 4096 to 4128.
+/// Weights of planar units that are parameters themselves are summed in F32: F16 knows no 4097, and BF16 none from 4096
+/// to 4128.
 #[test]
 fn planar_units_of_parameters_are_summed_without_rounding() {
     let vars = VarMap::new();
@@ -307,7 +309,8 @@ fn planar_units_of_parameters_are_summed_without_rounding() {
     }
 }
 
-/// An activation first, two in a row, one at the end, a closure between, layers without bias, a state of three dimensions.
+/// An activation first, two in a row, one at the end, a closure between, layers without bias, a state of three
+/// dimensions.
 #[test]
 fn sequences_of_all_kinds() {
     let vars = VarMap::new();

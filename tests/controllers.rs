@@ -56,8 +56,8 @@ fn a_controller_with_a_memory_rejects_fewer_steps_of_a_stiff_problem() {
 
 #[test]
 fn the_first_length_is_hairers() {
-    // y′ = λy, y0 = 1, rtol = 0, atol = a: d₀ = 1/a, d₁ = |λ|/a, h₀ = 0.01/|λ|; f₁ − f₀ = λ² h₀, d₂ = λ²/a, and with k = 5
-    // h = (0.01 a/max(|λ|, λ²))^(1/5), at most 100 h₀.
+    // y′ = λy, y0 = 1, rtol = 0, atol = a: d₀ = 1/a, d₁ = |λ|/a, h₀ = 0.01/|λ|; f₁ − f₀ = λ² h₀, d₂ = λ²/a, and with k
+    // = 5 h = (0.01 a/max(|λ|, λ²))^(1/5), at most 100 h₀.
     for (lambda, atol) in [(-3.0f64, 1e-6), (2.0, 1e-4), (-0.1, 1e-3), (40.0, 1e-9)] {
         let field = FnField::new(move |_, y: &Tensor| y * lambda);
         for span in [(0.0, 5.0), (5.0, 0.0)] {

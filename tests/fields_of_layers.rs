@@ -180,8 +180,8 @@ fn tiles_threads_and_frozen_parameters() {
     }
 }
 
-/// Convolutions with activations between them, summed directly and by minimal filtering, on images of even and odd sides;
-/// the last result as it is, or activated.
+/// Convolutions with activations between them, summed directly and by minimal filtering, on images of even and odd
+/// sides; the last result as it is, or activated.
 #[test]
 fn convolutions() {
     let _turn = alone();

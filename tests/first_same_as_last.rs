@@ -1,5 +1,6 @@
-//! An evaluation that is known already is not made again: the last stage of an accepted step is the first of the next, the
-//! first stage of a rejected step is that of its repetition, and what the first step length needed serves the first step.
+//! An evaluation that is known already is not made again: the last stage of an accepted step is the first of the next,
+//! the first stage of a rejected step is that of its repetition, and what the first step length needed serves the first
+//! step.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! Slots that hold a state and the linearised stages of the step that led to it: the gradient of every other schedule, as
-//! few steps computed again as the simulator says, and no evaluation in the pullback of a step.
+//! Slots that hold a state and the linearised stages of the step that led to it: the gradient of every other schedule,
+//! as few steps computed again as the simulator says, and no evaluation in the pullback of a step.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,6 @@
 //! A budget takes the cheapest choice that fits, the measured peak keeps to it, the gradient stays what it is, and a
-//! budget too small is an error that names the smallest that would do. Alone in its process: the counter is process-wide.
+//! budget too small is an error that names the smallest that would do. Alone in its process: the counter is
+//! process-wide.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! The memory layer works beside `fmt` and a layer of the user's own, whichever comes first: each sees what its own filter
-//! lets through, and the user's spans are measured with ours inside.
+//! The memory layer works beside `fmt` and a layer of the user's own, whichever comes first: each sees what its own
+//! filter lets through, and the user's spans are measured with ours inside.
 #![allow(missing_docs)]
 
 mod common;

@@ -17,10 +17,11 @@ static HEAP: TrackingAllocator = TrackingAllocator::system();
 
 /// The user's own, for the whole recording.
 const DATA: usize = 4 << 20;
-/// Threads of tiles are not always at the same place, and the last state of a solve is in the books as found in the field
-/// until the next begins.
+/// Threads of tiles are not always at the same place, and the last state of a solve is in the books as found in the
+/// field until the next begins.
 const STATE: i64 = 512 * 64 * 4;
-/// Recordings of a step alone at most: where threads meet by chance, the late peak is to be made of what one of them was.
+/// Recordings of a step alone at most: where threads meet by chance, the late peak is to be made of what one of them
+/// was.
 const ALONE: usize = 8;
 
 fn step(ode: &Ode, y0: &Tensor) {

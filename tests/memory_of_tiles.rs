@@ -1,5 +1,5 @@
-//! What a pass needs beside the trajectory is that of one tile a thread, and tile replay keeps nothing but y0: peaks fall
-//! with the tile. Alone in its process: the counter is process-wide.
+//! What a pass needs beside the trajectory is that of one tile a thread, and tile replay keeps nothing but y0: peaks
+//! fall with the tile. Alone in its process: the counter is process-wide.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! With a second level of storage memory is flat in the number of steps, and nothing stays behind. Alone in its process:
-//! the counter is process-wide.
+//! With a second level of storage memory is flat in the number of steps, and nothing stays behind. Alone in its
+//! process: the counter is process-wide.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! Masters are announced once, for as long as a field holds them, whenever the recording begins; the trajectory is told by
-//! codec; and what is uploaded of times is told, too.
+//! Masters are announced once, for as long as a field holds them, whenever the recording begins; the trajectory is told
+//! by codec; and what is uploaded of times is told, too.
 #![allow(missing_docs)]
 
 mod common;

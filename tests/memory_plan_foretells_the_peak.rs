@@ -1,5 +1,5 @@
-//! A plan says what will be measured: owned bytes exactly, the peak of the heap within three per cent, and how often the
-//! field is called. Alone in its process: the counter is process-wide.
+//! A plan says what will be measured: owned bytes exactly, the peak of the heap within three per cent, and how often
+//! the field is called. Alone in its process: the counter is process-wide.
 #![allow(missing_docs, unreachable_pub)]
 
 mod common;
@@ -309,7 +309,8 @@ fn others() -> Vec<(String, f64)> {
     ratios
 }
 
-/// The peak falls with the tile as the plan says. On several threads the plan is a bound, and the trajectory what it is.
+/// The peak falls with the tile as the plan says. On several threads the plan is a bound, and the trajectory what it
+/// is.
 fn falls_with_the_tile() {
     let vars = VarMap::new();
     let build = |vb| Mlp::new(&[64, 128, 64], Activation::Tanh, vb);

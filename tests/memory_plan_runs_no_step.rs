@@ -1,5 +1,5 @@
-//! A plan opens no `step`, probes the field once per shape, and without a counted heap says nothing of the peak; the bytes
-//! it does tell are exact.
+//! A plan opens no `step`, probes the field once per shape, and without a counted heap says nothing of the peak; the
+//! bytes it does tell are exact.
 #![allow(missing_docs)]
 
 mod common;

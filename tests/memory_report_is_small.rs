@@ -1,5 +1,5 @@
-//! A report of 100 000 spans of training is a file of about a megabyte, and is itself again when it is read. Alone in its
-//! process: the counter is process-wide.
+//! A report of 100 000 spans of training is a file of about a megabyte, and is itself again when it is read. Alone in
+//! its process: the counter is process-wide.
 #![allow(missing_docs)]
 
 mod common;

@@ -1,8 +1,8 @@
 //! Peaks of nested and concurrent spans equal those of a model that remembers every change of the live bytes.
 //!
-//! A random but ordered schedule of 10 000 trees of spans and allocations over four threads: each turn one thread opens a
-//! span, closes its innermost, or allocates, and the next turn waits for it. Alone in its process: while another thread makes a dispatcher, `tracing`
-//! may pass over a span.
+//! A random but ordered schedule of 10 000 trees of spans and allocations over four threads: each turn one thread opens
+//! a span, closes its innermost, or allocates, and the next turn waits for it. Alone in its process: while another
+//! thread makes a dispatcher, `tracing` may pass over a span.
 
 #[path = "common/counted.rs"]
 mod counted;

@@ -1,4 +1,5 @@
-//! Schedules are an open set: one of a user's own is followed, and one that is wrong is an error, never a wrong gradient.
+//! Schedules are an open set: one of a user's own is followed, and one that is wrong is an error, never a wrong
+//! gradient.
 #![allow(missing_docs)]
 
 use candle_core::{Device, Var};
@@ -61,7 +62,8 @@ fn one_that_is_wrong_is_an_error() {
         actions
     };
     for (index, actions) in [
-        // Ends early; reverses a step twice, one that is not there, one that does not start at hand; goes beyond the end.
+        // Ends early; reverses a step twice, one that is not there, one that does not start at hand; goes beyond the
+        // end.
         (right.len() - 1, right[..right.len() - 1].to_vec()),
         (1, with(1, Action::Reverse(STEPS - 1))),
         (0, with(0, Action::Reverse(STEPS))),

@@ -1,5 +1,5 @@
-//! The peak heap of a training step with `Reconstruct` does not grow with the number of steps. Alone in its process: the
-//! counter is process-wide.
+//! The peak heap of a training step with `Reconstruct` does not grow with the number of steps. Alone in its process:
+//! the counter is process-wide.
 #![allow(missing_docs)]
 
 mod common;

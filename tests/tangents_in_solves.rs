@@ -64,7 +64,8 @@ fn no_direction_is_an_error() {
     assert!(error.to_string().contains("no direction"), "{error}");
 }
 
-/// A direction that nothing tracks, one alone, layers without bias, an activation at the end, a state of three dimensions.
+/// A direction that nothing tracks, one alone, layers without bias, an activation at the end, a state of three
+/// dimensions.
 #[test]
 fn sequences_along_one_direction() {
     let vars = VarMap::new();

@@ -1,5 +1,5 @@
-//! Times that are given as tensors receive the gradient of the steps: over given steps equal to finite differences, over
-//! adaptive steps to the derivative of the solution.
+//! Times that are given as tensors receive the gradient of the steps: over given steps equal to finite differences,
+//! over adaptive steps to the derivative of the solution.
 #![allow(missing_docs)]
 
 mod common;

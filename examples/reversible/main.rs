@@ -1,5 +1,5 @@
-//! Learns three mechanical systems from noisy data, by reversible solvers that keep nothing and by others that keep all:
-//! `cargo run --example reversible --release -- --help`.
+//! Learns three mechanical systems from noisy data, by reversible solvers that keep nothing and by others that keep
+//! all: `cargo run --example reversible --release -- --help`.
 
 // Nothing of a program is reachable from outside.
 #![allow(unreachable_pub)]

@@ -37,7 +37,8 @@ pub struct Outcome {
     pub drift: Option<f64>,
 }
 
-/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself, every state kept or some.
+/// Trains by the reversible solver over `base`, its steps undone or kept, and by `base` itself, every state kept or
+/// some.
 ///
 /// # Errors
 /// Whatever a solve reports.

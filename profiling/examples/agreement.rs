@@ -1,6 +1,6 @@
 //! Does the tracking allocator agree with a counter that knows nothing of it? Run by `profiling/agreement.sh`, which
-//! preloads `counter.c`: one training step of M2 (MLP 64-64-64, batch 512, 64 steps of RK4) in F32 and in F16, live bytes
-//! and peak by both counters, and failure where they differ by more than one per cent.
+//! preloads `counter.c`: one training step of M2 (MLP 64-64-64, batch 512, 64 steps of RK4) in F32 and in F16, live
+//! bytes and peak by both counters, and failure where they differ by more than one per cent.
 
 use candle_core::{Device, Module, Result, Tensor, Var};
 use candle_nn::VarMap;

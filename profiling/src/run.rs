@@ -22,7 +22,8 @@ pub(crate) struct Run {
     /// Memory runs (the lowest peak is reported) and timing runs (the median is) of each cell.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     repeat: u16,
-    /// The folder that gets a folder for each cell, with report.json, report.csv, ledger.csv, trace.json and report.html.
+    /// The folder that gets a folder for each cell, with report.json, report.csv, ledger.csv, trace.json and
+    /// report.html.
     #[arg(long)]
     out: PathBuf,
     /// Removes the cells that the folder holds already.

@@ -61,8 +61,8 @@ impl Watch {
     }
 
     fn follow(&self) -> Result<ExitStatus> {
-        // The terminal interrupts the program, too: it may save what it has, and is drawn to its end. Who ends this process
-        // alone has it passed on. Twice is enough.
+        // The terminal interrupts the program, too: it may save what it has, and is drawn to its end. Who ends this
+        // process alone has it passed on. Twice is enough.
         let interrupted = Arc::new(AtomicUsize::new(0));
         let count = interrupted.clone();
         ctrlc::set_handler(move || _ = count.fetch_add(1, Relaxed))?;

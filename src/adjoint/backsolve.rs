@@ -1,7 +1,7 @@
 //! The continuous adjoint: y, λ and θ̄ are solved backwards as one equation.
 //!
-//! dy/dt = f, dλ/dt = −(∂f/∂y)ᵀλ, dθ̄/dt = −(∂f/∂θ)ᵀλ from the last time to the first, λ jumping by dL/dy at each output.
-//! By an explicit Runge–Kutta method with step h < 0: Yᵢ = y + h Σ aᵢⱼ kⱼ, Λᵢ = λ + Σ (aᵢⱼ/wⱼ) μⱼ, where
+//! dy/dt = f, dλ/dt = −(∂f/∂y)ᵀλ, dθ̄/dt = −(∂f/∂θ)ᵀλ from the last time to the first, λ jumping by dL/dy at each
+//! output. By an explicit Runge–Kutta method with step h < 0: Yᵢ = y + h Σ aᵢⱼ kⱼ, Λᵢ = λ + Σ (aᵢⱼ/wⱼ) μⱼ, where
 //! μᵢ = (∂f/∂y)ᵀ(−h wᵢ Λᵢ) at Yᵢ and wᵢ = bᵢ, or 1 where bᵢ = 0 (no contribution to θ̄ there); λ⁻ = λ + Σ_{bᵢ≠0} μᵢ.
 
 use super::drift::Drifts;
@@ -52,11 +52,11 @@ impl Backsolve {
     }
 
     /// The way back chooses its own steps, between the outputs that the loss uses, instead of going over those of the
-    /// solve: so that the estimated errors of y and of λ are within these. λ is measured against its largest component so
-    /// far, so that the steps do not depend on the scale of the loss; dL/dθ follows and is not measured.
+    /// solve: so that the estimated errors of y and of λ are within these. λ is measured against its largest component
+    /// so far, so that the steps do not depend on the scale of the loss; dL/dθ follows and is not measured.
     ///
-    /// The method needs an error estimate: [`Dopri5`](crate::Dopri5), [`Tsit5`](crate::Tsit5) and others. A step that is
-    /// not finite in half precision is tried in F32 before it is made shorter.
+    /// The method needs an error estimate: [`Dopri5`](crate::Dopri5), [`Tsit5`](crate::Tsit5) and others. A step that
+    /// is not finite in half precision is tried in F32 before it is made shorter.
     ///
     /// ```
     /// use candle_core::{Tensor, Var};

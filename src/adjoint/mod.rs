@@ -108,14 +108,14 @@ impl Discrete {
         self
     }
 
-    /// Keeps at most `slots` states, and the start of the last step, and computes as few steps again as that allows: see
-    /// [`Checkpoints`].
+    /// Keeps at most `slots` states, and the start of the last step, and computes as few steps again as that allows:
+    /// see [`Checkpoints`].
     pub fn checkpoints(self, slots: usize) -> Self {
         self.schedule(Checkpoints::new(slots))
     }
 
-    /// Keeps the linearisations of every step: the backward pass evaluates nothing, and so costs 2 evaluations' worth of
-    /// work a stage where it otherwise costs 3, for s linearisations a step. With fewer slots:
+    /// Keeps the linearisations of every step: the backward pass evaluates nothing, and so costs 2 evaluations' worth
+    /// of work a stage where it otherwise costs 3, for s linearisations a step. With fewer slots:
     /// [`Checkpoints::with_stages`]. Needs an explicit Runge–Kutta method and given steps.
     pub fn keep_linearizations(self) -> Self {
         self.schedule(Checkpoints::new(usize::MAX).with_stages())
@@ -124,8 +124,8 @@ impl Discrete {
     /// Two levels of storage: the latest `resident` entries of the trajectory stay on the device, earlier ones wait in
     /// `second` and are brought back, bit for bit, when the backward pass comes to them. In tiles each tile has so many
     /// on the device. Goes with every codec and schedule of states. Moves to a file are made between steps: nothing is
-    /// computed meanwhile. Those to the [host](SecondLevel::Host) are made beside what is computed on CUDA, in page-locked
-    /// memory that this setting and its clones keep from solve to solve. This has not run on a GPU yet.
+    /// computed meanwhile. Those to the [host](SecondLevel::Host) are made beside what is computed on CUDA, in
+    /// page-locked memory that this setting and its clones keep from solve to solve. This has not run on a GPU yet.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor, Var};
@@ -148,16 +148,16 @@ impl Discrete {
 
     /// Takes, of all choices there are, the one with the fewest calls of the field whose peak fits into `bytes`: the
     /// linearisations of every step kept or of some, every state kept or as many checkpoints as there is room for, all
-    /// stage linearisations of a step at once or one at a time. Where the solve runs in [tiles](crate::Ode::tile) and none
-    /// was asked for, also smaller tiles, and tile replay ([`InputOnly`](crate::InputOnly)); the tile moves the last bits
-    /// of dL/dθ. The codec stays what it is, unless [`any_codec`](Self::any_codec) lets it
+    /// stage linearisations of a step at once or one at a time. Where the solve runs in [tiles](crate::Ode::tile) and
+    /// none was asked for, also smaller tiles, and tile replay ([`InputOnly`](crate::InputOnly)); the tile moves the
+    /// last bits of dL/dθ. The codec stays what it is, unless [`any_codec`](Self::any_codec) lets it
     /// go; a schedule or a tile that was asked for stay too.
     ///
     /// The peak is that of [`Ode::plan`](crate::Ode::plan), which takes the loss to use the states that
-    /// [`save_at`](crate::Ode::save_at) asks for, or the last; in tiles on several threads it is a bound. Where the heap is
-    /// not counted the owned bytes have to fit. The choice is made once per shape, while nothing else should allocate. On
-    /// more threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend on their number
-    /// unless [`Ode::threads`](crate::Ode::threads) or a tile is given.
+    /// [`save_at`](crate::Ode::save_at) asks for, or the last; in tiles on several threads it is a bound. Where the
+    /// heap is not counted the owned bytes have to fit. The choice is made once per shape, while nothing else should
+    /// allocate. On more threads more is live at once: the tile that is chosen, and so the last bits of dL/dθ, depend
+    /// on their number unless [`Ode::threads`](crate::Ode::threads) or a tile is given.
     ///
     /// Adaptive steps and dense output have no plan, and no budget: give [`checkpoints`](Self::checkpoints) there.
     pub fn budget(mut self, bytes: u64) -> Self {
@@ -165,9 +165,9 @@ impl Discrete {
         self
     }
 
-    /// Lets a [`budget`](Self::budget) choose the codec too, if none was asked for: where every state does not fit, every
-    /// increment in [16](Increments16) or [8 bits](Increments8) comes before steps that are computed again. They round what
-    /// the gradient is pulled back at: 16 bits cost F32 nothing that is seen, 8 bits cost F16 nothing.
+    /// Lets a [`budget`](Self::budget) choose the codec too, if none was asked for: where every state does not fit,
+    /// every increment in [16](Increments16) or [8 bits](Increments8) comes before steps that are computed again. They
+    /// round what the gradient is pulled back at: 16 bits cost F32 nothing that is seen, 8 bits cost F16 nothing.
     pub fn any_codec(mut self) -> Self {
         self.any_codec = true;
         self
@@ -178,8 +178,8 @@ impl Discrete {
         self.budget.map(|bytes| (bytes, Self { budget: None, ..self.clone() }))
     }
 
-    /// The choices a budget has for `steps` steps, with their names. `linearizes` says whether linearisations can be kept,
-    /// `in_tiles` whether the solve runs in tiles.
+    /// The choices a budget has for `steps` steps, with their names. `linearizes` says whether linearisations can be
+    /// kept, `in_tiles` whether the solve runs in tiles.
     pub(crate) fn choices(&self, steps: usize, linearizes: bool, in_tiles: bool) -> Vec<(String, Self)> {
         let stages = [(StageMemory::All, "all stages at once"), (StageMemory::One, "one stage at a time")];
         let both = |(name, discrete): (String, Self)| {
@@ -207,9 +207,9 @@ impl Discrete {
         choices
     }
 
-    /// Frees each entry of the trajectory as soon as the backward pass has used it. A second backward pass over the same
-    /// solve is [`OdeError::Consumed`](crate::OdeError::Consumed) then; a pass that overflows and has to be done again
-    /// goes forward from y0 once more.
+    /// Frees each entry of the trajectory as soon as the backward pass has used it. A second backward pass over the
+    /// same solve is [`OdeError::Consumed`](crate::OdeError::Consumed) then; a pass that overflows and has to be done
+    /// again goes forward from y0 once more.
     pub fn consume(mut self) -> Self {
         self.consume = true;
         self
@@ -264,7 +264,8 @@ impl Adjoint {
         Ok(Some(discrete.keeping(precision)))
     }
 
-    /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they can.
+    /// After how many steps what the solver carries is kept, by those who go backwards from the end; checks that they
+    /// can.
     pub(crate) fn anchors(&self, solver: &dyn Solver) -> Result<Option<usize>> {
         match self {
             Self::Reconstruct(adjoint) => adjoint.spacing(solver).map(Some),

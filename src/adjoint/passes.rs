@@ -30,7 +30,8 @@ pub(crate) struct Passes {
     pub(crate) scaling: AdjointScaling,
     /// Tensors of times whose gradients are wanted; their slots come last.
     pub(crate) moments: Vec<Moments>,
-    /// Whether steps may run on buffers: not where their pullbacks linearise one stage at a time, or give gradients of times.
+    /// Whether steps may run on buffers: not where their pullbacks linearise one stage at a time, or give gradients of
+    /// times.
     pub(crate) on_buffers: bool,
     pub(crate) counters: Arc<Counters>,
     /// What the first finished pass had to do; later ones do the same, to the same bits.
@@ -140,8 +141,8 @@ impl<T: Clone> Given<T> {
     }
 }
 
-/// What an attempt at a step gives: what was asked for, per pullback the stage and whether it is finite, and the cotangents
-/// of the step's times, if any are wanted.
+/// What an attempt at a step gives: what was asked for, per pullback the stage and whether it is finite, and the
+/// cotangents of the step's times, if any are wanted.
 type Attempt<T> = (T, Vec<(usize, Finite)>, Option<StepTimes>);
 
 /// One walk over the steps.
@@ -223,8 +224,8 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Pulls `lambda` back through a step: `pull` is given the stages, the step, λ and a place to take its cotangents to,
-    /// and may be asked again with another scale.
+    /// Pulls `lambda` back through a step: `pull` is given the stages, the step, λ and a place to take its cotangents
+    /// to, and may be asked again with another scale.
     pub(crate) fn step<T>(
         &mut self,
         index: usize,
@@ -247,8 +248,8 @@ impl Pass<'_, '_> {
         self.flagged(&at, scale, |stages, at, pullbacks| pull(stages, at, lambda, pullbacks))
     }
 
-    /// As [`step`](Self::step), for a step that is not on the clock of the passes, and that may be thrown away: also says
-    /// whether all of it is finite, and gives its sums of dL/dθ, which count once they are [`taken`](Self::take).
+    /// As [`step`](Self::step), for a step that is not on the clock of the passes, and that may be thrown away: also
+    /// says whether all of it is finite, and gives its sums of dL/dθ, which count once they are [`taken`](Self::take).
     pub(crate) fn attempt<T>(
         &mut self,
         at: &StepAt<'_>,

@@ -34,8 +34,8 @@ pub struct Reconstruct {
 const GROWTH: f64 = 16.0;
 
 impl Reconstruct {
-    /// Keeps the states after every `steps` steps too, and goes on from there. By default they are kept before rounding,
-    /// which grows by c⁻¹ a step, has grown by 16: every 2771 steps with c = 0.999, every 275 with c = 0.99.
+    /// Keeps the states after every `steps` steps too, and goes on from there. By default they are kept before
+    /// rounding, which grows by c⁻¹ a step, has grown by 16: every 2771 steps with c = 0.999, every 275 with c = 0.99.
     pub fn anchor_every(mut self, steps: usize) -> Self {
         self.anchor_every = Some(steps);
         self

@@ -1,5 +1,5 @@
-//! Gradients of times. A step from t of length h gives dL/dt at constant h and dL/dh; a point of the grid is the end of one
-//! step and the start of the next, and a tensor of times is a linear function of the points:
+//! Gradients of times. A step from t of length h gives dL/dt at constant h and dL/dh; a point of the grid is the end of
+//! one step and the start of the next, and a tensor of times is a linear function of the points:
 //!
 //! dL/dt_n = (dL/dt of step n) − (dL/dh of step n) + (dL/dh of step n − 1).
 

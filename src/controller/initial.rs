@@ -12,9 +12,9 @@ use crate::error::Result;
 use crate::field::Finite;
 use crate::field::ops::combine;
 
-/// The length of the first step: positive, from `shortest` to `longest`. `slope` is f(t₀, y₀); `euler` evaluates f after an Euler
-/// step of the given length from there. Both in any dtype; `y` is in the accumulate dtype. An f that is not finite gives
-/// a short step: what is wrong is found when it is tried.
+/// The length of the first step: positive, from `shortest` to `longest`. `slope` is f(t₀, y₀); `euler` evaluates f
+/// after an Euler step of the given length from there. Both in any dtype; `y` is in the accumulate dtype. An f that is
+/// not finite gives a short step: what is wrong is found when it is tried.
 pub(crate) fn initial_step(
     tolerances: &Tolerances,
     k: f64,

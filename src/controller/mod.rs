@@ -14,7 +14,8 @@ pub use tolerance::{CustomNorm, Norm, Tolerance};
 
 use crate::error::{OdeError, Result};
 
-/// How the lengths of adaptive steps are chosen. The tolerances are those of [`Ode::tolerances`](crate::Ode::tolerances).
+/// How the lengths of adaptive steps are chosen. The tolerances are those of
+/// [`Ode::tolerances`](crate::Ode::tolerances).
 ///
 /// | setting | default |
 /// |---|---|
@@ -55,14 +56,15 @@ pub struct Controller {
     pub(crate) floor: AtFloor,
 }
 
-/// What to do where a step's error estimate is made of the rounding of f, so that shorter steps cannot reach the tolerance.
+/// What to do where a step's error estimate is made of the rounding of f, so that shorter steps cannot reach the
+/// tolerance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AtFloor {
     /// [`OdeError::ErrorFloor`], which says how many tolerances the rounding makes up.
     #[default]
     Error,
-    /// The step is accepted, and counted in [`Stats::floored_steps`](crate::Stats::floored_steps); steps become as long as
-    /// that allows. A second number is read from the device each step.
+    /// The step is accepted, and counted in [`Stats::floored_steps`](crate::Stats::floored_steps); steps become as long
+    /// as that allows. A second number is read from the device each step.
     Accept,
 }
 

@@ -109,8 +109,8 @@ impl Tolerances {
         Ok(Self { relative, absolute, norm })
     }
 
-    /// The norm of `error` between two states, on the host: one read from the device, which brings `finite` along. NaN if
-    /// anything is not finite.
+    /// The norm of `error` between two states, on the host: one read from the device, which brings `finite` along. NaN
+    /// if anything is not finite.
     pub(crate) fn measure(&self, error: &State, before: &State, after: &State, finite: Finite) -> Result<f64> {
         let flags = match finite {
             Finite::Host(false) => return Ok(f64::NAN),

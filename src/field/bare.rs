@@ -1,11 +1,13 @@
-//! Fields that are layers of this crate alone: steps run them on buffers, without tensors for what they need in between.
+//! Fields that are layers of this crate alone: steps run them on buffers, without tensors for what they need in
+//! between.
 
 use super::session::Session;
 use candle_core::{Result, Tensor};
 use std::fmt;
 use std::sync::Arc;
 
-/// The layers of an open field that consists of them alone: see [`ModelField::of_layers`](super::ModelField::of_layers).
+/// The layers of an open field that consists of them alone: see
+/// [`ModelField::of_layers`](super::ModelField::of_layers).
 pub struct Bare {
     row: Vec<usize>,
     layers: Box<dyn Rows>,
@@ -45,11 +47,11 @@ pub(crate) trait Rows {
     fn buffers(&self, stages: usize, elements: usize) -> Box<dyn Buffers + '_>;
 }
 
-/// The stages of one step: slopes and cotangents in the compute dtype, sums in F32. The terms of a sum are coefficients of
-/// what belongs to a stage, which has been made before.
+/// The stages of one step: slopes and cotangents in the compute dtype, sums in F32. The terms of a sum are coefficients
+/// of what belongs to a stage, which has been made before.
 pub(crate) trait Buffers {
-    /// kᵢ = f(t, Yᵢ) at Yᵢ = y + Σ c kⱼ for a stage i at its time t; gives max |Yᵢ| where it is looked for, NaN if any of it
-    /// is not finite.
+    /// kᵢ = f(t, Yᵢ) at Yᵢ = y + Σ c kⱼ for a stage i at its time t; gives max |Yᵢ| where it is looked for, NaN if any
+    /// of it is not finite.
     ///
     /// # Errors
     /// Whatever the layers report.

@@ -3,8 +3,8 @@
 //! Near the first point, for a random direction v in one tensor of the state or in the parameters, the difference
 //! quotient d = (f(x + εv) − f(x))/ε is pulled back: ⟨Jᵀd, v⟩ must be ⟨d, d⟩. What two lengths ε disagree by, and what
 //! rounding may add, u(‖f‖ + ‖y‖)/ε, say how far d can be trusted. Where it cannot, or where f is flat, as ⌈y⌉ is, the
-//! graph must at least reach what f depends on further away. Runs on two rows of the batch if f allows it, in F64 or the
-//! widest dtype that f runs in.
+//! graph must at least reach what f depends on further away. Runs on two rows of the batch if f allows it, in F64 or
+//! the widest dtype that f runs in.
 
 use super::model::{Constructor, Model};
 use super::{Casts, draw, on_host, vjp};
@@ -163,7 +163,8 @@ impl<'a> Near<'a> {
         let (rough, d) = (quotient(&far, epsilon)?, quotient(&close, epsilon / 2.0)?);
         let squared = dots(d.iter().zip(&d))?;
         let disagreement = d.iter().zip(&rough).map(|(a, b)| a - b).collect::<Result<Vec<_>>>()?;
-        // Both lengths may give the same few ulp of f, or of what f is made of: y Φ(y) is y times what is left of 1 − 1.
+        // Both lengths may give the same few ulp of f, or of what f is made of: y Φ(y) is y times what is left of 1 −
+        // 1.
         let rounding = unit_roundoff(self.casts.dtype()) * (size(&self.f)? + size(&self.y)?) / (epsilon / 2.0);
         let off = dots(disagreement.iter().zip(&disagreement))?.sqrt() + rounding;
         // Nor does a NaN.

@@ -13,8 +13,8 @@ use candle_core::{D, DType, Result, Tensor};
 /// How the trace of ∂f/∂y is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trace {
-    /// All of it: [`Tangent::trace`] where the field knows it, else one tangent per dimension, d times the cost. Eight of them
-    /// are taken at once ([`Tangent::tangents`]).
+    /// All of it: [`Tangent::trace`] where the field knows it, else one tangent per dimension, d times the cost. Eight
+    /// of them are taken at once ([`Tangent::tangents`]).
     #[default]
     Exact,
     /// Hutchinson's estimator with one ε of random signs per solve.
@@ -26,8 +26,8 @@ pub enum Trace {
 /// A velocity field together with the log-density it transports: (z, log p) ↦ (f, −tr ∂f/∂z).
 ///
 /// Shapes: z is `(batch, dim)`, log p is `(batch,)`. Build it inside a [`ModelField`](crate::ModelField), so that its ε
-/// is drawn from the seed of the solve. Each row has an ε of its own, the same in whatever tile it lies: over a model that
-/// treats rows independently the field may be declared [`row_wise`](crate::ModelField::row_wise).
+/// is drawn from the seed of the solve. Each row has an ε of its own, the same in whatever tile it lies: over a model
+/// that treats rows independently the field may be declared [`row_wise`](crate::ModelField::row_wise).
 ///
 /// # Reference
 /// Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, *FFJORD*, arXiv 1810.01367.

@@ -35,8 +35,8 @@ impl Stream {
         Self { seed, index: 0, by_row: false }
     }
 
-    /// The same stream for tensors with a row for each of the batch (dimension 0): where a field sees a tile of the batch
-    /// alone, the draws are those of its rows, so that noise for each row makes no field less row-wise.
+    /// The same stream for tensors with a row for each of the batch (dimension 0): where a field sees a tile of the
+    /// batch alone, the draws are those of its rows, so that noise for each row makes no field less row-wise.
     pub fn by_row(self) -> Self {
         Self { by_row: true, ..self }
     }

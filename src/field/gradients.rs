@@ -112,8 +112,8 @@ impl Gradients {
         combine::in_place(&sum.tensor, contribute)
     }
 
-    /// The sum, in F32, of the parameter that `leaf` stands for, and whether it is a part that has to be added yet: sums
-    /// in F64 are given what was added to zeros in F32. `None` if what is added is not wanted.
+    /// The sum, in F32, of the parameter that `leaf` stands for, and whether it is a part that has to be added yet:
+    /// sums in F64 are given what was added to zeros in F32. `None` if what is added is not wanted.
     #[cfg(feature = "cuda")]
     pub(crate) fn sum_of(&mut self, leaf: &Tensor) -> candle_core::Result<Option<(Tensor, bool)>> {
         let Some(&slot) = self.slots.get(&leaf.id()) else {

@@ -43,12 +43,12 @@ pub trait Tangent {
     /// Whatever the ops report; [`OdeError::NoTangent`](crate::OdeError::NoTangent) from a part that has none.
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)>;
 
-    /// (f(t, y), ∂f/∂y · vₙ for k directions at once): v is `(k, …)`, each vₙ of the shape and dtype of y, and the second of
-    /// what comes out `(k, …)` too, each of the shape and dtype of f(t, y).
+    /// (f(t, y), ∂f/∂y · vₙ for k directions at once): v is `(k, …)`, each vₙ of the shape and dtype of y, and the
+    /// second of what comes out `(k, …)` too, each of the shape and dtype of f(t, y).
     ///
-    /// By default that is one direction after another, k times [`tangent`](Self::tangent). A field that shares work between
-    /// them does it here: [`Mlp`](crate::ops::Mlp) and [`Sequential`](crate::ops::Sequential) evaluate f once, and all
-    /// directions go through each layer together.
+    /// By default that is one direction after another, k times [`tangent`](Self::tangent). A field that shares work
+    /// between them does it here: [`Mlp`](crate::ops::Mlp) and [`Sequential`](crate::ops::Sequential) evaluate f once,
+    /// and all directions go through each layer together.
     ///
     /// # Errors
     /// As [`tangent`](Self::tangent), and a v of no direction.

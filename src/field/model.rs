@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A vector field made of a Candle model that is written against a `VarBuilder`.
 ///
-/// The masters stay in the caller's `VarMap`, in their own dtype. Once per solve they are cast to the compute dtype, and
-/// the model is built over the casts: once for the forward and once for the backward pass.
+/// The masters stay in the caller's `VarMap`, in their own dtype. Once per solve they are cast to the compute dtype,
+/// and the model is built over the casts: once for the forward and once for the backward pass.
 ///
 /// ```
 /// use candle_core::{Device, Result, Tensor};
@@ -132,11 +132,11 @@ impl ModelField {
     ///
     /// That nothing else sees what the layers are given and make lets fixed steps of explicit Runge–Kutta methods, and
     /// their pullbacks, run on buffers that serve one step after another: a step then makes a tensor of the state it
-    /// leads to, and backwards of λ, and of nothing else, and what it works in is counted as scratch. Values and gradients
-    /// are those of a closure that calls the layers, to the bit (as long as a scale brings no number below the normal ones
-    /// of F32). So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one op: linear
-    /// ones, with the time beside their input or without, or convolutions, and activations; with all stages of a step linearised at once and
-    /// kept states. Anything else runs as in [`new`](Self::new).
+    /// leads to, and backwards of λ, and of nothing else, and what it works in is counted as scratch. Values and
+    /// gradients are those of a closure that calls the layers, to the bit (as long as a scale brings no number below
+    /// the normal ones of F32). So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one
+    /// op: linear ones, with the time beside their input or without, or convolutions, and activations; with all stages
+    /// of a step linearised at once and kept states. Anything else runs as in [`new`](Self::new).
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -153,8 +153,8 @@ impl ModelField {
     /// # Ok::<(), OdeError>(())
     /// ```
     ///
-    /// States are `(…, features)`, or images `(batch, channels, height, width)`, of the shape that the first layer takes
-    /// and the last one gives; of inputs it sees none.
+    /// States are `(…, features)`, or images `(batch, channels, height, width)`, of the shape that the first layer
+    /// takes and the last one gives; of inputs it sees none.
     ///
     /// # Errors
     /// Whatever `build` reports; solves of a state of several tensors are [`OdeError::Unsupported`].
@@ -201,8 +201,8 @@ impl ModelField {
     /// The same field, declared to treat the rows of a batch (dimension 0 of every tensor of the state) independently.
     ///
     /// On a CPU a solve then takes the batch in tiles of rows, each on a thread of its own and in that core's cache:
-    /// see [`Ode::tile`](crate::Ode::tile); the model is built for each tile and pass. What couples rows (a batch norm, a
-    /// mean over the batch) or depends on their number (a dropout mask, noise that is not drawn
+    /// see [`Ode::tile`](crate::Ode::tile); the model is built for each tile and pass. What couples rows (a batch norm,
+    /// a mean over the batch) or depends on their number (a dropout mask, noise that is not drawn
     /// [`by_row`](draw::Stream::by_row)) is found at the first evaluation and is
     /// [`OdeError::NotRowWise`]; inputs with a row for each do not fit a tile.
     ///

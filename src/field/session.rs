@@ -1,5 +1,5 @@
-//! What the layers of an open field share during a pass on the CPU: which tensors stand for its parameters, their packed
-//! forms, and buffers that serve one evaluation after another.
+//! What the layers of an open field share during a pass on the CPU: which tensors stand for its parameters, their
+//! packed forms, and buffers that serve one evaluation after another.
 
 use super::ops::kernel::{Held, Packed, Scratch, View};
 use crate::account::{Category, Owned};
@@ -35,8 +35,8 @@ pub(crate) enum Call {
     Layers,
 }
 
-/// Layers that have run, from one tensor to another, and nothing beside them: that the field's result is the one and its
-/// argument the other, by identity, is all that is asked.
+/// Layers that have run, from one tensor to another, and nothing beside them: that the field's result is the one and
+/// its argument the other, by identity, is all that is asked.
 pub(crate) struct Ran {
     pub(crate) from: TensorId,
     pub(crate) to: TensorId,
@@ -79,7 +79,8 @@ impl Session {
         })
     }
 
-    /// Runs `eval` with the session open on this thread; gives the layers that ran last, too, if they can be pulled back.
+    /// Runs `eval` with the session open on this thread; gives the layers that ran last, too, if they can be pulled
+    /// back.
     pub(super) fn open<T>(self: &Arc<Self>, call: Call, eval: impl FnOnce() -> T) -> (T, Option<Ran>) {
         let _outer = Outer(OPEN.replace(Some(Current { session: self.clone(), call })));
         let value = eval();
@@ -264,8 +265,8 @@ impl<T: Copy + Default> Spare<T> {
     pub(crate) fn matrix(&self, rows: usize, columns: usize) -> Matrix<T> {
         let len = rows * columns;
         let mut unused = lock(&self.0);
-        // The last one, which the cache may still hold. None of another size: how many there are of each would hang on the
-        // order in which they were asked for, and no plan could tell.
+        // The last one, which the cache may still hold. None of another size: how many there are of each would hang on
+        // the order in which they were asked for, and no plan could tell.
         let found = unused.buffers.iter().rposition(|(buffer, _)| buffer.len() == len);
         let buffer = match found {
             Some(n) => unused.buffers.swap_remove(n),

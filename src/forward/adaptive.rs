@@ -242,8 +242,8 @@ impl<'a> Stepper<'a> {
         Ok(Clock::with_breaks(&grid, forward.solver.nodes(), &self.course.breaks, &self.device))
     }
 
-    /// The norm of what the rounding of f may add to an estimate: h Σ dᵢ kᵢ carries noise of up to h·u·Σ |dᵢ||kᵢ|, which
-    /// shrinks no faster than the step.
+    /// The norm of what the rounding of f may add to an estimate: h Σ dᵢ kᵢ carries noise of up to h·u·Σ |dᵢ||kᵢ|,
+    /// which shrinks no faster than the step.
     fn floor(&self, forward: &Forward<'_>, trial: &Trial, h: f64, y: &State) -> Result<f64> {
         let EstimatedStep { step, slopes, weights, .. } = &trial.step;
         let accumulate = forward.precision.accumulate_dtype();

@@ -31,8 +31,8 @@ impl Forward<'_> {
         check_same_bits(self.course.ends().0, &first, &second)
     }
 
-    /// The same for the first of several tiles of `start`, on behalf of all; and, once in the life of a field, that its rows do not
-    /// see each other.
+    /// The same for the first of several tiles of `start`, on behalf of all; and, once in the life of a field, that its
+    /// rows do not see each other.
     pub(crate) fn check_tile(&self, first: &State, start: &State) -> Result<()> {
         let mut opened = self.opened();
         self.check_first(&mut opened, first)?;

@@ -3,8 +3,8 @@
 //!
 //! Let L be live bytes and O the announced ones. Whatever L − O gains between two boundaries is put to the place (the
 //! innermost span of this crate on the thread at hand) in which it appeared; what it loses is taken from that place
-//! first, then from the place that gained last, and from the baseline at last. So a tensor that is born inside a field and
-//! announced afterwards moves from `field` to its category, and a graph that is dropped after its pullback leaves
+//! first, then from the place that gained last, and from the baseline at last. So a tensor that is born inside a field
+//! and announced afterwards moves from `field` to its category, and a graph that is dropped after its pullback leaves
 //! `field`. What is left of a pass when it is over has been handed out: it moves to `outside`, where it will be lost.
 
 use super::composition::{Composition, Moment, Part};

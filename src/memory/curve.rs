@@ -1,5 +1,5 @@
-//! The curves of counters beside the one that spans are measured with: sampled now and then, since a reading may cost as
-//! much as a span.
+//! The curves of counters beside the one that spans are measured with: sampled now and then, since a reading may cost
+//! as much as a span.
 
 use super::meter::Meter;
 use crate::error::Result;

@@ -7,12 +7,12 @@ use candle_core::Device;
 /// How a CUDA device is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaSettings {
-    /// Whether every allocation gets two events that order streams: two calls of the driver for each tensor. Only needed
-    /// where tensors pass between several of Candle's devices on the same GPU; default `false`. It holds for the
+    /// Whether every allocation gets two events that order streams: two calls of the driver for each tensor. Only
+    /// needed where tensors pass between several of Candle's devices on the same GPU; default `false`. It holds for the
     /// device that is opened and its clones.
     pub track_events: bool,
-    /// How many bytes that tensors no longer use the memory pool may keep rather than give back to the driver whenever the
-    /// device is waited for; default: all. It holds for the pool of the GPU in this process.
+    /// How many bytes that tensors no longer use the memory pool may keep rather than give back to the driver whenever
+    /// the device is waited for; default: all. It holds for the pool of the GPU in this process.
     pub keep_bytes: u64,
 }
 
@@ -22,8 +22,8 @@ impl Default for CudaSettings {
     }
 }
 
-/// Opens CUDA device `ordinal` with the default [`CudaSettings`], on a stream of its own, and says what is missing where
-/// Candle would panic. Open each GPU once and clone the `Device`.
+/// Opens CUDA device `ordinal` with the default [`CudaSettings`], on a stream of its own, and says what is missing
+/// where Candle would panic. Open each GPU once and clone the `Device`.
 ///
 /// ```
 /// use candle_core::Device;
@@ -74,8 +74,8 @@ fn set_up(device: &Device, settings: CudaSettings) -> Result<()> {
     let Device::Cuda(cuda) = device else { return Ok(()) };
     let context = cuda.cuda_stream().context().clone();
     if !settings.track_events {
-        // SAFETY: Candle's device works on the one stream that it was opened with, so that its tensors are allocated, used
-        // and freed in order; `CudaSettings` says when that is not enough.
+        // SAFETY: Candle's device works on the one stream that it was opened with, so that its tensors are allocated,
+        // used and freed in order; `CudaSettings` says when that is not enough.
         unsafe { context.disable_event_tracking() };
     }
     if context.has_async_alloc() {

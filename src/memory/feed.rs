@@ -1,8 +1,8 @@
 //! A recording told to another process while it runs: `memory-report watch` draws it.
 //!
 //! If the environment variable [`FEED`] names a file, each recording appends lines of text to it: `recording COUNTER`,
-//! then about ten times a second `TIME LIVE PEAK` (nanoseconds since recording began, bytes above the baseline as of the
-//! last span boundary), and `end`. The meter is not read for it, so no figure of the report changes.
+//! then about ten times a second `TIME LIVE PEAK` (nanoseconds since recording began, bytes above the baseline as of
+//! the last span boundary), and `end`. The meter is not read for it, so no figure of the report changes.
 
 use super::layer::Shared;
 use crate::error::{OdeError, Result};

@@ -24,7 +24,8 @@ impl MemoryReport {
     }
 
     /// Writes every format into a folder, which is made if need be: `report.json` ([`json`](Self::json)), `report.csv`
-    /// ([`csv`](Self::csv)), `ledger.csv` ([`ledger_csv`](Self::ledger_csv)), `trace.json` ([`chrome_trace`](Self::chrome_trace)), `report.html` ([`html`](Self::html)).
+    /// ([`csv`](Self::csv)), `ledger.csv` ([`ledger_csv`](Self::ledger_csv)), `trace.json`
+    /// ([`chrome_trace`](Self::chrome_trace)), `report.html` ([`html`](Self::html)).
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! The `tracing` layer: turns span boundaries into readings and `bytes` events into ledger entries.
 //!
-//! It takes one lock per boundary and per `bytes` event, holds it while the meter is read, and calls nothing under it that could come back
-//! here. It decides nothing for other layers: give those their own filters
+//! It takes one lock per boundary and per `bytes` event, holds it while the meter is read, and calls nothing under it
+//! that could come back here. It decides nothing for other layers: give those their own filters
 //! ([`Layer::with_filter`](tracing_subscriber::Layer::with_filter)).
 
 use super::feed::Sample;

@@ -63,8 +63,8 @@ impl Ledger {
         number_of(&mut self.codecs(), codec)
     }
 
-    /// Of the trajectory, for each codec that was seen its name, bytes that are live, and the most that were live at once
-    /// since recording began.
+    /// Of the trajectory, for each codec that was seen its name, bytes that are live, and the most that were live at
+    /// once since recording began.
     pub fn by_codec(&self) -> Vec<(String, u64, u64)> {
         self.codecs().iter().map(|(name, account)| (name.clone(), account.live(), account.highest())).collect()
     }

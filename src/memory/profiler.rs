@@ -73,8 +73,8 @@ impl MemoryProfiler {
         self
     }
 
-    /// Measures time: no counter that waits for the device is read at the boundaries of spans, whose bytes are then those
-    /// of the heap, or of the process where nothing counts the heap. The report says that it was such a run.
+    /// Measures time: no counter that waits for the device is read at the boundaries of spans, whose bytes are then
+    /// those of the heap, or of the process where nothing counts the heap. The report says that it was such a run.
     pub fn timing(mut self) -> Self {
         self.run = RunKind::Timing;
         self

@@ -114,8 +114,8 @@ pub(super) struct Finished {
 }
 
 impl Recorder {
-    /// Takes its room, then reads the baseline; what `ledger` knows is announced already. Of the `others` the curves are
-    /// sampled.
+    /// Takes its room, then reads the baseline; what `ledger` knows is announced already. Of the `others` the curves
+    /// are sampled.
     pub(super) fn start(meter: Box<dyn Meter>, others: Curves, limit: usize, ledger: &Ledger) -> Result<Self> {
         let mut recorder = Self {
             meter,
@@ -224,9 +224,9 @@ impl Recorder {
         }
     }
 
-    /// Nobody is inside: what was found there is the caller's. Of `graphs` only if no backward pass is to come for them:
-    /// kept linearisations live as long as a trajectory does, and Candle's own, of an unrolled solve, no longer than to the
-    /// next pass.
+    /// Nobody is inside: what was found there is the caller's. Of `graphs` only if no backward pass is to come for
+    /// them: kept linearisations live as long as a trajectory does, and Candle's own, of an unrolled solve, no longer
+    /// than to the next pass.
     fn hand_out(&mut self, graphs: bool) {
         self.keeps &= self.books.now().of(Part::Owned(Category::Trajectory)) > 0;
         let parts = [Part::Other, Part::Pullback, Part::Field];

@@ -17,8 +17,8 @@
 //! | [`recompute`](RECOMPUTE) | `TRACE` | | stretch of steps done again for the backward pass |
 //!
 //! `backward` is not inside `solve`: it opens when Candle's own backward pass reaches the solve. Beside the spans there
-//! is one event, [`bytes`](BYTES) (`TRACE`; `category: &str`, `delta: i64`, and of an entry of the trajectory `codec: &str`),
-//! for every buffer of ours that is born or dies; [`Owned`](crate::account::Owned) emits it.
+//! is one event, [`bytes`](BYTES) (`TRACE`; `category: &str`, `delta: i64`, and of an entry of the trajectory
+//! `codec: &str`), for every buffer of ours that is born or dies; [`Owned`](crate::account::Owned) emits it.
 
 /// A whole forward solve.
 pub const SOLVE: &str = "solve";

@@ -1,8 +1,8 @@
 //! The spans of a report in a file: columns of variable-length integers, deflated, in Base64. About ten bytes a span,
 //! where an object each would take two hundred.
 //!
-//! `{ "count": n, "names": [[target, name], …], "columns": "…" }`. The text is Base64 (standard alphabet, padded) of a raw
-//! deflate stream of these columns, one after another, each with one value per span unless it says otherwise:
+//! `{ "count": n, "names": [[target, name], …], "columns": "…" }`. The text is Base64 (standard alphabet, padded) of a
+//! raw deflate stream of these columns, one after another, each with one value per span unless it says otherwise:
 //!
 //! | column | value |
 //! |---|---|

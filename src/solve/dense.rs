@@ -1,4 +1,5 @@
-//! The solution between the ends of steps: y(t + θh) is one step from y with the weights bᵢ(θ) of the solver's interpolant.
+//! The solution between the ends of steps: y(t + θh) is one step from y with the weights bᵢ(θ) of the solver's
+//! interpolant.
 
 use super::Ode;
 use super::moments::TimeTensors;

@@ -17,13 +17,14 @@ impl Ode {
     ///
     /// The loss is taken to use the states asked for by [`save_at`](Self::save_at), or the last if none was.
     ///
-    /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of this
-    /// value and its clones, and one that is layers alone ([`ModelField::of_layers`](crate::ModelField::of_layers)) at the stages
-    /// of a step, once per method, too; the rest is arithmetic. Nothing else should allocate meanwhile.
+    /// The field is evaluated, linearised and pulled back at y0 a few times, once per shape and dtypes in the life of
+    /// this value and its clones, and one that is layers alone
+    /// ([`ModelField::of_layers`](crate::ModelField::of_layers)) at the stages of a step, once per method, too; the
+    /// rest is arithmetic. Nothing else should allocate meanwhile.
     ///
     /// # Errors
-    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is not
-    /// known, dense output, [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
+    /// As [`solve`](Self::solve); [`OdeError::Unsupported`] for what cannot be planned: adaptive steps, whose number is
+    /// not known, dense output, [`Unrolled`](crate::Unrolled), and solvers that are not explicit, except
     /// [`Reversible`](crate::Reversible) with [`Reconstruct`](crate::Reconstruct) or [`Backsolve`](crate::Backsolve).
     pub fn plan(&self, y0: impl Into<State>) -> Result<MemoryPlan> {
         let y0: State = y0.into();

@@ -45,12 +45,12 @@ impl Solution {
         &self.times
     }
 
-    /// y at any time of the solve, if [`Ode::dense`] was asked for: by the solver's interpolant (Dopri5 and Tsit5 have one
-    /// of order 4, others Hermite's cubic of order 3), as part of Candle's graph like the states of
+    /// y at any time of the solve, if [`Ode::dense`] was asked for: by the solver's interpolant (Dopri5 and Tsit5 have
+    /// one of order 4, others Hermite's cubic of order 3), as part of Candle's graph like the states of
     /// [`states`](Self::states).
     ///
-    /// Costs the evaluations of one step, and their linearisations and pullbacks in a backward pass: a step is taken again
-    /// with other weights, so that nothing but its start was kept.
+    /// Costs the evaluations of one step, and their linearisations and pullbacks in a backward pass: a step is taken
+    /// again with other weights, so that nothing but its start was kept.
     ///
     /// ```
     /// use candle_core::{Tensor, Var};
@@ -92,8 +92,8 @@ impl Solution {
         self.counters.len()
     }
 
-    /// Bytes of the trajectory kept for the backward pass: the states, not the linearisations that slots may hold beside
-    /// them.
+    /// Bytes of the trajectory kept for the backward pass: the states, not the linearisations that slots may hold
+    /// beside them.
     pub fn trajectory_bytes(&self) -> usize {
         self.trajectory_bytes
     }

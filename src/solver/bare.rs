@@ -1,5 +1,5 @@
-//! Steps of explicit Runge–Kutta methods through fields that are layers alone, on buffers: the formulas of `explicit.rs`
-//! in the same order, to the same bits, without a tensor for each stage state, slope and cotangent.
+//! Steps of explicit Runge–Kutta methods through fields that are layers alone, on buffers: the formulas of
+//! `explicit.rs` in the same order, to the same bits, without a tensor for each stage state, slope and cotangent.
 
 use super::Step;
 use super::explicit::stages_used;

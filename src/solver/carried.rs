@@ -1,7 +1,7 @@
 //! What a solver carries from step to step: y, or y and others that start as y0 too, in a row, y first.
 //!
-//! Start: y ↦ (y, …, y), with the pullback (ȳ, z̄, …) ↦ ȳ + z̄ + …; what is handed out: (y, z, …) ↦ y, with the pullback
-//! ȳ ↦ (ȳ, 0, …).
+//! Start: y ↦ (y, …, y), with the pullback (ȳ, z̄, …) ↦ ȳ + z̄ + …; what is handed out: (y, z, …) ↦ y, with the
+//! pullback ȳ ↦ (ȳ, 0, …).
 
 use super::{Solver, zeros_like};
 use crate::State;

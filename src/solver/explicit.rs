@@ -1,8 +1,8 @@
 //! One step of any explicit Runge–Kutta method, and its pullback.
 //!
 //! Forward: Yᵢ = y + h Σ_{j<i} aᵢⱼ kⱼ, kᵢ = f(t + cᵢh, Yᵢ) in the compute dtype; y⁺ = y + h Σ bᵢ kᵢ in the accumulate
-//! dtype. Pullback of λ, for i = s … 1: κᵢ = h (bᵢ λ + Σ_{j>i} aⱼᵢ μⱼ), μᵢ = (∂f/∂y)ᵀκᵢ at Yᵢ, θ̄ += (∂f/∂θ)ᵀκᵢ; at last
-//! dL/dy = λ + Σ μᵢ.
+//! dtype. Pullback of λ, for i = s … 1: κᵢ = h (bᵢ λ + Σ_{j>i} aⱼᵢ μⱼ), μᵢ = (∂f/∂y)ᵀκᵢ at Yᵢ, θ̄ += (∂f/∂θ)ᵀκᵢ; at
+//! last dL/dy = λ + Σ μᵢ.
 
 use super::bare;
 use super::stages::{Pullbacks, Stages, StepAt};
@@ -223,8 +223,8 @@ pub(super) fn stages_used(tableau: &Tableau) -> impl DoubleEndedIterator<Item = 
     (0..tableau.stages()).filter(|&i| tableau.is_used(i))
 }
 
-/// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other stage
-/// state and its slope.
+/// k₁ … of the stages that `matter`, the first of them taken from `first` if it is known; `see` is shown each other
+/// stage state and its slope.
 pub(super) fn slopes(
     tableau: &Tableau,
     stages: &Stages<'_>,

@@ -1,7 +1,7 @@
 //! Dense output: y(t + θh) = y + h Σ bᵢ(θ) kᵢ for 0 ≤ θ ≤ 1, with polynomials bᵢ in place of the weights.
 //!
-//! A method's own interpolant serves where it has one; else Hermite's cubic through y, y⁺ and the slopes at both ends, for
-//! which f(t + h, y⁺) is one more stage. So the solution inside a step is one step of another explicit method.
+//! A method's own interpolant serves where it has one; else Hermite's cubic through y, y⁺ and the slopes at both ends,
+//! for which f(t + h, y⁺) is one more stage. So the solution inside a step is one step of another explicit method.
 
 use super::tableau::Tableau;
 use crate::error::Result;

@@ -86,8 +86,8 @@ method! {
     /// Dormand and Prince's method, order 5, seven stages (the last is the first of the next step), embedded order 4.
     ///
     /// # Reference
-    /// J. R. Dormand, P. J. Prince, *J. Comput. Appl. Math.* 6 (1980); interpolant of order 4: L. F. Shampine, *Math. Comp.*
-    /// 46 (1986).
+    /// J. R. Dormand, P. J. Prince, *J. Comput. Appl. Math.* 6 (1980); interpolant of order 4: L. F. Shampine, *Math.
+    /// Comp.* 46 (1986).
     Dopri5, 5,
     &[
         &[1.0 / 5.0],

@@ -99,7 +99,8 @@ pub trait Solver: Debug + Send + Sync + 'static {
     /// As [`pullback`](Self::pullback), by linearisations that were kept: evaluates nothing.
     ///
     /// # Errors
-    /// [`OdeError::Unsupported`] from a solver that cannot keep them; whatever the vector field reports, with its place.
+    /// [`OdeError::Unsupported`] from a solver that cannot keep them; whatever the vector field reports, with its
+    /// place.
     fn pullback_linearized(
         &self,
         stages: &Stages<'_>,

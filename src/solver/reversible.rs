@@ -1,6 +1,7 @@
 //! A reversible solver over any explicit Runge–Kutta method: its steps can be undone, so nothing need be kept.
 //!
-//! With the increment Ψ_h(t, x) = h Σ bᵢ kᵢ of the base method and a coupling c ∈ (0, 1), the pair (y, z), z₀ = y₀, goes
+//! With the increment Ψ_h(t, x) = h Σ bᵢ kᵢ of the base method and a coupling c ∈ (0, 1), the pair (y, z), z₀ = y₀,
+//! goes
 //!
 //! y⁺ = c y + (1 − c) z + Ψ_h(t, z),  z⁺ = z − Ψ₋ₕ(t + h, y⁺),
 //!
@@ -22,8 +23,9 @@ use crate::field::{Finite, sum};
 /// A solver whose steps can be undone: what [`Reconstruct`](crate::Reconstruct) goes backwards with.
 pub trait Reversal: Solver {
     /// What was carried at the start of a step and its cotangent, from what was carried at its end, `y`, and its
-    /// cotangent `lambda`. Linearises f once where value and pullback can share it. Both are given away so that they can
-    /// be dropped on the way. λ's bytes are no longer announced: whoever undoes the step announces what it holds of them.
+    /// cotangent `lambda`. Linearises f once where value and pullback can share it. Both are given away so that they
+    /// can be dropped on the way. λ's bytes are no longer announced: whoever undoes the step announces what it holds of
+    /// them.
     ///
     /// # Errors
     /// Whatever the vector field reports, with its place.
@@ -40,7 +42,8 @@ pub trait Reversal: Solver {
     /// By how much rounding may grow when a step is undone: c⁻¹.
     fn growth(&self) -> f64;
 
-    /// The explicit method that a pair is coupled over, of a [`Reversible`]: what [`Ode::plan`](crate::Ode::plan) goes by.
+    /// The explicit method that a pair is coupled over, of a [`Reversible`]: what [`Ode::plan`](crate::Ode::plan) goes
+    /// by.
     fn base(&self) -> Option<&Tableau> {
         None
     }

@@ -17,8 +17,8 @@ use crate::field::{Linearization, sum};
 
 /// The reversible Heun method, order 2: two evaluations a step, forwards and backwards, and two pullbacks.
 ///
-/// Undoing a step multiplies rounding by nothing, but the method damps nothing either: on y′ = αy it is stable for αh on
-/// the imaginary axis up to ±i alone. [`Reversible`](crate::Reversible) is the safer choice.
+/// Undoing a step multiplies rounding by nothing, but the method damps nothing either: on y′ = αy it is stable for αh
+/// on the imaginary axis up to ±i alone. [`Reversible`](crate::Reversible) is the safer choice.
 ///
 /// # Reference
 /// P. Kidger, J. Foster, X. Li, T. Lyons, *Efficient and Accurate Gradients for Neural SDEs*, arXiv 2105.13493,

@@ -396,8 +396,8 @@ impl<'a> Pullbacks<'a> {
         Ok(pulled.y)
     }
 
-    /// As [`pull`](Self::pull) for a cotangent on buffers, which is `largest`: runs `pull` with the scale. Says whether what
-    /// was added to the sums is finite; the result is for the caller to look at, and to [`note`](Self::note).
+    /// As [`pull`](Self::pull) for a cotangent on buffers, which is `largest`: runs `pull` with the scale. Says whether
+    /// what was added to the sums is finite; the result is for the caller to look at, and to [`note`](Self::note).
     pub(super) fn pull_bare(
         &mut self,
         at: &StepAt<'_>,

@@ -102,8 +102,8 @@ impl Tableau {
         self.embedded.as_deref()
     }
 
-    /// The order of the embedded solution, as far as its weights show: from order 4 on, one less than that of the method
-    /// (but at least 4).
+    /// The order of the embedded solution, as far as its weights show: from order 4 on, one less than that of the
+    /// method (but at least 4).
     pub fn embedded_order(&self) -> Option<usize> {
         let embedded = self.embedded.as_ref()?;
         let broken = |(order, _, value, expected): &(usize, &str, f64, f64)| {

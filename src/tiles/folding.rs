@@ -1,7 +1,7 @@
 //! The sums of dL/dθ over the tiles, added in the order of the tiles.
 //!
-//! A tile that is done before one of a smaller index waits with its sums. On W threads no more than W − 1 of them wait: who
-//! is further ahead waits too.
+//! A tile that is done before one of a smaller index waits with its sums. On W threads no more than W − 1 of them wait:
+//! who is further ahead waits too.
 
 use crate::account::{Category, Owned};
 use crate::error::Result;

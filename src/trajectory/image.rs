@@ -35,7 +35,8 @@ impl Form {
 }
 
 impl Image {
-    /// The bytes of `entry`; `None` if it is not on the host, or in a dtype that [`append`] does not know. Images of the same `form` share it.
+    /// The bytes of `entry`; `None` if it is not on the host, or in a dtype that [`append`] does not know. Images of
+    /// the same `form` share it.
     pub(crate) fn of(entry: &Entry, form: &mut Option<Arc<Form>>) -> Result<Option<Self>> {
         let Some(own) = Form::of(entry) else { return Ok(None) };
         let form = match form {

@@ -36,7 +36,8 @@ impl Kept {
         Self { at, is_increment, lies: Lies::OnDevice(entry, owned), codec }
     }
 
-    /// The same without tensors around its bytes, where an [`Image`] can be made of them; `form` is that of entries before.
+    /// The same without tensors around its bytes, where an [`Image`] can be made of them; `form` is that of entries
+    /// before.
     pub(super) fn without_tensors(self, form: &mut Option<Arc<Form>>) -> Result<Self> {
         let lies = match self.lies {
             Lies::OnDevice(entry, owned) => match Image::of(&entry, form)? {
@@ -48,8 +49,8 @@ impl Kept {
         Ok(Self { lies, ..self })
     }
 
-    /// The same on the second level; `None` if it is there, or has nowhere to go. Where it is on its way, `self` is held
-    /// until [`InFlight`] lets it go.
+    /// The same on the second level; `None` if it is there, or has nowhere to go. Where it is on its way, `self` is
+    /// held until [`InFlight`] lets it go.
     pub(super) fn put_away(self: &Arc<Self>, levels: &TwoLevels) -> Result<Option<Arc<Self>>> {
         let Lies::OnDevice(entry, _) = &self.lies else { return Ok(None) };
         if !entry.tensors.first().is_some_and(|x| levels.moves(x.device())) {
@@ -90,8 +91,8 @@ impl Kept {
     }
 }
 
-/// An entry that is on its way to the second level or back, or may be, as long as somebody waits for it. Then its copy on
-/// the device is let go.
+/// An entry that is on its way to the second level or back, or may be, as long as somebody waits for it. Then its copy
+/// on the device is let go.
 #[derive(Debug)]
 pub(super) struct InFlight(Arc<Kept>);
 

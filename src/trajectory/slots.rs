@@ -98,8 +98,8 @@ impl Slots {
         }
     }
 
-    /// The step from `before` (state n − 1) has led to `after`: gives the state n to go on from, and keeps it if wanted.
-    /// `exactly` sees whether its encoding is finite and may ask for one that rounds nothing.
+    /// The step from `before` (state n − 1) has led to `after`: gives the state n to go on from, and keeps it if
+    /// wanted. `exactly` sees whether its encoding is finite and may ask for one that rounds nothing.
     pub(crate) fn reach(
         &mut self,
         n: usize,
@@ -159,8 +159,8 @@ impl Slots {
         Ok(Finite::default())
     }
 
-    /// State `n` for the backward pass, to be used as long as it is at hand. The entry below it begins to come back, if it
-    /// is away and can do so beside what is computed.
+    /// State `n` for the backward pass, to be used as long as it is at hand. The entry below it begins to come back, if
+    /// it is away and can do so beside what is computed.
     pub(crate) fn restore(&mut self, n: usize) -> Result<AtHand> {
         self.leaving = None;
         let mut at_hand = self.restored(n)?;
@@ -252,7 +252,8 @@ impl Slots {
         Ok(())
     }
 
-    /// The slot of state `n`. They ascend, unless a walk back has filled some before those that no output has asked for.
+    /// The slot of state `n`. They ascend, unless a walk back has filled some before those that no output has asked
+    /// for.
     fn index_of(&self, n: usize) -> Option<usize> {
         let found = self.kept.binary_search_by_key(&n, |kept| kept.at).ok();
         found.or_else(|| self.kept.iter().rposition(|kept| kept.at == n))

@@ -55,8 +55,8 @@ pub fn against_f64(field: &ModelField, vars: &VarMap, y0: &Var, what: &str) {
     against_f64_within(1.0, field, vars, y0, what);
 }
 
-/// As [`against_f64`], with bounds of half precision so many times as wide: near a kink of f rounding decides the slope,
-/// and sums may cancel.
+/// As [`against_f64`], with bounds of half precision so many times as wide: near a kink of f rounding decides the
+/// slope, and sums may cancel.
 pub fn against_f64_within(kinks: f64, field: &ModelField, vars: &VarMap, y0: &Var, what: &str) {
     let wide = Var::from_tensor(&y0.to_dtype(DType::F64).unwrap()).unwrap();
     let exact = gradients(&ode(field).precision(Precision::F64), vars, &wide);

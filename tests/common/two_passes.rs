@@ -1,4 +1,5 @@
-//! A report whose every byte is known: two passes of three steps, each of which needs 100 bytes more than the one before.
+//! A report whose every byte is known: two passes of three steps, each of which needs 100 bytes more than the one
+//! before.
 
 use super::counted::Counted;
 use candle_core::Device;

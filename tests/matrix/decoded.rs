@@ -1,5 +1,5 @@
-//! A solve by the actions of its schedule and the public face of its codec, and the pullback of each of its steps through
-//! Candle's own graph from the state that was decoded for it.
+//! A solve by the actions of its schedule and the public face of its codec, and the pullback of each of its steps
+//! through Candle's own graph from the state that was decoded for it.
 
 use super::*;
 use candle_core::Var;

@@ -1,6 +1,6 @@
-//! Every way of finding the gradient over every method, precision and field: all adjoints, and with `Discrete` every codec
-//! and every schedule. In F64 the gradient is the unrolled one, or with a codec that rounds the pullback at the decoded
-//! states; half precision stays near F64; what cannot be put together is an error that says so.
+//! Every way of finding the gradient over every method, precision and field: all adjoints, and with `Discrete` every
+//! codec and every schedule. In F64 the gradient is the unrolled one, or with a codec that rounds the pullback at the
+//! decoded states; half precision stays near F64; what cannot be put together is an error that says so.
 //!
 //! A cell that fails is named, and all of them are gone through first.
 #![allow(missing_docs, unreachable_pub)]

@@ -1,8 +1,8 @@
 //! Time against memory of a gradient, for every adjoint: M2, an MLP 64-64-64 with tanh, batch 512, by 256 steps of RK4.
 //!
-//! Seconds are CPU time of all threads, so that what else runs on the machine counts little. Every way is run once a round,
-//! one after the other; a way's seconds are its least, and its ratio to another the median over the rounds. Bytes are the
-//! least peak of the heap above its start.
+//! Seconds are CPU time of all threads, so that what else runs on the machine counts little. Every way is run once a
+//! round, one after the other; a way's seconds are its least, and its ratio to another the median over the rounds.
+//! Bytes are the least peak of the heap above its start.
 
 use super::plot::{Series, log_log};
 use super::{Output, publish};

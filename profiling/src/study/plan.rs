@@ -1,9 +1,9 @@
-//! What `Ode::plan` says against what is measured, over the whole matrix of solvers, precisions, codecs, adjoints, fields
-//! and numbers of steps, for the whole batch and in tiles of half of it.
+//! What `Ode::plan` says against what is measured, over the whole matrix of solvers, precisions, codecs, adjoints,
+//! fields and numbers of steps, for the whole batch and in tiles of half of it.
 //!
 //! Each field in each precision has a process of its own, and everything in it runs on one thread: threads that join a
-//! matrix product or not, as the scheduler likes, have buffers of their own. The first solves of a field are its warm-up and count for nothing. The loss is Σ y(T), which hands back one
-//! cotangent and takes nothing itself.
+//! matrix product or not, as the scheduler likes, have buffers of their own. The first solves of a field are its
+//! warm-up and count for nothing. The loss is Σ y(T), which hands back one cotangent and takes nothing itself.
 
 use super::{Output, publish};
 use crate::failure::Result;

@@ -1,5 +1,5 @@
-//! ANODE's three demonstrations: equations whose solution cannot be found backwards from its end. The continuous adjoint
-//! needs it, and its gradient is as wrong as the states it finds; the gradient of the steps taken is right.
+//! ANODE's three demonstrations: equations whose solution cannot be found backwards from its end. The continuous
+//! adjoint needs it, and its gradient is as wrong as the states it finds; the gradient of the steps taken is right.
 //!
 //! Metrics over the number of RK4 steps: ‖y0 reconstructed − y0‖/‖y0‖, and the relative 2-norm of the error of dL/dy0
 //! and dL/dθ for L = ½ ‖y(T)‖²/‖y_N‖² against the gradient of the same steps by Candle's own graph in F64.

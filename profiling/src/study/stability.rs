@@ -1,5 +1,5 @@
-//! How long the steps of reversible solvers may be: on y' = αy they are stable up to the |αh| at which a root of the step
-//! matrix leaves the unit disc, near 1 − c for every base method.
+//! How long the steps of reversible solvers may be: on y' = αy they are stable up to the |αh| at which a root of the
+//! step matrix leaves the unit disc, near 1 − c for every base method.
 
 use super::publish;
 use crate::failure::Result;

@@ -1,7 +1,7 @@
 //! Sums of tensors in mixed dtypes: the arithmetic of stages, cotangents and gradient sums.
 //!
-//! On the CPU and on CUDA each is one pass over the operands; elsewhere, and where Candle tracks an operand, it is a composition of
-//! Candle's own ops with the same meaning.
+//! On the CPU and on CUDA each is one pass over the operands; elsewhere, and where Candle tracks an operand, it is a
+//! composition of Candle's own ops with the same meaning.
 
 mod accumulate;
 mod finite;
@@ -159,8 +159,8 @@ impl<A, S: Source<A> + ?Sized> Source<A> for &S {
 
 /// What a sum in A is written to.
 pub(super) trait Target<A> {
-    /// Writes some elements, which follow those before, rounded to nearest; gives max |x| of what it has written, NaN if
-    /// any of them is not finite.
+    /// Writes some elements, which follow those before, rounded to nearest; gives max |x| of what it has written, NaN
+    /// if any of them is not finite.
     fn write(&mut self, range: Range<usize>, values: &[A]) -> Result<f64>;
 }
 

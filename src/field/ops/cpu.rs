@@ -233,7 +233,8 @@ pub(super) fn sum<W: Real>(a: &[W], b: &[W], f: impl Fn(W, W) -> W) -> W {
     total
 }
 
-/// Their sum. Not inlined, and so no part of the kernel: the compiler would split the loop before it into pairs of lanes.
+/// Their sum. Not inlined, and so no part of the kernel: the compiler would split the loop before it into pairs of
+/// lanes.
 #[inline(never)]
 fn by_halves<W: Real>(lanes: &[W; LANES]) -> W {
     let eight: [W; 8] = std::array::from_fn(|n| lanes[n] + lanes[n + 8]);

@@ -1,8 +1,8 @@
 //! Linear layers whose weight and bias are functions of the time: y = x W(t)ᵀ + b(t).
 //!
-//! Shapes: x `(…, in)`, W(t) `(out, in)`, b(t) `(out)`, y `(…, out)`. Dtypes as [`linear`](super::linear()). W(t) and b(t)
-//! are part of Candle's graph: what they are made of gets its gradient through them, after the sums over the batch. Inside
-//! a solve on the CPU the layers are part of chains.
+//! Shapes: x `(…, in)`, W(t) `(out, in)`, b(t) `(out)`, y `(…, out)`. Dtypes as [`linear`](super::linear()). W(t) and
+//! b(t) are part of Candle's graph: what they are made of gets its gradient through them, after the sums over the
+//! batch. Inside a solve on the CPU the layers are part of chains.
 
 use super::activation::{Activation, sigmoid};
 use super::chain::{self, Chain, Linked, by_ops, column};
@@ -45,8 +45,8 @@ pub struct HyperLinear {
     output: usize,
 }
 
-/// A [`HyperLinear`] whose network has hidden layers of these widths, with tanh between them; its parameters are those of
-/// an [`Mlp`] under `hyper`.
+/// A [`HyperLinear`] whose network has hidden layers of these widths, with tanh between them; its parameters are those
+/// of an [`Mlp`] under `hyper`.
 ///
 /// # Errors
 /// A size of 0; whatever the `VarBuilder` reports.
@@ -73,11 +73,12 @@ impl HyperLinear {
     }
 }
 
-/// A linear layer that the time opens and moves: y = (x Wᵀ + b) ∘ σ(t g + c) + t s, the "concat-squash" layer of FFJORD.
+/// A linear layer that the time opens and moves: y = (x Wᵀ + b) ∘ σ(t g + c) + t s, the "concat-squash" layer of
+/// FFJORD.
 ///
-/// As (x Wᵀ) ∘ σ + (σ ∘ b + t s) in chains (inside a solve on the CPU), where the gate multiplies the product before it is
-/// stored, and as x (σ ∘ W)ᵀ + (σ ∘ b + t s) elsewhere, so that nothing of the batch's size is made beside y. The gradients
-/// of W and b are summed in F32 in chains, and rounded to their dtype once per evaluation elsewhere.
+/// As (x Wᵀ) ∘ σ + (σ ∘ b + t s) in chains (inside a solve on the CPU), where the gate multiplies the product before it
+/// is stored, and as x (σ ∘ W)ᵀ + (σ ∘ b + t s) elsewhere, so that nothing of the batch's size is made beside y. The
+/// gradients of W and b are summed in F32 in chains, and rounded to their dtype once per evaluation elsewhere.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -39,7 +39,8 @@ pub struct Linear {
     bias: Option<Tensor>,
 }
 
-/// A linear layer with bias; parameters `weight` `(output, input)` and `bias` `(output)`, initialised as candle-nn does.
+/// A linear layer with bias; parameters `weight` `(output, input)` and `bias` `(output)`, initialised as candle-nn
+/// does.
 ///
 /// # Errors
 /// Whatever the `VarBuilder` reports.

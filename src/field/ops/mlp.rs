@@ -60,11 +60,11 @@ impl Mlp {
         MlpBuilder { sizes: sizes.to_vec(), activation, in_time: false }
     }
 
-    /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype of `like`: for networks that make weights
-    /// of the time.
+    /// The value of an MLP of one input at the time itself, `(outputs)`, in the dtype of `like`: for networks that make
+    /// weights of the time.
     ///
-    /// Inside a solve, with kernels of ours, all layers are one op, which reads their weights where they lie; as with layers
-    /// on the state, the field itself makes no backward pass through it.
+    /// Inside a solve, with kernels of ours, all layers are one op, which reads their weights where they lie; as with
+    /// layers on the state, the field itself makes no backward pass through it.
     ///
     /// # Errors
     /// [`OdeError::Setting`] from an MLP of more inputs, or one that was built to see the time beside them; else as
@@ -161,8 +161,8 @@ impl Timed for Mlp {
     }
 }
 
-/// Inside a solve, with kernels of ours, all layers and all directions are one op; as with the layers' values, the field
-/// itself makes no backward pass through it.
+/// Inside a solve, with kernels of ours, all layers and all directions are one op; as with the layers' values, the
+/// field itself makes no backward pass through it.
 impl Tangent for Mlp {
     fn tangent(&self, t: &Time, y: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (value, along) = self.tangents(t, y, &v.unsqueeze(0)?)?;

@@ -21,11 +21,12 @@
 //! | [`Sequential`], [`Mlp`] | one after another | no tangent, neither `Send` nor `Sync` |
 //!
 //! Each op is one node in Candle's graph and keeps nothing but what Candle keeps anyway: its arguments and its result.
-//! On the CPU it runs in loops of ours, on CUDA linear layers, planar units, convolutions, norms, biases and activations in
-//! kernels of ours ([`cuda_kernels`]); elsewhere its value is composed of Candle's ops, with the same formulas.
+//! On the CPU it runs in loops of ours, on CUDA linear layers, planar units, convolutions, norms, biases and
+//! activations in kernels of ours ([`cuda_kernels`]); elsewhere its value is composed of Candle's ops, with the same
+//! formulas.
 //!
-//! Ops whose backward pass Candle lacks and that have no twin here: `conv_transpose1d`, `upsample_bilinear2d`, and pools
-//! with a kernel that differs from the stride.
+//! Ops whose backward pass Candle lacks and that have no twin here: `conv_transpose1d`, `upsample_bilinear2d`, and
+//! pools with a kernel that differs from the stride.
 
 mod activation;
 mod bias;

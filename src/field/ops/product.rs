@@ -1,7 +1,7 @@
 //! Matrix products on the CPU, for the many small ones of a vector field.
 //!
-//! Small ones in F32, F16 and BF16 are made by the kernels of layers, on one thread. The others have the kernels and the
-//! bits of Candle's own matmul, which asks the system for the number of cores at every product: on Linux it reads
+//! Small ones in F32, F16 and BF16 are made by the kernels of layers, on one thread. The others have the kernels and
+//! the bits of Candle's own matmul, which asks the system for the number of cores at every product: on Linux it reads
 //! `/proc/cpuinfo`, for longer than a small product takes. Here the answer is kept.
 
 mod small;
@@ -45,8 +45,8 @@ fn run<T: Copy + 'static>((zero, one): (T, T), a: &[T], la: &Layout, b: &[T], lb
     let (a, [a_row, a_column]) = (matrix(a, la)?, strides(la));
     let (b, [b_row, b_column]) = (matrix(b, lb)?, strides(lb));
     let mut product = vec![zero; m * n];
-    // SAFETY: `product` has m·n elements, row-major. `matrix` has checked that every (row, column) of a and of b lies in
-    // its slice. T is F16, F32 or F64, which gemm has kernels for. Nothing aliases: `product` is new.
+    // SAFETY: `product` has m·n elements, row-major. `matrix` has checked that every (row, column) of a and of b lies
+    // in its slice. T is F16, F32 or F64, which gemm has kernels for. Nothing aliases: `product` is new.
     unsafe {
         gemm::gemm(
             m,

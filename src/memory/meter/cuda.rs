@@ -2,8 +2,8 @@
 //!
 //! Candle allocates stream-ordered from the device's pool. The pool tells what its users hold (*used*) and what it
 //! holds itself (*reserved*), now and at most. The context, loaded kernels and the libraries' workspaces lie outside.
-//! With the driver's default release threshold of 0 the reserved bytes shrink at every synchronisation, and with that of
-//! [`CudaSettings`](crate::memory::CudaSettings) they do not shrink at all, so used bytes are the ones to compare.
+//! With the driver's default release threshold of 0 the reserved bytes shrink at every synchronisation, and with that
+//! of [`CudaSettings`](crate::memory::CudaSettings) they do not shrink at all, so used bytes are the ones to compare.
 
 use super::{Meter, Reading};
 use crate::error::{OdeError, Result};

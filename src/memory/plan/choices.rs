@@ -23,8 +23,8 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// The bytes a budget is held against: the peak (of tiles on several threads a bound of it), or where the heap is not
-    /// counted what is owned beside the masters.
+    /// The bytes a budget is held against: the peak (of tiles on several threads a bound of it), or where the heap is
+    /// not counted what is owned beside the masters.
     pub fn bytes(&self) -> u64 {
         self.plan.peak.unwrap_or(self.plan.owned_peak - self.plan.owned(Category::Parameters))
     }
@@ -35,8 +35,8 @@ impl Choice {
     }
 }
 
-/// Choices side by side, the one with the fewest calls of the field first, and of as many the one that rounds least, then the
-/// one with the largest tile; printed, a table.
+/// Choices side by side, the one with the fewest calls of the field first, and of as many the one that rounds least,
+/// then the one with the largest tile; printed, a table.
 #[derive(Clone, Debug)]
 pub struct Choices(pub Vec<Choice>);
 

@@ -43,8 +43,8 @@ use walk::ClockBytes;
 /// The field's masters are live before it: they are owned, and taken out of the baseline in [`at_peak`](Self::at_peak).
 ///
 /// It is a plan of a solve of a field that has been solved before, for a loss that hands back one cotangent of each
-/// output: what the loss itself takes is not in it, nor what an overflow would make it do again. What Candle takes while it
-/// is handed the gradients is: it has each of them three times for a moment.
+/// output: what the loss itself takes is not in it, nor what an overflow would make it do again. What Candle takes
+/// while it is handed the gradients is: it has each of them three times for a moment.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -86,11 +86,12 @@ pub struct MemoryPlan {
     pub pullbacks: usize,
     /// Steps computed again in the backward pass.
     pub recomputed_steps: usize,
-    /// Tiles that the batch is cut into: see [`Ode::tile`](crate::Ode::tile). The counts above are those of a tile, as in
-    /// [`Solution::stats`](crate::Solution::stats).
+    /// Tiles that the batch is cut into: see [`Ode::tile`](crate::Ode::tile). The counts above are those of a tile, as
+    /// in [`Solution::stats`](crate::Solution::stats).
     pub tiles: usize,
-    /// Threads that the tiles run on; 1 where the batch is not cut. On one, the bytes are what will be measured. On several, where each of them is when
-    /// is not known: the trajectory is what it is, and peaks are bounds, with all threads at their highest at once.
+    /// Threads that the tiles run on; 1 where the batch is not cut. On one, the bytes are what will be measured. On
+    /// several, where each of them is when is not known: the trajectory is what it is, and peaks are bounds, with all
+    /// threads at their highest at once.
     pub threads: usize,
     owned: [u64; Category::ALL.len()],
 }

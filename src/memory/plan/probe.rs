@@ -58,21 +58,21 @@ pub(crate) struct BareSteps {
     /// Of one that has pulled such a step back, alone and after others were taken.
     pub(super) pullback: usize,
     pub(super) after_advance: usize,
-    /// At most during a step and during its pullback beside that, their results included. These are zero where nothing counts
-    /// the heap.
+    /// At most during a step and during its pullback beside that, their results included. These are zero where nothing
+    /// counts the heap.
     pub(super) step_most: usize,
     pub(super) pullback_most: usize,
 }
 
-/// Scratch of a field's layers: weights packed once per solve and once per backward pass, and buffers that one call hands on to the next, of which a
-/// session has as many as it ever needed at once.
+/// Scratch of a field's layers: weights packed once per solve and once per backward pass, and buffers that one call
+/// hands on to the next, of which a session has as many as it ever needed at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Layers {
     /// Weights, packed by the first evaluation, and anew while a pass linearises.
     pub(super) packed: usize,
     pub(super) packed_back: usize,
-    /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, for an evaluation while
-    /// linearisations are kept, and for a pullback: after such an evaluation, and without one.
+    /// Buffers for an evaluation, for a linearisation, for each further one that lives beside it, for an evaluation
+    /// while linearisations are kept, and for a pullback: after such an evaluation, and without one.
     pub(super) evaluation: usize,
     pub(super) linearisation: usize,
     pub(super) further: usize,
@@ -300,8 +300,8 @@ impl Probed<'_> {
         Ok(())
     }
 
-    /// Buffers for the pullback of a session that has evaluated nothing while its linearisations live, and for two more of
-    /// them after it.
+    /// Buffers for the pullback of a session that has evaluated nothing while its linearisations live, and for two more
+    /// of them after it.
     fn pull_alone(&self, casts: &Casts, point: &State, counters: &Counters) -> Result<(usize, usize)> {
         let model = self.field.open(casts, Opening::Linearize, self.seed)?;
         let at = self.clock.step(0, self.compute);

@@ -1,4 +1,5 @@
-//! The walks back that keep next to nothing, in bytes: steps of a reversible solver undone, and the ODE solved backwards.
+//! The walks back that keep next to nothing, in bytes: steps of a reversible solver undone, and the ODE solved
+//! backwards.
 
 use super::back::Left;
 use super::ghost::Ghost;

@@ -1,5 +1,5 @@
-//! The walk forward over one tile, in bytes: makes and drops the buffers that the pass would, in their order. A batch that
-//! is not cut is one tile.
+//! The walk forward over one tile, in bytes: makes and drops the buffers that the pass would, in their order. A batch
+//! that is not cut is one tile.
 
 use super::ghost::{Ghost, Heap};
 use super::probe::Costs;

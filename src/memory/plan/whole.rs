@@ -1,8 +1,8 @@
 //! The whole solve, put together of its tiles.
 //!
-//! Tiles of as many rows are alike: each is walked through once, and what it does to what is live happens as often as there
-//! are such tiles. On one thread that is one after another, and exact. Several threads may be anywhere in their tiles: then
-//! the peak is a bound, all of them at their highest.
+//! Tiles of as many rows are alike: each is walked through once, and what it does to what is live happens as often as
+//! there are such tiles. On one thread that is one after another, and exact. Several threads may be anywhere in their
+//! tiles: then the peak is a bound, all of them at their highest.
 
 use super::ghost::Heap;
 use super::probe::Costs;
@@ -22,8 +22,8 @@ use candle_core::{Shape, Tensor};
 use std::any::Any;
 use std::sync::Arc;
 
-/// What a tile has of its own beside its states (settings, lists), and all of them together: where a backward pass follows,
-/// and where none does.
+/// What a tile has of its own beside its states (settings, lists), and all of them together: where a backward pass
+/// follows, and where none does.
 const BESIDE: [usize; 2] = [1024, 4608];
 const BESIDE_INFERENCE: [usize; 2] = [352, 1600];
 
@@ -137,8 +137,8 @@ impl Planned<'_> {
         })
     }
 
-    /// Candle is handed dL/dθ and dL/dy0, in the dtype of what they belong to: it adds each to zeros of its own, one after
-    /// another.
+    /// Candle is handed dL/dθ and dL/dy0, in the dtype of what they belong to: it adds each to zeros of its own, one
+    /// after another.
     fn hand_to_candle(&self, y0: &State, costs: &Costs, total: &mut Tally) {
         let accumulate = self.precision.accumulate_dtype().size_in_bytes();
         let three = |x: &Tensor, size: usize| x.elem_count() * (3 * size).saturating_sub(accumulate).max(size);

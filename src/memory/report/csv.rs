@@ -24,8 +24,8 @@ impl MemoryReport {
         text
     }
 
-    /// The ledger, a line for each category and, under `trajectory/`, for each codec of the trajectory, with a head: bytes
-    /// live at the end, the most at once, and at the moment of the peak.
+    /// The ledger, a line for each category and, under `trajectory/`, for each codec of the trajectory, with a head:
+    /// bytes live at the end, the most at once, and at the moment of the peak.
     pub fn ledger_csv(&self) -> String {
         let mut text = "category,live,peak,at_peak\n".to_owned();
         // Writing to a string does not fail.

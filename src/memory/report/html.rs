@@ -12,8 +12,8 @@ const BODY: &str = include_str!("page/report.html");
 const SCRIPT: &str = include_str!("page/report.js");
 
 impl MemoryReport {
-    /// The peak and what it is made of, live bytes over time with passes and steps, per-step peaks, the ledger, the span
-    /// tree, environment and settings: values on hover, zoom on the time axis, light and dark, no network.
+    /// The peak and what it is made of, live bytes over time with passes and steps, per-step peaks, the ledger, the
+    /// span tree, environment and settings: values on hover, zoom on the time axis, light and dark, no network.
     pub fn html(&self) -> String {
         let page = Page { title: "Memory report", body: BODY, script: SCRIPT };
         page.html(&self.json())
@@ -22,7 +22,8 @@ impl MemoryReport {
 
 /// A self-contained page in the look of the reports, for tools that show something else about them.
 ///
-/// `script` is the body of an asynchronous function that runs after the page's own, with `DATA` (what [`html`](Self::html) is given) and its functions at hand.
+/// `script` is the body of an asynchronous function that runs after the page's own, with `DATA` (what
+/// [`html`](Self::html) is given) and its functions at hand.
 ///
 /// ```
 /// use candle_ode::memory::Page;

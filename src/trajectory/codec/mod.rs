@@ -228,9 +228,10 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// When the device fails.
     fn decode(&self, entry: &Entry, dtype: DType) -> Result<State>;
 
-    /// Encodes the increment of a step, and says where it leads as it is decoded. Nothing is to be done for a codec of one's
-    /// own, but where sum and codes can be made in one pass. Asked of codecs of increments alone. `next` and `residual` have
-    /// the shapes of the states that are given, in the accumulate dtype, or the solve is [`OdeError::Unsupported`].
+    /// Encodes the increment of a step, and says where it leads as it is decoded. Nothing is to be done for a codec of
+    /// one's own, but where sum and codes can be made in one pass. Asked of codecs of increments alone. `next` and
+    /// `residual` have the shapes of the states that are given, in the accumulate dtype, or the solve is
+    /// [`OdeError::Unsupported`].
     ///
     /// # Errors
     /// States whose tensors differ in number or shape; when the device fails.
@@ -244,7 +245,8 @@ pub trait Codec: Debug + Send + Sync + 'static {
     /// The dtype of most of an entry.
     fn dtype(&self) -> DType;
 
-    /// The largest number that it can encode, for an error to tell; that of the dtype by default, of F32 where that is no float.
+    /// The largest number that it can encode, for an error to tell; that of the dtype by default, of F32 where that is
+    /// no float.
     fn largest(&self) -> f64 {
         largest_finite(if self.dtype().is_float() { self.dtype() } else { DType::F32 })
     }

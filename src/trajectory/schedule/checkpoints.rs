@@ -3,9 +3,9 @@
 use super::reversal::{least_steps, split};
 use super::{Action, Reversal, Schedule, Slot, Sweep};
 
-/// At most `slots` states in slots at any time, and as few steps computed again as that allows: optimal where the number
-/// of steps is known ahead. Where it is not, the forward pass keeps every kth state and doubles k whenever the slots
-/// are full, and the backward pass is optimal for what is left then.
+/// At most `slots` states in slots at any time, and as few steps computed again as that allows: optimal where the
+/// number of steps is known ahead. Where it is not, the forward pass keeps every kth state and doubles k whenever the
+/// slots are full, and the backward pass is optimal for what is left then.
 ///
 /// Slots may hold states alone, or states with the stages of the steps that led to them ([`with_stages`]).
 ///

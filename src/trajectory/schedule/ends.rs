@@ -28,8 +28,8 @@ impl Sweep for Everything {
 /// Keeps nothing in the forward pass; the backward pass goes forward once more and keeps every state then: N − 1 steps
 /// computed again, N − 1 entries while the backward pass runs.
 ///
-/// Where the solve runs in tiles ([`Ode::tile`](crate::Ode::tile)) this is tile replay: a tile at a time is gone through once
-/// more and keeps its states, N · tile entries a thread in place of N · batch.
+/// Where the solve runs in tiles ([`Ode::tile`](crate::Ode::tile)) this is tile replay: a tile at a time is gone
+/// through once more and keeps its states, N · tile entries a thread in place of N · batch.
 ///
 /// In a network of several solves the memory is O(number of solves) + O(N), not their product.
 ///

@@ -9,8 +9,8 @@
 //! the sum under the minimum stops falling), and R(m, c) = r m − C(c + 1 + r, r − 1).
 //!
 //! Where slots also hold the stages of the step that led to a state,
-//! T(m, c) = min_i { i + T(m − i, c − 1) + T(i − 1, c) }, T(1, ·) = 1, T(0, ·) = 0. Then T(m, c) = R(m + 1, c): reversing
-//! step n there is what reversing step n + 1 is here, and the first of the m + 1 costs nothing.
+//! T(m, c) = min_i { i + T(m − i, c − 1) + T(i − 1, c) }, T(1, ·) = 1, T(0, ·) = 0. Then T(m, c) = R(m + 1, c):
+//! reversing step n there is what reversing step n + 1 is here, and the first of the m + 1 costs nothing.
 
 use super::{Action, Slot};
 
@@ -39,7 +39,8 @@ pub(super) fn least_steps(m: usize, slots: usize) -> usize {
 
 /// The best i for R(m, slots), with m > 2 and slots > 0.
 pub(super) fn split(m: usize, slots: usize) -> usize {
-    // The sum under the minimum rises from i to i + 1 where 1 + r(i + 1, slots) ≥ r(m − i, slots − 1), and from there on.
+    // The sum under the minimum rises from i to i + 1 where 1 + r(i + 1, slots) ≥ r(m − i, slots − 1), and from there
+    // on.
     let rises = |i: usize| 1 + repetitions(i + 1, slots) >= repetitions(m - i, slots - 1);
     let (mut low, mut high) = (1, m - 1);
     while low < high {

@@ -23,7 +23,8 @@ pub(super) type Owner = Arc<dyn Any + Send + Sync>;
 
 /// An entry on the host, or on its way.
 pub(super) trait Moved: Debug + Send + Sync {
-    /// Begins to bring a copy back, unless one is coming. Until it is asked for, its bytes are those of an entry by `codec`.
+    /// Begins to bring a copy back, unless one is coming. Until it is asked for, its bytes are those of an entry by
+    /// `codec`.
     fn begin(&self, codec: &'static str) -> Result<()>;
 
     /// The copy that is coming, or one that comes now.

@@ -1,7 +1,7 @@
 //! Copies on a stream of their own, between a CUDA device and page-locked memory of the host.
 //!
-//! Nothing here relies on cudarc's tracking of events, which may be off: without it neither a slice nor a page-locked buffer
-//! knows of the copies that it is in. Where tracking is on it is told of every copy.
+//! Nothing here relies on cudarc's tracking of events, which may be off: without it neither a slice nor a page-locked
+//! buffer knows of the copies that it is in. Where tracking is on it is told of every copy.
 
 use super::line::{Lane, Like};
 use crate::error::{OdeError, Result};

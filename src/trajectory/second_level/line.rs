@@ -4,10 +4,10 @@
 //!
 //! - a copy waits for what was computed before it was asked for: the values of an entry, or the allocation of its room;
 //! - what is computed after an entry has come back waits for its copy;
-//! - no tensor is let go, and no room given up, before what is computed waits for the copy: memory is freed in the order
-//!   of what is computed;
-//! - buffers on the host are written and read in the order of the copies alone, one copy after another, so that one can be
-//!   used again at once; they are freed when all copies are over.
+//! - no tensor is let go, and no room given up, before what is computed waits for the copy: memory is freed in the
+//!   order of what is computed;
+//! - buffers on the host are written and read in the order of the copies alone, one copy after another, so that one can
+//!   be used again at once; they are freed when all copies are over.
 //!
 //! [`Flight`] keeps the third, [`Line`] the others, over a [`Lane`] that knows how a device does it.
 

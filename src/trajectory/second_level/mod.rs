@@ -26,18 +26,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub enum SecondLevel {
     /// The memory of the host. On a CPU entries lie there as it is, and stay where they are.
     ///
-    /// On CUDA they are copied to page-locked memory on a stream of their own, while the other computes: an entry leaves
-    /// during the steps that follow, and the one below an entry that is pulled back comes back meanwhile. That takes at most
-    /// one entry more on the device than moves one after another, announced as the entry of the trajectory that it is. The
-    /// memory of the host is not announced. Locking it is slow, so the [`Discrete`](crate::Discrete) and its clones keep
-    /// all they ever had on the host at once, for each length of an entry, until the last of them is dropped: make one before
-    /// the training loop, since a fresh one each iteration gains nothing, and keep the batch's size. Open the device with
-    /// [`memory::cuda_device`](crate::memory::cuda_device): where Candle tracks events, a second stream makes every op wait
-    /// for them. Tensors that are not contiguous, and rare dtypes, are moved by Candle, the
-    /// host waiting.
+    /// On CUDA they are copied to page-locked memory on a stream of their own, while the other computes: an entry
+    /// leaves during the steps that follow, and the one below an entry that is pulled back comes back meanwhile. That
+    /// takes at most one entry more on the device than moves one after another, announced as the entry of the
+    /// trajectory that it is. The memory of the host is not announced. Locking it is slow, so the
+    /// [`Discrete`](crate::Discrete) and its clones keep all they ever had on the host at once, for each length of an
+    /// entry, until the last of them is dropped: make one before the training loop, since a fresh one each iteration
+    /// gains nothing, and keep the batch's size. Open the device with
+    /// [`memory::cuda_device`](crate::memory::cuda_device): where Candle tracks events, a second stream makes every op
+    /// wait for them. Tensors that are not contiguous, and rare dtypes, are moved by Candle, the host waiting.
     Host,
-    /// A file in this directory, for a solve alone: it has no name, and is gone when the solve is. Entries are written and
-    /// read while nothing else is done; the operating system's cache decides when the disk is.
+    /// A file in this directory, for a solve alone: it has no name, and is gone when the solve is. Entries are written
+    /// and read while nothing else is done; the operating system's cache decides when the disk is.
     File(PathBuf),
 }
 
@@ -69,8 +69,8 @@ impl TwoLevels {
         self.to != SecondLevel::Host || !device.is_cpu() || self.movers.serve(device)
     }
 
-    /// A copy of the entry on the second level. If it is on its way when this returns, `owner` is held until the copy is
-    /// over and [settled](Away::settle).
+    /// A copy of the entry on the second level. If it is on its way when this returns, `owner` is held until the copy
+    /// is over and [settled](Away::settle).
     pub(crate) fn put(&self, entry: &Entry, owner: Owner) -> Result<Away> {
         let _span = tracing::trace_span!(target: "candle_ode", "put_away", bytes = entry.bytes() as u64).entered();
         let device = entry.tensors.first().map_or(Device::Cpu, |x| x.device().clone());

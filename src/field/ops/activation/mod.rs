@@ -2,8 +2,9 @@
 //!
 //! Any shape, any strides; F16 and BF16 are calculated in F32 and rounded once; every function has its second
 //! derivative too, so that tangents made of them can be differentiated with respect to θ. F32 values and
-//! [`Activation::derivative`] are within 5 ulp of the exact ones; they do not depend on the CPU, nor on where in the tensor
-//! an element lies. Gradients in F32 are made of y where f′ is a function of that: within 3e-7, where |f′| is at most 1.
+//! [`Activation::derivative`] are within 5 ulp of the exact ones; they do not depend on the CPU, nor on where in the
+//! tensor an element lies. Gradients in F32 are made of y where f′ is a function of that: within 3e-7, where |f′| is at
+//! most 1.
 
 mod composed;
 mod functions;

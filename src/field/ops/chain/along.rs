@@ -1,7 +1,8 @@
 //! A chain with its tangents: f(x) and J v for several directions v, as one op of Candle's graph.
 //!
-//! A tile holds x and, behind it, the directions, in blocks of as many rows, whose products are made together (on the way
-//! forward those of x by themselves, since the bias is theirs). With z = x Wᵀ + b and ż = v Wᵀ a layer gives y = f(z) and ẏ = f′(z) ż for each direction, and pulls ȳ, ẏ̄ back by
+//! A tile holds x and, behind it, the directions, in blocks of as many rows, whose products are made together (on the
+//! way forward those of x by themselves, since the bias is theirs). With z = x Wᵀ + b and ż = v Wᵀ a layer gives y =
+//! f(z) and ẏ = f′(z) ż for each direction, and pulls ȳ, ẏ̄ back by
 //!
 //! z̄ = f′(z) ȳ + f″(z) Σ ż ẏ̄,  ż̄ = f′(z) ẏ̄,  dW += z̄ᵀ x + Σ ż̄ᵀ v,  db += Σ z̄,  x̄ = z̄ W,  v̄ = ż̄ W
 
@@ -24,8 +25,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The value of the layers at x and their tangents along v `(k, …)`, `(k, …)` too: as one op if they are one chain, else
-/// as `alone` makes them along each direction.
+/// The value of the layers at x and their tangents along v `(k, …)`, `(k, …)` too: as one op if they are one chain,
+/// else as `alone` makes them along each direction.
 pub(in crate::field::ops) fn tangents<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
     t: &Time,

@@ -21,8 +21,8 @@ pub trait Stacked {
     fn bare(&self, site: &Site<'_>) -> Option<Bare>;
 }
 
-/// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, on arguments in the
-/// dtype of x whose rows are those of x in shape. Values must have the shape of arguments.
+/// The layers as steps run them, if all of them can be in one chain that the time makes no weights for, on arguments in
+/// the dtype of x whose rows are those of x in shape. Values must have the shape of arguments.
 pub(in crate::field::ops) fn bare<'a>(
     layers: impl IntoIterator<Item = &'a dyn Linked>,
     &Site { session, x }: &Site<'_>,

@@ -1,11 +1,11 @@
-//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows; or convolutions, of which
-//! `conv/fused.rs` tells.
+//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows; or convolutions, of
+//! which `conv/fused.rs` tells.
 //!
-//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and BF16,
-//! the layers of this crate run in it: parameters are packed once per solve, weights that are made of the time once per
-//! evaluation, the activation is applied to the product while that is in registers, the pullback multiplies by fₙ′ there
-//! too, and dL/dW is added in place to the F32 sums. Between its first and its last tensor F16 is held in F32, so that it is
-//! rounded once for the whole chain; BF16 is rounded after each layer, unless the layers are narrow.
+//! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and
+//! BF16, the layers of this crate run in it: parameters are packed once per solve, weights that are made of the time
+//! once per evaluation, the activation is applied to the product while that is in registers, the pullback multiplies by
+//! fₙ′ there too, and dL/dW is added in place to the F32 sums. Between its first and its last tensor F16 is held in
+//! F32, so that it is rounded once for the whole chain; BF16 is rounded after each layer, unless the layers are narrow.
 
 mod along;
 mod bare;
@@ -160,8 +160,8 @@ impl Chain {
         true
     }
 
-    /// Appends x Wᵀ + b where W `(outputs, inputs)` and, behind it, b are the elements of a tensor that is `made`, as of
-    /// the time. Says whether it could.
+    /// Appends x Wᵀ + b where W `(outputs, inputs)` and, behind it, b are the elements of a tensor that is `made`, as
+    /// of the time. Says whether it could.
     pub(super) fn given(
         &mut self,
         x: &Tensor,
@@ -190,8 +190,8 @@ impl Chain {
         self.append(x, sizes.into(), [sizes.0; 2], made, |[gate, shift]| Weights::Gated { weight, bias, gate, shift })
     }
 
-    /// Appends a layer of so many outputs and inputs whose weights are two parts, of so many elements, of what is `made`, or
-    /// are made of them.
+    /// Appends a layer of so many outputs and inputs whose weights are two parts, of so many elements, of what is
+    /// `made`, or are made of them.
     fn append(
         &mut self,
         x: &Tensor,
@@ -221,11 +221,12 @@ impl Chain {
         before == Some(inputs) && inputs > 0 && outputs > 0 && self.convolutions.is_empty()
     }
 
-    /// Elements that several layers of a chain are given at most: beyond, to put them into one tensor takes more than it saves.
+    /// Elements that several layers of a chain are given at most: beyond, to put them into one tensor takes more than
+    /// it saves.
     const GIVEN: usize = 1 << 14;
 
-    /// All weights that are no parameters, and x, both as Candle's graph is to lead back to them: to parameters, if there
-    /// is no other way, through x.
+    /// All weights that are no parameters, and x, both as Candle's graph is to lead back to them: to parameters, if
+    /// there is no other way, through x.
     fn operands(&mut self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let given = std::mem::take(&mut self.given);
         let given = match given.as_slice() {
@@ -429,7 +430,8 @@ impl<L: CustomOp1 + WayBack> CustomOp1 for Node<L> {
     }
 }
 
-/// (x, a parameter) ↦ x, so that Candle's graph leads to layers on what nothing tracks: their gradients are in the open sums.
+/// (x, a parameter) ↦ x, so that Candle's graph leads to layers on what nothing tracks: their gradients are in the open
+/// sums.
 struct Through;
 
 impl CustomOp2 for Through {

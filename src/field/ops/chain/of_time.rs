@@ -1,7 +1,7 @@
 //! A chain on the time alone: one row, which is no row of the batch, through a network that makes weights.
 //!
-//! Its own weights are read where they lie, since packing them would take longer than the products; dL/dW is added in place to
-//! the F32 sums. Half precision is held in F32 between the layers.
+//! Its own weights are read where they lie, since packing them would take longer than the products; dL/dW is added in
+//! place to the F32 sums. Half precision is held in F32 between the layers.
 
 use super::given::{Given, Way};
 use super::{Chain, Compute, Link, Linked, Order, Weights, with_compute, with_elements};
@@ -19,8 +19,8 @@ pub(in crate::field::ops) fn column(t: &Time, x: &Tensor) -> Result<Tensor> {
     t.like(x)?.reshape((1, 1))
 }
 
-/// Runs layers on the time alone op by op: a chain on what is not tracked is there where f is evaluated, not where it is
-/// linearised, and rounds in other places.
+/// Runs layers on the time alone op by op: a chain on what is not tracked is there where f is evaluated, not where it
+/// is linearised, and rounds in other places.
 pub(in crate::field::ops) fn by_ops(run: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
     Session::shut(run)
 }

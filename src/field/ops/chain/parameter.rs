@@ -34,8 +34,8 @@ pub(in crate::field::ops) struct Parameter {
 }
 
 impl Parameter {
-    /// Weight and bias of a layer on `x`, if kernels of ours can reach them: they stand for parameters, have dtypes that
-    /// fit, and what Candle would have to track to reach them is tracked through x.
+    /// Weight and bias of a layer on `x`, if kernels of ours can reach them: they stand for parameters, have dtypes
+    /// that fit, and what Candle would have to track to reach them is tracked through x.
     pub(in crate::field::ops) fn of_layer(
         current: &Current,
         x: &Tensor,

@@ -1,5 +1,5 @@
-//! The weights of a chain's layers: parameters of the open field, or of a tensor that the chain is given beside x, such as a
-//! network makes of the time; how they are packed, and where their gradients go.
+//! The weights of a chain's layers: parameters of the open field, or of a tensor that the chain is given beside x, such
+//! as a network makes of the time; how they are packed, and where their gradients go.
 
 use super::Link;
 use super::given::Way;
@@ -63,7 +63,8 @@ pub(super) fn noted_sums<T: Ordered>(session: &Session, order: Order, g: View<'_
 }
 
 impl Link {
-    /// dW += gᵀ x and db += Σ g, for those of the two that are tracked; db of those rows of g that the bias was added to.
+    /// dW += gᵀ x and db += Σ g, for those of the two that are tracked; db of those rows of g that the bias was added
+    /// to.
     pub(super) fn add_gradients<T: Ordered>(
         &self,
         way: Way<'_>,
@@ -100,8 +101,8 @@ impl Link {
         }
     }
 
-    /// To what is tracked of a layer's parameters: to dW what `add_outer` adds, which may make the sums, too; to that of
-    /// the column beyond the inputs the time as often, and to db the sums.
+    /// To what is tracked of a layer's parameters: to dW what `add_outer` adds, which may make the sums, too; to that
+    /// of the column beyond the inputs the time as often, and to db the sums.
     fn add_to_parameters(
         &self,
         (weight, bias): (&Parameter, Option<&Parameter>),
@@ -124,8 +125,8 @@ impl Link {
         }
     }
 
-    /// Before the cotangent g of the result is pulled back to x: adds the gradients of weights that are not added to along
-    /// with that, and makes g the cotangent of the product. Says whether gradients are still to be added.
+    /// Before the cotangent g of the result is pulled back to x: adds the gradients of weights that are not added to
+    /// along with that, and makes g the cotangent of the product. Says whether gradients are still to be added.
     pub(super) fn before_pull<T: Ordered>(&self, way: Way<'_>, g: &mut Matrix<T>, x: View<'_, T>) -> Result<bool> {
         let adds = matches!(&self.weights, Weights::Parameters { weight, .. } if weight.is_tracked());
         // Where nothing is summed, what adds to the sums is not run.
@@ -275,7 +276,8 @@ impl Link {
     }
 }
 
-/// With dV and dc of V = σ ∘ W and c = σ ∘ b + s: dW += σ ∘ dV, db += σ ∘ dc, and dσ += Σ W ∘ dV along the rows + b ∘ dc.
+/// With dV and dc of V = σ ∘ W and c = σ ∘ b + s: dW += σ ∘ dV, db += σ ∘ dc, and dσ += Σ W ∘ dV along the rows + b ∘
+/// dc.
 fn add_gated(
     Way { given, .. }: Way<'_>,
     (weight, bias): (&Parameter, &Parameter),

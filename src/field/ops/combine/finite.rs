@@ -122,7 +122,8 @@ pub fn max_abs_on_device(x: &Tensor) -> Result<Tensor> {
     x.detach().to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)
 }
 
-/// The power of two S with ½ < S·max|x| ≤ 1 over all tensors, shifted down by the headroom, and 1/S, by kernels of ours.
+/// The power of two S with ½ < S·max|x| ≤ 1 over all tensors, shifted down by the headroom, and 1/S, by kernels of
+/// ours.
 #[cfg(feature = "cuda")]
 pub(crate) fn power_of_two(
     tensors: &[Tensor],

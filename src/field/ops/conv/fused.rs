@@ -31,7 +31,8 @@ pub(in crate::field::ops) struct Passed<T> {
     activated: Option<Matrix<T>>,
 }
 
-/// Writes the value of the convolutions at x, if it is wanted, and gives what the pullback needs, if it will be asked for.
+/// Writes the value of the convolutions at x, if it is wanted, and gives what the pullback needs, if it will be asked
+/// for.
 pub(in crate::field::ops) fn value<C: Compute<Held: Convolved>>(
     (session, links): (&Session, &[Convolution]),
     x: &[C::Stored],
@@ -67,8 +68,8 @@ pub(in crate::field::ops) fn needs_value(links: &[Convolution]) -> bool {
     links.last().is_some_and(|link| link.then.keeps() != Keeps::Nothing)
 }
 
-/// Adds dL/dw and dL/db of every convolution to the open sums, and writes S times dL/dx, for `grad` S times the cotangent of
-/// the `value`, which is empty where it is not needed.
+/// Adds dL/dw and dL/db of every convolution to the open sums, and writes S times dL/dx, for `grad` S times the
+/// cotangent of the `value`, which is empty where it is not needed.
 pub(in crate::field::ops) fn pull<C: Compute<Held: Convolved>>(
     (session, links): (&Session, &[Convolution]),
     saved: &[Passed<C::Held>],

@@ -1,8 +1,8 @@
 // Bias, activation and products with it, element by element.
 #include "functions.cuh"
 
-// y = f⁽ⁿ⁾(z) · v · w with z = x + b[c] + t · beyond[c], where x is (…, channels, inner) and c the channel. What is null
-// is left out. y may be x; z, where it is wanted, is rounded before f is taken of it.
+// y = f⁽ⁿ⁾(z) · v · w with z = x + b[c] + t · beyond[c], where x is (…, channels, inner) and c the channel. What is
+// null is left out. y may be x; z, where it is wanted, is rounded before f is taken of it.
 struct Activate {
   const void *x, *bias, *beyond, *v, *w;
   void *z, *y;

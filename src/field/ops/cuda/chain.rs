@@ -1,8 +1,8 @@
 //! Layers of a chain on CUDA as one op of Candle's graph: [`chain`](crate::field::ops::chain) with kernels for CUDA.
 //!
-//! Between layers values are held in the dtype of x. The cotangent keeps its scale on the way back, and what is added to
-//! dL/dθ is divided by it: by a factor of the product where the scale is known on the host, from a number on the device
-//! else. Nothing is read from the device.
+//! Between layers values are held in the dtype of x. The cotangent keeps its scale on the way back, and what is added
+//! to dL/dθ is divided by it: by a factor of the product where the scale is known on the host, from a number on the
+//! device else. Nothing is read from the device.
 
 use super::arguments::Element;
 use super::device::{Gpu, Value, address};

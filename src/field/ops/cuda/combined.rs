@@ -6,8 +6,8 @@ use super::device::{Gpu, address, runs};
 use super::machine::Machine;
 use candle_core::{DType, Result, Tensor};
 
-/// base + by · Σ cᵢ xᵢ in `dtype`, where `by` is a number in F32 on the device, and a number that is NaN if an element of
-/// the result is not finite and 0 else, where that is wanted.
+/// base + by · Σ cᵢ xᵢ in `dtype`, where `by` is a number in F32 on the device, and a number that is NaN if an element
+/// of the result is not finite and 0 else, where that is wanted.
 pub(in crate::field::ops) fn combine(
     base: Option<&Tensor>,
     terms: &[(f64, &Tensor)],

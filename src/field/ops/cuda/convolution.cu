@@ -1,7 +1,8 @@
 // Images as columns of windows, so that a convolution is a product of matrices.
 #include "element.cuh"
 
-// x (images, channels, height, width); columns (images, channels · kernel_height · kernel_width, out_height · out_width).
+// x (images, channels, height, width); columns (images, channels · kernel_height · kernel_width, out_height ·
+// out_width).
 struct Windows {
   const void *from;
   void *to;

@@ -1,7 +1,7 @@
 //! A linear layer with what is done with its result: y = f(z), z = x Wᵀ + b + t w, and its pullback.
 //!
-//! Shapes: x `(rows, inputs)`, W `(outputs, pitch)` of which the leading `inputs` columns meet x and the next one, w, the
-//! time; y `(rows, outputs)`.
+//! Shapes: x `(rows, inputs)`, W `(outputs, pitch)` of which the leading `inputs` columns meet x and the next one, w,
+//! the time; y `(rows, outputs)`.
 
 use super::arguments::{Activate, Element};
 use super::machine::{Machine, Matrix, Product};

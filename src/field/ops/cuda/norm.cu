@@ -12,7 +12,8 @@ struct Standard {
 
 // x, its cotangent `grad`, y and of_x are (samples, per_sample, channels, inner), a group is one (channels, inner).
 // Weight and bias are (per_sample, channels); either may be null. `partial` is (chunks, 2, per_sample, channels), the
-// sums over chunks of `chunk` samples; `standards`, one for each group, are written by pull_groups if they are not null.
+// sums over chunks of `chunk` samples; `standards`, one for each group, are written by pull_groups if they are not
+// null.
 struct NormGroups {
   const void *x, *weight, *bias, *grad;
   void *y, *of_x;
@@ -82,8 +83,8 @@ template <class T> __device__ void normalise(const NormGroups &a) {
 }
 KERNELS(normalise, NormGroups)
 
-// of_x = s (g − mean(g) − x̂ mean(g x̂)), where g is the cotangent of x̂ and s = 1 / sqrt(var + ε); without mean(g) where
-// the mean was not removed.
+// of_x = s (g − mean(g) − x̂ mean(g x̂)), where g is the cotangent of x̂ and s = 1 / sqrt(var + ε); without mean(g)
+// where the mean was not removed.
 template <class T> __device__ void pull_groups(const NormGroups &a) {
   Group<T> group(a);
   Standard standard = group.standard();

@@ -1,8 +1,8 @@
 // Planar units with their divergence, and their pullback: the formulas of planar.rs.
 #include "functions.cuh"
 
-// z is (rows, dim), units (count, 2 dim + 1), a row w, b, u for each. `both` and its cotangent `grad` are (rows, dim) and,
-// behind it, (rows). `partial` is (chunks, count, 2 dim + 1), the sums over chunks of `chunk` rows.
+// z is (rows, dim), units (count, 2 dim + 1), a row w, b, u for each. `both` and its cotangent `grad` are (rows, dim)
+// and, behind it, (rows). `partial` is (chunks, count, 2 dim + 1), the sums over chunks of `chunk` rows.
 struct PlanarUnits {
   const void *z, *units, *grad;
   void *both, *of_z;

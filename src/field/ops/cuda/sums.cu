@@ -1,8 +1,8 @@
 // Sums over a batch in F32, in two passes of fixed order: blocks leave partial sums, which are then added up.
 #include "functions.cuh"
 
-// pulled = grad · f′, where f′ is of what was kept (1 without it), and by blocks of `chunk` rows the sums of pulled over
-// the rows: partial (chunks, columns). Blocks of 32 × 8 threads, on 32 columns of a chunk each.
+// pulled = grad · f′, where f′ is of what was kept (1 without it), and by blocks of `chunk` rows the sums of pulled
+// over the rows: partial (chunks, columns). Blocks of 32 × 8 threads, on 32 columns of a chunk each.
 struct PullColumns {
   const void *grad, *kept;
   void *pulled;

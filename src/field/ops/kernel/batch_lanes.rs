@@ -95,8 +95,8 @@ impl Multiply<'_> {
         let mut at = rows.start;
         while at < rows.end {
             let left = rows.end - at;
-            // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x and of the result
-            // no more is touched than the features and rows that the caller says are there.
+            // SAFETY: x has as many rows as the panel is deep, `multiply_lanes_on` has seen to that; of x and of the
+            // result no more is touched than the features and rows that the caller says are there.
             unsafe {
                 let a = Left::even(panel.values.as_ptr().add(feature % PANEL), 1, panel.width);
                 let b = Right { at: self.x.as_ptr().add(at), step: self.x.stride() };
@@ -274,8 +274,8 @@ impl Work for RowSums<'_> {
         let width = M::Lanes::WIDTH;
         for (n, db) in self.db.iter_mut().enumerate() {
             let row = self.g.row(n);
-            // SAFETY: the CPU has the instructions, says the caller; `whole` elements are four vectors many times, and no
-            // chunk of the others is longer than a vector.
+            // SAFETY: the CPU has the instructions, says the caller; `whole` elements are four vectors many times, and
+            // no chunk of the others is longer than a vector.
             unsafe {
                 let mut sums = [M::Lanes::splat(0.0); 4];
                 let whole = row.len() / (4 * width) * (4 * width);

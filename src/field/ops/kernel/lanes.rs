@@ -144,7 +144,8 @@ unsafe impl Lanes for Plain {
     }
 }
 
-/// Vectors side by side, on which each operation is made for all before the next: whoever waits for one works on another.
+/// Vectors side by side, on which each operation is made for all before the next: whoever waits for one works on
+/// another.
 #[derive(Clone, Copy)]
 pub(super) struct Beside<L, const N: usize>([L; N]);
 

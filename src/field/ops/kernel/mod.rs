@@ -1,10 +1,10 @@
 //! Kernels of fused layers on the CPU: products, sums over rows and what is done with them, on tiles of rows.
 //!
 //! A pass takes a tile of rows through all its layers, on one thread, so that the tile stays in cache and threads meet
-//! nowhere. Only a batch that is not cut into tiles has its larger products shared among threads ([`shares`]). Weights are
-//! packed once for many tiles ([`Packed`]); everything else is read and written where it lies. What a row gives depends on
-//! that row alone, to the last bit, so tiles cannot change results; sums over rows ([`add_outer`], [`add_column_sums`]) are
-//! made in F32, in the order of the rows.
+//! nowhere. Only a batch that is not cut into tiles has its larger products shared among threads ([`shares`]). Weights
+//! are packed once for many tiles ([`Packed`]); everything else is read and written where it lies. What a row gives
+//! depends on that row alone, to the last bit, so tiles cannot change results; sums over rows ([`add_outer`],
+//! [`add_column_sums`]) are made in F32, in the order of the rows.
 //!
 //! | here | formula | for |
 //! |---|---|---|
@@ -19,7 +19,8 @@
 //!
 //! Tiles hold F32 or BF16 ([`Held`]); F16 is held in F32. Products of BF16 are
 //! exact and summed in F32. Each kernel is written once, in vectors of [`lanes`] and products of a [`scheme`], and
-//! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run time.
+//! compiled for AVX-512 with and without BF16, for AVX2 and for what the target has; the [`machine`] chooses at run
+//! time.
 
 mod batch_lanes;
 mod epilogue;

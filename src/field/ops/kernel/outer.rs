@@ -36,8 +36,8 @@ pub(crate) fn add_outer<T: Held>(g: View<'_, T>, x: View<'_, T>, dw: ViewMut<'_,
     add_outer_on(T::path(Path::best()), g, x, dw, scratch);
 }
 
-/// [`add_outer`] with the windows of images for x: dW `(out, kernel · channels)`. Each row of windows has so many rows of
-/// g, filled up with zeros to an even number for BF16.
+/// [`add_outer`] with the windows of images for x: dW `(out, kernel · channels)`. Each row of windows has so many rows
+/// of g, filled up with zeros to an even number for BF16.
 pub(crate) fn add_outer_windows<T: Held>(
     g: View<'_, T>,
     x: Windows<'_, T>,
@@ -109,7 +109,8 @@ impl<T: Held> Outer<'_, T> {
     }
 }
 
-/// Where the steps of x lie: in lines, of which each image has as many; only the last line of a single image is shorter.
+/// Where the steps of x lie: in lines, of which each image has as many; only the last line of a single image is
+/// shorter.
 #[derive(Clone, Copy)]
 struct Lines {
     images: usize,

@@ -1,6 +1,6 @@
-//! Pullbacks of first layers with one or two inputs, and of layers with up to four outputs behind tanh, the batch in the
-//! lanes: what is made of a tile is made in one pass over it, where kernels one by one would fetch it from the second cache
-//! each time. The bits are those of `batch_lanes.rs`.
+//! Pullbacks of first layers with one or two inputs, and of layers with up to four outputs behind tanh, the batch in
+//! the lanes: what is made of a tile is made in one pass over it, where kernels one by one would fetch it from the
+//! second cache each time. The bits are those of `batch_lanes.rs`.
 
 use super::batch_lanes::{add_column_sums_lanes_on, add_outer_lanes_on, multiply_lanes_on, of_outer, of_product};
 use super::epilogue::{Epilogue, Then};

@@ -1,5 +1,5 @@
-//! Products of a few terms with the batch in the lanes, and the hyperbolic tangent of them or its slope, without a stop of
-//! the sums in memory. The bits are those of `batch_lanes.rs`.
+//! Products of a few terms with the batch in the lanes, and the hyperbolic tangent of them or its slope, without a stop
+//! of the sums in memory. The bits are those of `batch_lanes.rs`.
 
 use super::batch_lanes::{Multiply, ROWS};
 use super::epilogue::Then;
@@ -86,8 +86,8 @@ impl<const K: usize> Shallow<'_, K> {
         let Multiply { x, b, epilogue, first, out } = &mut self.product;
         let panel = b.panel(feature / PANEL * PANEL);
         let bias = epilogue.bias.map_or(0.0, |bias| bias[feature]);
-        // SAFETY: rows of all operands are as long as those of the result, `multiply_lanes_on` has seen to that, and of the
-        // last vector no more is touched than there is.
+        // SAFETY: rows of all operands are as long as those of the result, `multiply_lanes_on` has seen to that, and of
+        // the last vector no more is touched than there is.
         unsafe {
             let mut sums = [L::splat(bias); N];
             for k in 0..K {

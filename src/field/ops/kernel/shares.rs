@@ -10,8 +10,8 @@ use std::ops::Range;
 /// Multiplications of a thread at least, pairs of BF16 counted as one: some seventy microseconds.
 pub(super) const OF_ROWS: usize = 1 << 22;
 
-/// The same for convolutions, between which frames are made and the threads that Candle has for its own ops are busy, and
-/// for products with the batch in the lanes, between which are small ones.
+/// The same for convolutions, between which frames are made and the threads that Candle has for its own ops are busy,
+/// and for products with the batch in the lanes, between which are small ones.
 pub(super) const OF_OTHERS: usize = 4 * OF_ROWS;
 
 /// Of what number of rows parts are multiples, the multiplications of a row, and those of a thread at least.

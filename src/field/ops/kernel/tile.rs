@@ -30,8 +30,8 @@ pub(super) struct Right<E> {
     pub(super) step: usize,
 }
 
-/// `M` rows and `V` vectors of sums over `depth` elements, which begin at `start(row, vector)`; of the last vector of the
-/// right only `last` lanes are read.
+/// `M` rows and `V` vectors of sums over `depth` elements, which begin at `start(row, vector)`; of the last vector of
+/// the right only `last` lanes are read.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`, and all that is named lies in memory.

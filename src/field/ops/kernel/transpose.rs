@@ -117,7 +117,8 @@ impl<T: Held> Transpose<'_, T> {
             // SAFETY: `wide` is as long as any vector.
             *lanes = unsafe { L::load(wide.as_ptr()) };
         }
-        // Each round moves the top bit of a row's number to the bottom of the lane's, and that of the lane's to the row's.
+        // Each round moves the top bit of a row's number to the bottom of the lane's, and that of the lane's to the
+        // row's.
         let mut size = 1;
         while size < L::WIDTH {
             let before = lanes;

@@ -40,8 +40,8 @@ impl Groups {
     }
 }
 
-/// (x − mean) / sqrt(var + ε) in place; gives 1 / sqrt(var + ε). Two passes, of elements that are counted from the first one,
-/// so that a large mean costs no digits.
+/// (x − mean) / sqrt(var + ε) in place; gives 1 / sqrt(var + ε). Two passes, of elements that are counted from the
+/// first one, so that a large mean costs no digits.
 #[inline(always)]
 fn standardise<W: Real>(x: &mut [W], remove_mean: bool, eps: f64) -> W {
     let count = W::of(x.len() as f64);

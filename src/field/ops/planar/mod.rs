@@ -1,7 +1,7 @@
 //! Planar units with their divergence: f(z) = 1/M Σⱼ uⱼ h(wⱼ·z + bⱼ), tr ∂f/∂z = 1/M Σⱼ h′(wⱼ·z + bⱼ) uⱼ·wⱼ, j = 1 … M.
 //!
-//! With kernels of ours both are one node of Candle's graph, which keeps z and the weights. With pⱼ = wⱼ·z + bⱼ, aⱼ = uⱼ·wⱼ
-//! and cotangents g of M f and t of M tr its pullback is
+//! With kernels of ours both are one node of Candle's graph, which keeps z and the weights. With pⱼ = wⱼ·z + bⱼ, aⱼ =
+//! uⱼ·wⱼ and cotangents g of M f and t of M tr its pullback is
 //!
 //! p̄ⱼ = h′(pⱼ) uⱼ·g + h″(pⱼ) aⱼ t,  z̄ = Σⱼ wⱼ p̄ⱼ,
 //! w̄ⱼ = Σ p̄ⱼ z + uⱼ Σ h′(pⱼ) t,  b̄ⱼ = Σ p̄ⱼ,  ūⱼ = Σ h(pⱼ) g + wⱼ Σ h′(pⱼ) t, the sums over the batch.
@@ -21,13 +21,13 @@ use cpu::Units;
 
 /// The mean of planar units, f(z) = 1/M Σⱼ uⱼ h(wⱼ·z + bⱼ), whose divergence is known.
 ///
-/// Shapes: z and f `(…, dim)`, the divergence `(…)`. All three weights get gradients, wherever they come from: of a flow
-/// they are what a hypernetwork makes of the time. F16, BF16, F32 and F64.
+/// Shapes: z and f `(…, dim)`, the divergence `(…)`. All three weights get gradients, wherever they come from: of a
+/// flow they are what a hypernetwork makes of the time. F16, BF16, F32 and F64.
 ///
-/// Cost: on the CPU, and on CUDA up to eight dimensions, one pass for f and the divergence, which are always made both, and one
-/// for their pullback, which evaluates h again: nothing but z and the weights is kept, and sums over units and batch are made in
-/// F32, or F64 for F64, and rounded once. On other devices, and for tangents, linear layers and activations, which keep what is as
-/// wide as the units.
+/// Cost: on the CPU, and on CUDA up to eight dimensions, one pass for f and the divergence, which are always made both,
+/// and one for their pullback, which evaluates h again: nothing but z and the weights is kept, and sums over units and
+/// batch are made in F32, or F64 for F64, and rounded once. On other devices, and for tangents, linear layers and
+/// activations, which keep what is as wide as the units.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -44,8 +44,8 @@ use cpu::Units;
 /// ```
 ///
 /// # Reference
-/// D. Rezende, S. Mohamed, *Variational Inference with Normalizing Flows*, arXiv 1505.05770, and in continuous time T. Chen,
-/// Y. Rubanova, J. Bettencourt, D. Duvenaud, *Neural Ordinary Differential Equations*, arXiv 1806.07366.
+/// D. Rezende, S. Mohamed, *Variational Inference with Normalizing Flows*, arXiv 1505.05770, and in continuous time T.
+/// Chen, Y. Rubanova, J. Bettencourt, D. Duvenaud, *Neural Ordinary Differential Equations*, arXiv 1806.07366.
 #[derive(Clone, Debug)]
 pub struct Planar {
     /// w, b and u.
@@ -120,7 +120,8 @@ impl Planar {
         affine(values, weights, None)? / self.units.dim(0)? as f64
     }
 
-    /// Adds w̄, b̄ and ū, in F32 or F64, to the open sums of those weights that are parameters; gives the rest, zero for those.
+    /// Adds w̄, b̄ and ū, in F32 or F64, to the open sums of those weights that are parameters; gives the rest, zero
+    /// for those.
     fn give(&self, of_units: &Tensor) -> Result<Tensor> {
         let dim = self.dim();
         let part = |first, columns| of_units.narrow(1, first, columns);

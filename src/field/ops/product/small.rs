@@ -16,8 +16,8 @@ const FEW: usize = 4;
 /// Rows from which on it pays to pack the right-hand side.
 const ROWS: usize = 16;
 
-/// a b for a `(m, k)` and b `(k, n)`, row-major, if it is small and lies so that there are kernels: the rows of a in one
-/// piece, or, in F32, its columns and the rows of b.
+/// a b for a `(m, k)` and b `(k, n)`, row-major, if it is small and lies so that there are kernels: the rows of a in
+/// one piece, or, in F32, its columns and the rows of b.
 pub(super) fn product(a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<Option<CpuStorage>> {
     let ((m, k), (_, n)) = (la.shape().dims2()?, lb.shape().dims2()?);
     if m * n * k > MOST {

@@ -39,8 +39,8 @@ fn padded(columns: usize) -> usize {
     columns.next_multiple_of(PANEL / 2)
 }
 
-/// y = f(x ∗ w + b) for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point; the images
-/// [shared](shares_of_images) among threads.
+/// y = f(x ∗ w + b) for x that [`fits`], w `(16 · channels, outputs)` transformed by [`of_kernel`], point by point; the
+/// images [shared](shares_of_images) among threads.
 pub(crate) fn convolve_in_tiles(
     images: Vec<Range<usize>>,
     x: Windows<'_, f32>,
@@ -115,7 +115,8 @@ impl Convolve<'_> {
     /// The products of so many tiles at a point.
     ///
     /// # Safety
-    /// The CPU has the instructions of `M`; there are at most [`TILES`](super::TILES), and v and m are as long as they need.
+    /// The CPU has the instructions of `M`; there are at most [`TILES`](super::TILES), and v and m are as long as they
+    /// need.
     #[inline(always)]
     unsafe fn multiply<M: Machine>(&mut self, point: usize, tiles: usize) {
         let (channels, columns, width) = (self.x.looks().channels, self.w.columns(), M::Lanes::WIDTH);
@@ -155,7 +156,8 @@ impl Convolve<'_> {
     /// Aᵀ m A + b of those tiles.
     ///
     /// # Safety
-    /// The CPU has the instructions of `L`; there are such tiles, [`TILES`](super::TILES) at most, and m is as long as they need.
+    /// The CPU has the instructions of `L`; there are such tiles, [`TILES`](super::TILES) at most, and m is as long as
+    /// they need.
     #[inline(always)]
     unsafe fn finish<L: Lanes>(&mut self, tiles: Range<usize>) {
         let looks = *self.x.looks();

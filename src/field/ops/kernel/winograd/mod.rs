@@ -1,7 +1,7 @@
 //! 3 × 3 convolutions with 16 products where 36 are summed: Winograd's minimal filtering F(2 × 2, 3 × 3), in F32.
 //!
-//! An image is cut into tiles of 2 × 2 results, each of which sees 4 × 4 pixels d. With w the kernel and ∘ the product by
-//! elements, summed over channels,
+//! An image is cut into tiles of 2 × 2 results, each of which sees 4 × 4 pixels d. With w the kernel and ∘ the product
+//! by elements, summed over channels,
 //!
 //! y = Aᵀ [(G w Gᵀ) ∘ (Bᵀ d B)] A,  dL/dw += Eᵀ [Σ over the tiles of (H g Hᵀ) ∘ (Bᵀ d B)] E
 //!
@@ -14,8 +14,9 @@
 //!      0  1  0 −1       0  0  1                         0  1
 //! ```
 //!
-//! At each of the 16 points that is a product of matrices `(tiles, channels)`, of a few tiles at a time, so that they and
-//! their results stay in the nearer caches. Sums are nine times shorter than those of 3 × 3 products, and round less.
+//! At each of the 16 points that is a product of matrices `(tiles, channels)`, of a few tiles at a time, so that they
+//! and their results stay in the nearer caches. Sums are nine times shorter than those of 3 × 3 products, and round
+//! less.
 //!
 //! Small matrices are filled in plain loops: through closures (`array::from_fn`) some builds call a function for each
 //! vector, and convolutions take twice as long.
@@ -45,8 +46,8 @@ pub(crate) fn fits(looks: &Looks) -> bool {
     looks.kernel == [3, 3] && looks.stride == 1 && looks.windows.iter().all(|n| n.is_multiple_of(2))
 }
 
-/// Elements from a point to the next, for so many a tile: an odd number of lines of the cache, so that the points of a tile
-/// do not fall on the same ones.
+/// Elements from a point to the next, for so many a tile: an odd number of lines of the cache, so that the points of a
+/// tile do not fall on the same ones.
 #[inline(always)]
 fn apart(elements: usize) -> usize {
     TILES * (elements | 1)
@@ -101,8 +102,8 @@ unsafe fn transform<L: Lanes>(x: &Windows<'_, f32>, tiles: Range<usize>, v: &mut
         let start = row * looks.row() + column * channels;
         for c in (0..channels).step_by(L::WIDTH) {
             let count = channels - c;
-            // SAFETY: the 4 × 4 pixels of a tile lie in its image, and of each of them no more channels are touched than
-            // there are.
+            // SAFETY: the 4 × 4 pixels of a tile lie in its image, and of each of them no more channels are touched
+            // than there are.
             unsafe {
                 let d = load_square::<L, 4>(from.add(start + c), [looks.row(), channels], count);
                 let points = both_ways::<OfPixels, _, 4, 4>(d);
@@ -158,8 +159,8 @@ unsafe fn both_ways<T: OneWay<N, M>, L: Lanes, const N: usize, const M: usize>(d
     }
 }
 
-/// `N` × `N` vectors, from which to the next one down and across there are so many elements: of each `count` lanes, all if
-/// they are so many.
+/// `N` × `N` vectors, from which to the next one down and across there are so many elements: of each `count` lanes, all
+/// if they are so many.
 ///
 /// # Safety
 /// The CPU has the instructions of `L`; so much lies in memory.

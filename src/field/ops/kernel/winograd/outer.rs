@@ -109,7 +109,8 @@ impl Outer<'_> {
     /// H g Hᵀ of some tiles, in the order of [`transform`].
     ///
     /// # Safety
-    /// The CPU has the instructions of `L`; there are such tiles, [`TILES`](super::TILES) at most, and h is as long as they need.
+    /// The CPU has the instructions of `L`; there are such tiles, [`TILES`](super::TILES) at most, and h is as long as
+    /// they need.
     #[inline(always)]
     unsafe fn transform_cotangents<L: Lanes>(&mut self, tiles: Range<usize>) {
         let (looks, outputs) = (*self.x.looks(), self.g.columns());
@@ -117,8 +118,8 @@ impl Outer<'_> {
             let pixel = first_result(tile, &looks);
             for c in (0..outputs).step_by(L::WIDTH) {
                 let count = outputs - c;
-                // SAFETY: a tile's four pixels are rows of g, and of each no more is touched than there is; the points lie
-                // in the space.
+                // SAFETY: a tile's four pixels are rows of g, and of each no more is touched than there is; the points
+                // lie in the space.
                 unsafe {
                     let stride = self.g.stride();
                     let from = self.g.as_ptr().add(pixel * stride + c);
@@ -133,7 +134,8 @@ impl Outer<'_> {
     /// Adds the products of so many tiles at a point.
     ///
     /// # Safety
-    /// The CPU has the instructions of `M`; there are at most [`TILES`](super::TILES), and v, h and S are as long as they need.
+    /// The CPU has the instructions of `M`; there are at most [`TILES`](super::TILES), and v, h and S are as long as
+    /// they need.
     #[inline(always)]
     unsafe fn add_products<M: Machine>(&mut self, point: usize, tiles: usize) {
         let (channels, outputs, width) = (self.x.looks().channels, self.g.columns(), M::Lanes::WIDTH);
@@ -142,8 +144,8 @@ impl Outer<'_> {
             let mut row = 0;
             while row < outputs {
                 row += by_height!(M::Lanes, outputs - row, HEIGHT => {
-                    // SAFETY: row n of an operand is the tile's at this point; of the last vector no more lanes are touched
-                    // than there are channels; the sums of the point are there.
+                    // SAFETY: row n of an operand is the tile's at this point; of the last vector no more lanes are
+                    // touched than there are channels; the sums of the point are there.
                     unsafe {
                         let h = self.h.as_ptr().add(point * apart(outputs) + row);
                         let v = self.v.as_ptr().add(point * apart(channels) + column);
@@ -176,8 +178,8 @@ impl Outer<'_> {
             let dw = self.dw.row(n);
             for c in (0..channels).step_by(L::WIDTH) {
                 let count = channels - c;
-                // SAFETY: the sums of an output at a point are as many as there are channels, as are its elements of dw at
-                // a tap; of both no more are touched.
+                // SAFETY: the sums of an output at a point are as many as there are channels, as are its elements of dw
+                // at a tap; of both no more are touched.
                 unsafe {
                     let from = self.sums.as_ptr().add(n * channels + c);
                     let s = load_square::<L, 4>(from, [4 * outputs * channels, outputs * channels], count);
