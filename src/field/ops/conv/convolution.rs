@@ -2,6 +2,7 @@
 
 use super::frame::Frame;
 use super::method::{Convolved, Method};
+use super::windows;
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::chain::Parameter;
@@ -37,8 +38,8 @@ struct Sizes {
 }
 
 impl Convolution {
-    /// The convolution of images `(channels, height, width)`, if kernels of ours do it: with stride 1 or 2, without dilation
-    /// and groups. `x` is what the chain begins with.
+    /// The convolution of images `(channels, height, width)`, if kernels of ours do it: with stride 1 or 2, without
+    /// dilation and groups. `x` is what the chain begins with.
     pub(in crate::field::ops) fn new(
         current: &Current,
         x: &Tensor,
@@ -49,12 +50,12 @@ impl Convolution {
         let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
         let (outputs, channels, kernel_height, kernel_width) = weight.dims4().ok()?;
         let (size, kernel) = ([height, width], [kernel_height, kernel_width]);
-        let windows = |n: usize| Some((size[n] + 2 * padding).checked_sub(kernel[n])? / stride + 1);
         let fits = x.device().is_cpu() && matches!((stride, dilation, groups), (1 | 2, 1, 1)) && channels == inputs;
         if !fits || weight.elem_count() == 0 {
             return None;
         }
-        let sizes = Sizes { inputs, outputs, size, result: [windows(0)?, windows(1)?], kernel, stride, padding };
+        let result = [windows(height, kernel_height, config)?, windows(width, kernel_width, config)?];
+        let sizes = Sizes { inputs, outputs, size, result, kernel, stride, padding };
         let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
         Some(Self { weight, bias, sizes, then: Activation::Identity })
     }
@@ -166,7 +167,8 @@ impl Convolution {
         bias.map_or(Ok(()), |bias| bias.add(&sums))
     }
 
-    /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by channel.
+    /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by
+    /// channel.
     fn packed<T: Convolved>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
         let Sizes { inputs, outputs, .. } = self.sizes;
         let (taps, slot, method) = (self.sizes.taps(), self.weight.slot, self.sizes.method::<T>());

@@ -1,10 +1,10 @@
 //! 2-d convolution: y = x ∗ w + b.
 //!
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in / groups, k, k)`, b `(out)`. Dtypes: x and weight share one of F16,
-//! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over batch
-//! and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks, included. Inside a solve
-//! on the CPU, kernels of ours do it, and those of several convolutions with activations between them, as one op ([`fused`]),
-//! except with dilation, groups or strides above 2. On CUDA value and
+//! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over
+//! batch and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks,
+//! included. Inside a solve on the CPU, kernels of ours do it, and those of several convolutions with activations
+//! between them, as one op ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
 mod convolution;
@@ -174,11 +174,35 @@ fn forward(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Tensor>
     if x.dtype() != weight.dtype() {
         candle_core::bail!("conv2d: x is {:?} and the weight {:?}; they must be the same", x.dtype(), weight.dtype())
     }
+    check_windows(x, weight, config)?;
     let Conv2dConfig { padding, stride, dilation, groups, cudnn_fwd_algo } = *config;
     let dtype = working_dtype(x);
     x.to_dtype(dtype)?
         .conv2d_with_algo(&weight.to_dtype(dtype)?, padding, stride, dilation, groups, cudnn_fwd_algo)?
         .to_dtype(x.dtype())
+}
+
+/// How many windows there are beside each other; `None` if there is none, or no way from one to the next.
+pub(super) fn windows(size: usize, kernel: usize, config: &Conv2dConfig) -> Option<usize> {
+    let reach = config.dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(1)?;
+    let padded = size.checked_add(config.padding.checked_mul(2)?)?;
+    Some(padded.checked_sub(reach)?.checked_div(config.stride)? + 1)
+}
+
+/// That there are windows: Candle does not look.
+fn check_windows(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<()> {
+    let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
+    if [stride, dilation, groups].contains(&0) {
+        candle_core::bail!("conv2d: stride {stride}, dilation {dilation} and groups {groups} must be 1 at least")
+    }
+    let ((_, _, height, width), (_, _, tall, wide)) = (x.dims4()?, weight.dims4()?);
+    if windows(height, tall, config).and(windows(width, wide, config)).is_none() {
+        candle_core::bail!(
+            "conv2d: a kernel of {tall} × {wide} with dilation {dilation} has no window in images of {height} × {width} \
+             with padding {padding}"
+        )
+    }
+    Ok(())
 }
 
 /// The gradient of x: a transposed convolution, group by group.
@@ -321,6 +345,21 @@ mod tests {
         let theirs = candle_nn::Conv2d::new(w.clone(), None, config).forward(&x).unwrap();
         assert!(theirs.backward().is_err());
         assert!(Conv2d::new(w, None, config).forward(&x).unwrap().backward().is_ok());
+    }
+
+    #[test]
+    fn a_kernel_without_a_window_is_an_error() {
+        let of = |padding, stride, dilation, groups| Conv2dConfig { padding, stride, dilation, groups, ..configs()[0] };
+        let (x, w) = (noise(&[2, 4, 3, 5], 1), noise(&[4, 4, 4, 2], 2));
+        for config in [of(0, 1, 1, 1), of(1, 1, 2, 1), of(1, 1, usize::MAX, 1), of(usize::MAX / 2 + 2, 1, 1, 1)] {
+            let error = conv(&[x.clone(), w.clone()], config).unwrap_err().to_string();
+            assert!(error.contains("a kernel of 4 × 2") && error.contains("images of 3 × 5"), "{error}");
+        }
+        for config in [of(1, 0, 1, 1), of(1, 1, 0, 1), of(1, 1, 1, 0)] {
+            let error = conv(&[x.clone(), w.clone()], config).unwrap_err().to_string();
+            assert!(error.contains("must be 1 at least"), "{error}");
+        }
+        assert_eq!(conv(&[x, w], of(1, 1, 1, 1)).unwrap().dims(), [2, 4, 2, 6]);
     }
 
     #[test]
