@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::Conv2dConfig;
 use candle_ode::ops::combine::{self, Finite};
 use candle_ode::ops::{self, Activation, Conv2d, GroupNorm, LayerNorm, Linear, Planar};
+use candle_ode::{Codec, Increment, Increments4, Increments8, Increments16, State};
 
 /// Dtypes with kernels, and how far half precision may be off.
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 3e-6), (DType::F16, 2e-3), (DType::BF16, 1.5e-2)];
@@ -245,4 +246,41 @@ fn sums_in_place_and_what_is_not_finite() {
     }
     let (copy, finite) = combine::rounded(&Tensor::new(&[1.0_f32, 7e4], &gpu).unwrap(), DType::F16).unwrap();
     assert_eq!((copy.dtype(), Finite::read(&[finite]).unwrap()), (DType::F16, vec![false]));
+}
+
+/// Codes, where they lead and what they mean, to the bits of the CPU where kernels of ours make them.
+#[test]
+fn increments() {
+    let Some(gpu) = gpu() else { return };
+    let codecs: [&dyn Codec; 3] = [&Increments16, &Increments8, &Increments4];
+    for shape in [&[1][..], &[100_003], &[70_000, 3], &[64, 65], &[5, 3, 40, 41]] {
+        let [before, step, left] =
+            [(1, 1.0), (2, 1e-2), (3, 1e-4)].map(|(seed, size)| (normal(seed, shape, DType::F32) * size).unwrap());
+        let states = [&before, &(&before + &step).unwrap(), &left];
+        for (codec, keeps) in codecs.iter().flat_map(|codec| [(codec, false), (codec, true)]) {
+            let on = |device: &Device| {
+                let [before, after, left] = states.map(|x| State::from(x.to_device(device).unwrap()));
+                let residual = keeps.then_some(&left);
+                let step = Increment { before: &before, after: &after, residual, dtype: DType::F32 };
+                let led = codec.follow(&step).unwrap();
+                assert_eq!(Finite::read(&[led.finite]).unwrap(), [true]);
+                let meant = codec.decode(&led.entry, DType::F32).unwrap();
+                let (entry, _) = codec.encode(&left).unwrap();
+                let states = [led.next, led.residual, meant].map(|state| state[0].clone());
+                let all = states.into_iter().chain(led.entry.tensors).chain(entry.tensors);
+                all.map(|x| x.to_device(&Device::Cpu).unwrap()).collect::<Vec<_>>()
+            };
+            for (n, (got, wanted)) in on(&gpu).iter().zip(&on(&Device::Cpu)).enumerate() {
+                assert_eq!((got.dtype(), got.dims()), (wanted.dtype(), wanted.dims()));
+                if ops::cuda_kernels() {
+                    assert_eq!(values(got), values(wanted), "{} of {shape:?}: tensor {n}", codec.name());
+                }
+            }
+            let mut bad = values(&left);
+            *bad.last_mut().unwrap() = f64::INFINITY;
+            let bad = Tensor::new(bad, &gpu).unwrap().reshape(shape).unwrap().to_dtype(DType::F32).unwrap();
+            let (_, finite) = codec.encode(&State::from(bad)).unwrap();
+            assert_eq!(Finite::read(&[finite]).unwrap(), [false]);
+        }
+    }
 }

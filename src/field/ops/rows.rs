@@ -1,9 +1,10 @@
 //! The rows of a tensor in few bits, with one scale a row.
 //!
 //! Row r of x (everything behind the first dimension; a tensor of at most one dimension is one row) is kept as codes
-//! qᵢ = Q(xᵢ / s_r) and the F32 scale s_r = max |x_r| / L, and read back as qᵢ·s_r. No scale of a row that is not zero is
-//! below 2⁻¹⁴⁹, the smallest F32: what Q tells apart, 2⁻¹⁷⁴ or 2⁻¹⁴⁹ in integers, is then the least that is kept. On the
-//! CPU that is one pass over a row; elsewhere it is a composition of Candle's ops with the same meaning.
+//! qᵢ = Q(xᵢ / s_r) and the F32 scale s_r = max |x_r| / L, and read back as qᵢ·s_r. No scale of a row that is not zero
+//! is below 2⁻¹⁴⁹, the smallest F32: what Q tells apart, 2⁻¹⁷⁴ or 2⁻¹⁴⁹ in integers, is then the least that is kept. On
+//! the CPU that is one pass over a row, on CUDA two kernels in F32, to the same bits; elsewhere it is a composition of
+//! Candle's ops with the same meaning.
 
 use super::combine::{self, Finite};
 use super::cpu::{Kernel, vectorised};
@@ -12,7 +13,7 @@ use candle_core::{CpuStorage, DType, Result, Shape, Storage, StorageRef, Tensor,
 use half::f16;
 use std::ops::Range;
 
-/// What an element of a row becomes.
+/// What an element of a row becomes; the numbers are those of `Code` in `cuda/rows.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Code {
     /// F16, L = 2¹⁵: out of reach of overflow, and of underflow unless an element is 2⁻³⁹ of the largest in its row.
@@ -47,7 +48,7 @@ impl Code {
         rows * (self.columns(width) * self.dtype().size_in_bytes() + DType::F32.size_in_bytes())
     }
 
-    fn columns(self, width: usize) -> usize {
+    pub(super) fn columns(self, width: usize) -> usize {
         if self == Self::Nibble { width.div_ceil(2) } else { width }
     }
 
@@ -60,6 +61,10 @@ impl Code {
         if x.elem_count() == 0 {
             let zeros = |columns, dtype| Tensor::zeros((rows, columns), dtype, x.device());
             return Ok((zeros(self.columns(width), self.dtype())?, zeros(1, DType::F32)?, Finite::default()));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(encoded) = super::cuda::encode_rows(self, x)? {
+            return Ok(encoded);
         }
         let x = x.detach().contiguous()?.reshape((rows, width))?;
         if !x.device().is_cpu() {
@@ -75,9 +80,14 @@ impl Code {
         Ok(encoded.tensors(self, rows, width))
     }
 
-    /// The increment from `before` to `after` and `left`, what rounding has left over so far, encoded in the pass that sums
-    /// it; `None` where operands are not contiguous tensors on the CPU of one dtype, F32 or F64, or are tracked.
+    /// The increment from `before` to `after` and `left`, what rounding has left over so far, encoded in the pass that
+    /// sums it; `None` where operands are not contiguous tensors on the CPU of one dtype, F32 or F64, or tensors in F32
+    /// on CUDA, or are tracked.
     pub(crate) fn follow(self, before: &Tensor, after: &Tensor, left: Option<&Tensor>) -> Result<Option<Followed>> {
+        #[cfg(feature = "cuda")]
+        if let Some(followed) = super::cuda::follow_rows(self, before, after, left)? {
+            return Ok(Some(followed));
+        }
         let operands = || [Some(before), Some(after), left].into_iter().flatten();
         let fits = |x: &Tensor| x.dtype() == before.dtype() && x.dims() == before.dims() && !x.track_op();
         let lies = |x: &Tensor| x.device().is_cpu() && x.is_contiguous();
@@ -99,7 +109,7 @@ impl Code {
         let Led { encoded, next, residual, largest } = vectorised(follow);
         let (codes, scales, finite) = encoded.tensors(self, rows, width);
         let tensor = |values| on_cpu(T::to_cpu_storage_owned(values), shape);
-        Ok(Followed { codes, scales, finite, next: tensor(next), residual: tensor(residual), largest })
+        Ok(Followed { codes, scales, finite, next: tensor(next), residual: tensor(residual), largest: Some(largest) })
     }
 
     /// The tensor again, of that shape and dtype (F32 or F64).
@@ -109,6 +119,12 @@ impl Code {
     pub(crate) fn decode(self, codes: &Tensor, scales: &Tensor, shape: &Shape, dtype: DType) -> Result<Tensor> {
         if shape.elem_count() == 0 {
             return Tensor::zeros(shape, dtype, codes.device());
+        }
+        #[cfg(feature = "cuda")]
+        if dtype == DType::F32
+            && let Some(values) = super::cuda::decode_rows(self, codes, scales, shape)?
+        {
+            return Ok(values);
         }
         if !codes.device().is_cpu() {
             return self.compose_decode(codes, scales, shape, dtype);
@@ -186,8 +202,8 @@ pub(crate) struct Followed {
     pub(crate) next: Tensor,
     /// What rounding has left over now.
     pub(crate) residual: Tensor,
-    /// The largest |x| of `next`; NaN if any is not finite.
-    pub(crate) largest: f64,
+    /// The largest |x| of `next`, NaN if any is not finite, where it was found on the way.
+    pub(crate) largest: Option<f64>,
 }
 
 /// A contiguous tensor on the CPU.
@@ -209,7 +225,7 @@ impl<'a> Elements<'a> {
 }
 
 /// Rows of a shape, and the elements of one.
-fn rows(shape: &Shape) -> (usize, usize) {
+pub(super) fn rows(shape: &Shape) -> (usize, usize) {
     let rows = if shape.rank() < 2 { 1 } else { shape.dims()[0] };
     (rows, shape.elem_count() / rows.max(1))
 }

@@ -1,9 +1,9 @@
 //! Increments between neighbouring states in 16, 8 or 4 bits an element, with one F32 scale a row of the batch.
 //!
 //! A row is what lies behind the first dimension; a tensor of at most one dimension is one row. Its scale is
-//! max |Δ| / L with L = 2¹⁵, 127 and 7: no increment in F32 can overflow, in F64 one beyond L·3.4·10³⁸ does, and rows of
-//! zeros stay zeros. An increment too small for its scale, or for the smallest scale there is, 2⁻¹⁴⁹, is not lost but
-//! carried to the next step.
+//! max |Δ| / L with L = 2¹⁵, 127 and 7: no increment in F32 can overflow, in F64 one beyond L·3.4·10³⁸ does, and rows
+//! of zeros stay zeros. An increment too small for its scale, or for the smallest scale there is, 2⁻¹⁴⁹, is not lost
+//! but carried to the next step.
 
 use super::{Codec, Encodes, Entry, Followed, Increment, followed};
 use crate::State;
@@ -97,7 +97,7 @@ fn follow(code: Code, step: &Increment<'_>) -> Result<Option<Followed>> {
         finite = finite.and(led.finite);
         tensors.extend([led.codes, led.scales]);
         residuals.push(led.residual);
-        parts.push(Ok::<_, OdeError>((led.next, Some(led.largest))));
+        parts.push(Ok::<_, OdeError>((led.next, led.largest)));
     }
     let (entry, next) = (Entry::new(tensors, step.before), State::noted(parts.into_iter())?);
     Ok(Some(Followed { entry, finite, next, residual: State::from(residuals) }))

@@ -4,6 +4,7 @@
 
 use crate::field::ops::Activation;
 use crate::field::ops::norm::Norm;
+use crate::field::ops::rows::Code;
 use candle_core::DType;
 
 /// A dtype with kernels; the numbers are those of `Element` in `element.cuh`.
@@ -47,6 +48,7 @@ pub(super) enum Module {
     Convolution,
     Planar,
     Norm,
+    Rows,
 }
 
 /// A kernel and all that it is started with.
@@ -138,6 +140,11 @@ arguments! {
         x: u64, weight: u64, bias: u64, grad: u64, y: u64, of_x: u64, standards: u64, partial: u64,
         samples: u32, per_sample: u32, channels: u32, inner: u32, chunk: u32,
         remove_mean: i32, weight_is_f32: i32, bias_is_f32: i32, eps: f32,
+    }
+    /// Rows in few bits, and increments that are kept so.
+    CodedRows {
+        before: u64, after: u64, left: u64, sums: u64, largest: u64, codes: u64, scales: u64, next: u64, left_over: u64,
+        flag: u64, rows: u32, width: u32, chunk: u32, code: i32, most: f32,
     }
 }
 
@@ -364,11 +371,9 @@ impl NormGroups {
         self.over_groups("pull_groups", element)
     }
 
-    /// Small groups, of which a thread would find few elements, share a block.
     fn over_groups(self, kernel: &str, element: Element) -> Launch<Self> {
-        let width = if self.channels * self.inner <= 512 { 32 } else { 256 };
-        let blocks = [self.groups().div_ceil(256 / width), 1, 1];
-        Launch { blocks, threads: [width, 256 / width, 1], ..Launch::new(Module::Norm, kernel, Some(element), self) }
+        let (threads, blocks) = rows_of_threads(self.channels * self.inner, self.groups());
+        Launch { blocks: [blocks, 1, 1], threads, ..Launch::new(Module::Norm, kernel, Some(element), self) }
     }
 
     /// Threads beside each other read elements beside each other: of several parameters, or of one.
@@ -378,6 +383,55 @@ impl NormGroups {
         let launch = Launch::new(Module::Norm, "sum_parameters", Some(element), self);
         Launch { blocks, threads: [width, 256 / width, 1], ..launch }
     }
+}
+
+impl CodedRows {
+    /// `rows` of `width` elements.
+    pub(super) fn new(code: Code, (rows, width): (u32, u32)) -> Self {
+        Self {
+            before: 0,
+            after: 0,
+            left: 0,
+            sums: 0,
+            largest: 0,
+            codes: 0,
+            scales: 0,
+            next: 0,
+            left_over: 0,
+            flag: 0,
+            rows,
+            width,
+            // No more blocks than a grid is high.
+            chunk: width.div_ceil(1 << 15).max(4096),
+            code: code as i32,
+            most: code.largest() as f32,
+        }
+    }
+
+    pub(super) fn sum(self) -> Launch<Self> {
+        self.over_rows("sum_rows")
+    }
+
+    pub(super) fn encode(self) -> Launch<Self> {
+        self.over_rows("encode_rows")
+    }
+
+    pub(super) fn decode(self) -> Launch<Self> {
+        self.over_rows("decode_rows")
+    }
+
+    fn over_rows(self, kernel: &str) -> Launch<Self> {
+        let (threads, rows) = rows_of_threads(self.width, self.rows);
+        let blocks = [rows, self.width.div_ceil(self.chunk), 1];
+        Launch { blocks, threads, ..Launch::new(Module::Rows, kernel, None, self) }
+    }
+}
+
+/// Rows of threads for so many rows of elements, and how many blocks that is: short rows, of which a thread would find
+/// few elements, share a block.
+fn rows_of_threads(width: u32, rows: u32) -> ([u32; 3], u32) {
+    let wide = if width <= 512 { 32 } else { 256 };
+    ([wide, 256 / wide, 1], rows.div_ceil(256 / wide))
 }
 
 /// An activation as the kernels know it, with its parameter; the numbers are those of `Function` in `functions.cuh`.

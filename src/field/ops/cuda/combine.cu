@@ -7,8 +7,8 @@ struct Term {
   float c;
 };
 
-// y = base + by · Σ cᵢ xᵢ, rounded once; the terms are summed first. `base` and `by`, a number on the device, are left out
-// where they are null. The flag, where it is wanted, becomes NaN if a rounded element is not finite.
+// y = base + by · Σ cᵢ xᵢ, rounded once; the terms are summed first. `base` and `by`, a number on the device, are left
+// out where they are null. The flag, where it is wanted, becomes NaN if a rounded element is not finite.
 struct Combine {
   Term terms[16];
   const void *base;
@@ -46,26 +46,15 @@ KERNEL(find_non_finite, Look) {
   }
 }
 
-// Blocks of 256 threads. Sizes are compared as integers, which has the order of numbers that are not negative, and NaN
-// above them.
 KERNEL(max_abs, Look) {
-  __shared__ int sizes[256];
-  int largest = 0;
-  for (unsigned i = first(); i < a.count; i += stride()) {
-    int size = __float_as_int(fabsf(load(a.x, a.element, i)));
-    largest = size > largest ? size : largest;
-  }
-  sizes[threadIdx.x] = largest;
-  __syncthreads();
-  for (unsigned half = 128; half > 0; half /= 2) {
-    if (threadIdx.x < half && sizes[threadIdx.x + half] > sizes[threadIdx.x])
-      sizes[threadIdx.x] = sizes[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) atomicMax(reinterpret_cast<int *>(a.result), sizes[0]);
+  float largest = 0.0f;
+  for (unsigned i = first(); i < a.count; i += stride()) largest = larger(largest, fabsf(load(a.x, a.element, i)));
+  largest = largest_of_row(largest);
+  if (threadIdx.x == 0) raise(a.result, largest);
 }
 
-// The power of two S with ½ < S · largest ≤ 1, shifted down by the headroom, and 1/S; 1 if largest is zero or not finite.
+// The power of two S with ½ < S · largest ≤ 1, shifted down by the headroom, and 1/S; 1 if largest is zero or not
+// finite.
 struct PowerOfTwo {
   const float *largest;
   float *scale, *inverse;

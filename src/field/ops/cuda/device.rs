@@ -1,7 +1,7 @@
 //! A CUDA device as a [`Machine`], and the tensors on it.
 //!
-//! Everything runs on the one stream of Candle's device, in order, so that no address is used after its memory was freed
-//! in that order, whether events are tracked or not.
+//! Everything runs on the one stream of Candle's device, in order, so that no address is used after its memory was
+//! freed in that order, whether events are tracked or not.
 
 use super::arguments::{Arguments, Element, Launch, Module};
 use super::cuda_kernels;
@@ -32,6 +32,7 @@ fn module(module: Module) -> (&'static str, &'static str) {
         Module::Convolution => ("candle_ode_convolution", include_str!(concat!(env!("OUT_DIR"), "/convolution.ptx"))),
         Module::Planar => ("candle_ode_planar", include_str!(concat!(env!("OUT_DIR"), "/planar.ptx"))),
         Module::Norm => ("candle_ode_norm", include_str!(concat!(env!("OUT_DIR"), "/norm.ptx"))),
+        Module::Rows => ("candle_ode_rows", include_str!(concat!(env!("OUT_DIR"), "/rows.ptx"))),
     }
 }
 
@@ -63,6 +64,13 @@ impl Gpu {
         Ok(Value { storage, shape })
     }
 
+    /// A new tensor of bytes with anything in it.
+    pub(super) fn bytes(&self, shape: impl Into<Shape>) -> Result<Value> {
+        let shape = shape.into();
+        let storage = CudaStorage::wrap_cuda_slice(self.allocate(shape.elem_count())?, self.0.clone());
+        Ok(Value { storage, shape })
+    }
+
     /// Zeros in F32.
     pub(super) fn zeros(&self, shape: impl Into<Shape>) -> Result<Tensor> {
         Tensor::zeros(shape, DType::F32, &Device::Cuda(self.0.clone()))
@@ -87,12 +95,13 @@ impl Value {
     }
 }
 
-/// Where the elements of a storage begin, if they are of a dtype with kernels.
+/// Where the elements of a storage begin, if they are bytes or of a dtype with kernels.
 fn start(storage: &CudaStorage) -> Option<u64> {
     fn of<T>(slice: &CudaSlice<T>) -> Option<u64> {
         Some(slice.device_ptr(slice.stream()).0)
     }
     match &storage.slice {
+        CudaStorageSlice::U8(slice) => of(slice),
         CudaStorageSlice::F32(slice) => of(slice),
         CudaStorageSlice::F16(slice) => of(slice),
         CudaStorageSlice::BF16(slice) => of(slice),
@@ -111,7 +120,7 @@ pub(super) fn address(x: &Tensor) -> Result<u64> {
     };
     match at {
         Some(at) => Ok(at),
-        None => bail!("a kernel takes contiguous floats on CUDA, not {:?} with layout {layout:?}", x.dtype()),
+        None => bail!("a kernel takes contiguous floats or bytes on CUDA, not {:?} with layout {layout:?}", x.dtype()),
     }
 }
 
@@ -159,7 +168,8 @@ impl Machine for Gpu {
         let (alpha, beta) = ((&raw const alpha).cast::<c_void>(), (&raw const beta).cast::<c_void>());
         let (at_a, at_b, at_c) = (a.at as *const c_void, b.at as *const c_void, c.at as *mut c_void);
         let (type_a, type_b, type_c) = (data_type(&a), data_type(&b), data_type(&c));
-        // SAFETY: the caller answers for the operands; α and β are in F32, as sums are, and read before the call returns.
+        // SAFETY: the caller answers for the operands; α and β are in F32, as sums are, and read before the call
+        // returns.
         unsafe {
             let (handle, op_a, op_b) = (*blas.handle(), operation(&a), operation(&b));
             if batch == 1 {

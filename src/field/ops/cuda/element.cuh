@@ -54,23 +54,34 @@ __device__ inline float store(void *y, int element, unsigned i, float value) {
   return load(y, element, i);
 }
 
-// Where a thread begins with the elements, and how far it goes to its next one. Indices have 32 bits, since 64 are slow to
-// divide: no tensor here has more than 2³¹ elements.
+// Where a thread begins with the elements, and how far it goes to its next one. Indices have 32 bits, since 64 are slow
+// to divide: no tensor here has more than 2³¹ elements.
 __device__ inline unsigned first() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline unsigned stride() { return gridDim.x * blockDim.x; }
 
-// The sum over a row of threads, as many as a power of two, in a block of at most 256, for all of them. Every thread of the
-// block must call it.
-__device__ inline float sum_of_row(float value) {
-  __shared__ float sums[256];
-  float *row = sums + threadIdx.y * blockDim.x;
+// The larger of two numbers that are not negative; NaN if either is. Compared as integers they have the order of the
+// numbers, and NaN above them.
+__device__ inline float larger(float a, float b) { return __float_as_int(a) > __float_as_int(b) ? a : b; }
+
+// *at = larger(*at, value), whoever else does the same.
+__device__ inline void raise(float *at, float value) { atomicMax(reinterpret_cast<int *>(at), __float_as_int(value)); }
+
+__device__ inline float plus(float a, float b) { return a + b; }
+
+// What `fold` makes of a row of threads, as many as a power of two, in a block of at most 256, for all of them. Every
+// thread of the block must call it.
+template <float (*fold)(float, float)> __device__ inline float of_row(float value) {
+  __shared__ float values[256];
+  float *row = values + threadIdx.y * blockDim.x;
   row[threadIdx.x] = value;
   __syncthreads();
   for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) row[threadIdx.x] += row[threadIdx.x + half];
+    if (threadIdx.x < half) row[threadIdx.x] = fold(row[threadIdx.x], row[threadIdx.x + half]);
     __syncthreads();
   }
-  float sum = row[0];
+  float folded = row[0];
   __syncthreads();
-  return sum;
+  return folded;
 }
+__device__ inline float sum_of_row(float value) { return of_row<plus>(value); }
+__device__ inline float largest_of_row(float value) { return of_row<larger>(value); }

@@ -91,6 +91,7 @@ static inline float as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline int atomicMax(int *at, int value) {
   int old = *at;
   *at = value > old ? value : old;

@@ -28,7 +28,15 @@ impl Host {
             let mut command = Command::new(&compiler);
             command.args(["-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o"]);
             command.arg(&library).current_dir(folder);
-            command.args(["activation.cu", "sums.cu", "combine.cu", "convolution.cu", "planar.cu", "norm.cu"]);
+            command.args([
+                "activation.cu",
+                "sums.cu",
+                "combine.cu",
+                "convolution.cu",
+                "planar.cu",
+                "norm.cu",
+                "rows.cu",
+            ]);
             let output = match command.output() {
                 Ok(output) => output,
                 Err(error) => {
@@ -63,6 +71,7 @@ impl Buffer {
         let bytes: Vec<u8> = match x.dtype() {
             DType::F32 => x.to_vec1::<f32>().unwrap().into_iter().flat_map(f32::to_ne_bytes).collect(),
             DType::F16 => x.to_vec1::<f16>().unwrap().into_iter().flat_map(f16::to_ne_bytes).collect(),
+            DType::U8 => x.to_vec1().unwrap(),
             _ => x.to_vec1::<bf16>().unwrap().into_iter().flat_map(bf16::to_ne_bytes).collect(),
         };
         let mut buffer = Self::new(bytes.len());

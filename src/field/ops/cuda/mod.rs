@@ -8,16 +8,19 @@
 //! | `convolution.cu` | images as columns of windows, and back |
 //! | `planar.cu` | planar units with their divergence, and back |
 //! | `norm.cu` | normalisations over groups, and back, with the sums for their parameters |
+//! | `rows.cu` | rows in few bits, and increments that are summed and kept so ([`rows`](super::rows)) |
 //!
-//! What is launched for an op, on what and in which order, is written once against a [`Machine`](machine::Machine): a GPU
-//! ([`device`]), or the host in tests ([`host`]), which compiles the same kernels with a C++ compiler and multiplies as
-//! cuBLAS is told to. Other dtypes, more than 2³¹ elements, and everything where `CANDLE_ODE_CUDA_KERNELS=0` is set, are
-//! composed of Candle's ops as on other devices.
+//! What is launched for an op, on what and in which order, is written once against a [`Machine`](machine::Machine): a
+//! GPU ([`device`]), or the host in tests ([`host`]), which compiles the same kernels with a C++ compiler and
+//! multiplies as cuBLAS is told to. Other dtypes, more than 2³¹ elements, and everything where
+//! `CANDLE_ODE_CUDA_KERNELS=0` is set, are composed of Candle's ops as on other devices.
 
 #[cfg(any(test, feature = "cuda"))]
 mod arguments;
 #[cfg(feature = "cuda")]
 mod chain;
+#[cfg(feature = "cuda")]
+mod coded;
 #[cfg(feature = "cuda")]
 mod combined;
 #[cfg(any(test, feature = "cuda"))]
@@ -35,6 +38,8 @@ mod norm;
 #[cfg(any(test, feature = "cuda"))]
 mod planar;
 #[cfg(any(test, feature = "cuda"))]
+mod rows;
+#[cfg(any(test, feature = "cuda"))]
 mod sums;
 #[cfg(feature = "cuda")]
 mod tensors;
@@ -43,7 +48,7 @@ mod tests;
 
 use std::sync::OnceLock;
 #[cfg(feature = "cuda")]
-pub(super) use {chain::run as run_chain, combined::*, device::Value, device::runs, tensors::*};
+pub(super) use {chain::run as run_chain, coded::*, combined::*, device::Value, device::runs, tensors::*};
 
 /// Whether this build has kernels for CUDA and they are switched on.
 ///

@@ -7,6 +7,7 @@ use super::layer::Layer;
 use super::machine::{Machine, Matrix, Product};
 use super::sums::{Sum, add_channels};
 use crate::field::ops::Activation;
+use crate::field::ops::conv::windows;
 use crate::field::ops::norm::Norm;
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::Conv2dConfig;
@@ -135,11 +136,8 @@ fn convolution(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Opt
     let ((images, channels, height, width), (outputs, depth, tall, wide)) = (x.dims4()?, weight.dims4()?);
     let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
     let Some(element) = element(x, &[weight]) else { return Ok(None) };
-    let places = |size: usize, kernel: usize| {
-        let reach = dilation * kernel.checked_sub(1)? + 1;
-        Some((size + 2 * padding).checked_sub(reach)?.checked_div(stride)? + 1)
-    };
-    let (Some(out_height), Some(out_width)) = (places(height, tall), places(width, wide)) else { return Ok(None) };
+    let places = (windows(height, tall, config), windows(width, wide, config));
+    let (Some(out_height), Some(out_width)) = places else { return Ok(None) };
     let columns = channels * tall * wide * out_height * out_width;
     let y = [images, outputs, out_height, out_width];
     let small = [columns, y.iter().product(), weight.elem_count()].iter().all(|count| *count <= LARGEST);
@@ -215,7 +213,8 @@ pub(in crate::field::ops) fn pull_weight(
     Ok(Some(sum))
 }
 
-/// How planar units at z are launched, if kernels of ours take them; `units` `(count, 2 dim + 1)` are rows of w, b and u.
+/// How planar units at z are launched, if kernels of ours take them; `units` `(count, 2 dim + 1)` are rows of w, b and
+/// u.
 fn planar_units(z: &Tensor, units: &Tensor, activation: Activation) -> Result<Option<(Element, PlanarUnits)>> {
     let (count, columns) = units.dims2()?;
     let dim = (columns - 1) / 2;

@@ -6,6 +6,7 @@ mod convolutions;
 mod layers;
 mod norms;
 mod planar;
+mod rows;
 
 use super::arguments::{Arguments, Element, Launch};
 use super::host::Host;
