@@ -16,6 +16,9 @@ fn kernels() {
         .watch([format!("{FOLDER}/element.cuh"), format!("{FOLDER}/functions.cuh")])
         .arg("-std=c++17")
         .arg("-O3")
+        // What they give is told to the bit: these are nvcc's own.
+        .arg("--prec-div=true")
+        .arg("--ftz=false")
         .build_ptx();
     if let Err(error) = built {
         println!("cargo::error=the CUDA kernels of candle-ode could not be compiled: {error}");

@@ -259,7 +259,12 @@ fn increments() {
         let states = [&before, &(&before + &step).unwrap(), &left];
         for (codec, keeps) in codecs.iter().flat_map(|codec| [(codec, false), (codec, true)]) {
             let on = |device: &Device| {
-                let [before, after, left] = states.map(|x| State::from(x.to_device(device).unwrap()));
+                // Views, which begin somewhere in their memory.
+                let [before, after, left] = states.map(|x| {
+                    let x = x.to_device(device).unwrap();
+                    let (twice, rows) = (Tensor::cat(&[&x, &x], 0).unwrap(), x.dims()[0]);
+                    State::from(twice.narrow(0, rows, rows).unwrap())
+                });
                 let residual = keeps.then_some(&left);
                 let step = Increment { before: &before, after: &after, residual, dtype: DType::F32 };
                 let led = codec.follow(&step).unwrap();
@@ -272,15 +277,22 @@ fn increments() {
             };
             for (n, (got, wanted)) in on(&gpu).iter().zip(&on(&Device::Cpu)).enumerate() {
                 assert_eq!((got.dtype(), got.dims()), (wanted.dtype(), wanted.dims()));
+                let what = format!("{} of {shape:?}: tensor {n}", codec.name());
                 if ops::cuda_kernels() {
-                    assert_eq!(values(got), values(wanted), "{} of {shape:?}: tensor {n}", codec.name());
+                    assert_eq!(values(got), values(wanted), "{what}");
+                } else if n < 3 {
+                    // Numbers halfway between two codes may go to the other one: a step of at most 5e-2, in 7 of them.
+                    let far = values(got).iter().zip(values(wanted)).any(|(got, wanted)| (got - wanted).abs() > 1e-2);
+                    assert!(!far, "{what}");
                 }
             }
-            let mut bad = values(&left);
-            *bad.last_mut().unwrap() = f64::INFINITY;
-            let bad = Tensor::new(bad, &gpu).unwrap().reshape(shape).unwrap().to_dtype(DType::F32).unwrap();
-            let (_, finite) = codec.encode(&State::from(bad)).unwrap();
-            assert_eq!(Finite::read(&[finite]).unwrap(), [false]);
+            for bad in [f64::INFINITY, f64::NAN, -f64::NAN] {
+                let mut all = values(&left);
+                *all.last_mut().unwrap() = bad;
+                let all = Tensor::new(all, &gpu).unwrap().reshape(shape).unwrap().to_dtype(DType::F32).unwrap();
+                let (_, finite) = codec.encode(&State::from(all)).unwrap();
+                assert_eq!(Finite::read(&[finite]).unwrap(), [false], "{bad}");
+            }
         }
     }
 }

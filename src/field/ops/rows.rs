@@ -3,8 +3,8 @@
 //! Row r of x (everything behind the first dimension; a tensor of at most one dimension is one row) is kept as codes
 //! qᵢ = Q(xᵢ / s_r) and the F32 scale s_r = max |x_r| / L, and read back as qᵢ·s_r. No scale of a row that is not zero
 //! is below 2⁻¹⁴⁹, the smallest F32: what Q tells apart, 2⁻¹⁷⁴ or 2⁻¹⁴⁹ in integers, is then the least that is kept. On
-//! the CPU that is one pass over a row, on CUDA two kernels in F32, to the same bits; elsewhere it is a composition of
-//! Candle's ops with the same meaning.
+//! the CPU that is one pass over a row, on CUDA two kernels in F32, to the same bits where all is finite; elsewhere it
+//! is a composition of Candle's ops with the same meaning.
 
 use super::combine::{self, Finite};
 use super::cpu::{Kernel, vectorised};

@@ -54,7 +54,7 @@ impl Convolution {
         if !fits || weight.elem_count() == 0 {
             return None;
         }
-        let result = [windows(height, kernel_height, config)?, windows(width, kernel_width, config)?];
+        let result = windows([x.dim(0).ok()?, inputs, height, width], weight.dims4().ok()?.into(), config)?;
         let sizes = Sizes { inputs, outputs, size, result, kernel, stride, padding };
         let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
         Some(Self { weight, bias, sizes, then: Activation::Identity })

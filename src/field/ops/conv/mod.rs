@@ -174,7 +174,7 @@ fn forward(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Tensor>
     if x.dtype() != weight.dtype() {
         candle_core::bail!("conv2d: x is {:?} and the weight {:?}; they must be the same", x.dtype(), weight.dtype())
     }
-    check_windows(x, weight, config)?;
+    check(x, weight, config)?;
     let Conv2dConfig { padding, stride, dilation, groups, cudnn_fwd_algo } = *config;
     let dtype = working_dtype(x);
     x.to_dtype(dtype)?
@@ -182,24 +182,37 @@ fn forward(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Tensor>
         .to_dtype(x.dtype())
 }
 
-/// How many windows there are beside each other; `None` if there is none, or no way from one to the next.
-pub(super) fn windows(size: usize, kernel: usize, config: &Conv2dConfig) -> Option<usize> {
-    let reach = config.dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(1)?;
-    let padded = size.checked_add(config.padding.checked_mul(2)?)?;
-    Some(padded.checked_sub(reach)?.checked_div(config.stride)? + 1)
+/// How many windows there are, down and across, in images of shape x for a weight of that shape; `None` if there is none,
+/// or no way from one to the next, or if all they look at is more than can be counted.
+pub(super) fn windows(x: [usize; 4], weight: [usize; 4], config: &Conv2dConfig) -> Option<[usize; 2]> {
+    let ([images, channels, height, width], [outputs, _, tall, wide]) = (x, weight);
+    let Conv2dConfig { padding, stride, dilation, .. } = *config;
+    let padded = |size: usize| size.checked_add(padding.checked_mul(2)?);
+    let along = |size: usize, kernel: usize| {
+        let reach = dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(1)?;
+        Some(padded(size)?.checked_sub(reach).filter(|_| dilation > 0)?.checked_div(stride)? + 1)
+    };
+    let looked_at = [images, channels.max(outputs), tall, wide, padded(height)?, padded(width)?];
+    let elements = looked_at.into_iter().try_fold(size_of::<f64>(), usize::checked_mul)?;
+    isize::try_from(elements).ok()?;
+    Some([along(height, tall)?, along(width, wide)?])
 }
 
-/// That there are windows: Candle does not look.
-fn check_windows(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<()> {
+/// What Candle does not look at.
+fn check(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<()> {
     let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
     if [stride, dilation, groups].contains(&0) {
         candle_core::bail!("conv2d: stride {stride}, dilation {dilation} and groups {groups} must be 1 at least")
     }
-    let ((_, _, height, width), (_, _, tall, wide)) = (x.dims4()?, weight.dims4()?);
-    if windows(height, tall, config).and(windows(width, wide, config)).is_none() {
+    let (of_x, of_weight) = (x.dims4()?, weight.dims4()?);
+    let ((_, _, height, width), (outputs, _, tall, wide)) = (of_x, of_weight);
+    if !outputs.is_multiple_of(groups) {
+        candle_core::bail!("conv2d: {outputs} output channels are not divided by {groups} groups")
+    }
+    if windows(of_x.into(), of_weight.into(), config).is_none() {
         candle_core::bail!(
-            "conv2d: a kernel of {tall} × {wide} with dilation {dilation} has no window in images of {height} × {width} \
-             with padding {padding}"
+            "conv2d: a kernel of {tall} × {wide} with dilation {dilation} has no window, or too many to count, in images \
+             of {height} × {width} with padding {padding}"
         )
     }
     Ok(())
@@ -351,10 +364,16 @@ mod tests {
     fn a_kernel_without_a_window_is_an_error() {
         let of = |padding, stride, dilation, groups| Conv2dConfig { padding, stride, dilation, groups, ..configs()[0] };
         let (x, w) = (noise(&[2, 4, 3, 5], 1), noise(&[4, 4, 4, 2], 2));
-        for config in [of(0, 1, 1, 1), of(1, 1, 2, 1), of(1, 1, usize::MAX, 1), of(usize::MAX / 2 + 2, 1, 1, 1)] {
+        let endless = [usize::MAX / 2 + 2, usize::MAX / 4, 1 << 31].map(|padding| of(padding, 1, 1, 1));
+        for config in [of(0, 1, 1, 1), of(1, 1, 2, 1), of(1, 1, usize::MAX, 1)].into_iter().chain(endless) {
             let error = conv(&[x.clone(), w.clone()], config).unwrap_err().to_string();
             assert!(error.contains("a kernel of 4 × 2") && error.contains("images of 3 × 5"), "{error}");
         }
+        for config in [of(1, 0, 1, 1), of(1, 1, 0, 1)] {
+            assert!(windows([2, 4, 3, 5], [4, 4, 4, 2], &config).is_none());
+        }
+        let error = conv(&[x.clone(), w.clone()], of(1, 1, 1, 3)).unwrap_err().to_string();
+        assert!(error.contains("4 output channels") && error.contains("3 groups"), "{error}");
         for config in [of(1, 0, 1, 1), of(1, 1, 0, 1), of(1, 1, 1, 0)] {
             let error = conv(&[x.clone(), w.clone()], config).unwrap_err().to_string();
             assert!(error.contains("must be 1 at least"), "{error}");

@@ -4,8 +4,8 @@
 
 use crate::field::ops::Activation;
 use crate::field::ops::norm::Norm;
-use crate::field::ops::rows::Code;
-use candle_core::DType;
+use crate::field::ops::rows::{Code, rows};
+use candle_core::{DType, Shape};
 
 /// A dtype with kernels; the numbers are those of `Element` in `element.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -386,8 +386,10 @@ impl NormGroups {
 }
 
 impl CodedRows {
-    /// `rows` of `width` elements.
-    pub(super) fn new(code: Code, (rows, width): (u32, u32)) -> Self {
+    /// The rows of a tensor of that shape.
+    pub(super) fn new(code: Code, shape: &Shape) -> Self {
+        let (rows, width) = rows(shape);
+        let (rows, width) = (rows as u32, width as u32);
         Self {
             before: 0,
             after: 0,
@@ -408,21 +410,34 @@ impl CodedRows {
         }
     }
 
+    /// What is encoded is x.
+    pub(super) fn of(self, x: u64) -> Self {
+        Self { after: x, ..self }
+    }
+
+    /// What is encoded is what leads from `before` to `after`, and what is `left`, if anything is. It leads on to `next`
+    /// with something `left_over`.
+    pub(super) fn following(self, [before, after]: [u64; 2], left: Option<u64>, [next, left_over]: [u64; 2]) -> Self {
+        Self { before, after, left: left.unwrap_or(0), sums: left_over, next, left_over, ..self }
+    }
+
     pub(super) fn sum(self) -> Launch<Self> {
-        self.over_rows("sum_rows")
+        self.over_rows("sum_rows", self.width)
     }
 
     pub(super) fn encode(self) -> Launch<Self> {
-        self.over_rows("encode_rows")
+        let columns = if self.code == Code::Nibble as i32 { self.width.div_ceil(2) } else { self.width };
+        self.over_rows("encode_rows", columns)
     }
 
     pub(super) fn decode(self) -> Launch<Self> {
-        self.over_rows("decode_rows")
+        self.over_rows("decode_rows", self.width)
     }
 
-    fn over_rows(self, kernel: &str) -> Launch<Self> {
-        let (threads, rows) = rows_of_threads(self.width, self.rows);
-        let blocks = [rows, self.width.div_ceil(self.chunk), 1];
+    /// A thread for each of so many things in a row.
+    fn over_rows(self, kernel: &str, count: u32) -> Launch<Self> {
+        let (threads, rows) = rows_of_threads(count, self.rows);
+        let blocks = [rows, count.div_ceil(self.chunk), 1];
         Launch { blocks, threads, ..Launch::new(Module::Rows, kernel, None, self) }
     }
 }

@@ -2,7 +2,7 @@
 //! kernels of ours do not take them.
 
 use super::arguments::{CodedRows, Element};
-use super::device::{Gpu, LARGEST, Value, address, runs};
+use super::device::{Gpu, LARGEST, Value, address, dense, runs};
 use super::machine::Machine;
 use crate::field::ops::combine::Finite;
 use crate::field::ops::rows::{Code, Followed, rows};
@@ -13,12 +13,6 @@ fn fits(operands: &[&Tensor]) -> bool {
     let [first, ..] = operands else { return false };
     let same = |x: &Tensor| x.shape() == first.shape() && x.device().same_device(first.device());
     operands.iter().all(|x| runs(x) && x.dtype() == DType::F32 && same(x))
-}
-
-/// Rows of a shape, as the kernels know them.
-fn call(code: Code, shape: &Shape) -> CodedRows {
-    let (rows, width) = rows(shape);
-    CodedRows::new(code, (rows as u32, width as u32))
 }
 
 /// What codes are written to, with scales, their flag and the largest of each row.
@@ -53,9 +47,9 @@ pub(in crate::field::ops) fn encode_rows(code: Code, x: &Tensor) -> Result<Optio
     if !fits(&[x]) {
         return Ok(None);
     }
-    let (gpu, x) = (Gpu::of(x)?, x.detach().contiguous()?);
+    let (gpu, x) = (Gpu::of(x)?, dense(x)?);
     let entry = Entry::new(&gpu, code, x.shape())?;
-    let call = entry.written_by(CodedRows { after: address(&x)?, ..call(code, x.shape()) })?;
+    let call = entry.written_by(CodedRows::new(code, x.shape()).of(address(&x)?))?;
     // SAFETY: dense tensors of these rows on this device.
     unsafe { call.encode_sum(&gpu)? };
     Ok(Some(entry.tensors()))
@@ -73,19 +67,14 @@ pub(in crate::field::ops) fn follow_rows(
         return Ok(None);
     }
     let (gpu, shape) = (Gpu::of(before)?, before.shape());
-    let (before, after) = (before.contiguous()?, after.contiguous()?);
-    let left = left.map(Tensor::contiguous).transpose()?;
+    let (before, after) = (dense(before)?, dense(after)?);
+    let left = left.map(dense).transpose()?;
     let entry = Entry::new(&gpu, code, shape)?;
     let (next, residual) = (gpu.output(Element::F32, shape)?, gpu.output(Element::F32, shape)?);
-    let call = entry.written_by(CodedRows {
-        before: address(&before)?,
-        after: address(&after)?,
-        left: left.as_ref().map_or(Ok(0), address)?,
-        sums: residual.at(),
-        next: next.at(),
-        left_over: residual.at(),
-        ..call(code, shape)
-    })?;
+    let from = [address(&before)?, address(&after)?];
+    let call = CodedRows::new(code, shape);
+    let call = call.following(from, left.as_ref().map(address).transpose()?, [next.at(), residual.at()]);
+    let call = entry.written_by(call)?;
     // SAFETY: dense tensors of these rows on this device.
     unsafe { call.encode_sum(&gpu)? };
     let (codes, scales, finite) = entry.tensors();
@@ -106,9 +95,10 @@ pub(in crate::field::ops) fn decode_rows(
     if !on_device || (codes.dtype(), codes.elem_count(), scales.dtype(), scales.elem_count()) != wanted {
         return Ok(None);
     }
-    let (gpu, codes, scales) = (Gpu::of(scales)?, codes.contiguous()?, scales.contiguous()?);
+    let (gpu, codes, scales) = (Gpu::of(scales)?, dense(codes)?, dense(scales)?);
     let values = gpu.output(Element::F32, shape)?;
-    let call = CodedRows { codes: address(&codes)?, scales: address(&scales)?, next: values.at(), ..call(code, shape) };
+    let (codes, scales) = (address(&codes)?, address(&scales)?);
+    let call = CodedRows { codes, scales, next: values.at(), ..CodedRows::new(code, shape) };
     // SAFETY: dense tensors of these rows on this device.
     unsafe { gpu.launch(&call.decode())? };
     Ok(Some(values.tensor()))

@@ -2,7 +2,7 @@
 //! kernels of ours do not take them.
 
 use super::arguments::{AddRows, Combine, Element, Look, PowerOfTwo, Term};
-use super::device::{Gpu, address, runs};
+use super::device::{Gpu, address, dense, runs};
 use super::machine::Machine;
 use candle_core::{DType, Result, Tensor};
 
@@ -45,10 +45,6 @@ pub(in crate::field::ops) fn combine(
     // SAFETY: dense tensors of the same shape on this device; `by` and the flag are numbers in F32.
     unsafe { gpu.launch(&call.launch())? };
     Ok(Some((y.tensor(), flag)))
-}
-
-fn dense(x: &Tensor) -> Result<Tensor> {
-    x.detach().contiguous()
 }
 
 /// A dtype as kernels know it; that of a tensor without kernels is never asked for.

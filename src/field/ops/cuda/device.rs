@@ -109,6 +109,11 @@ fn start(storage: &CudaStorage) -> Option<u64> {
     }
 }
 
+/// x outside any graph, contiguous.
+pub(super) fn dense(x: &Tensor) -> Result<Tensor> {
+    x.detach().contiguous()
+}
+
 /// Where the elements of a contiguous tensor are.
 pub(super) fn address(x: &Tensor) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();

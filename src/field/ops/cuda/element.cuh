@@ -59,12 +59,15 @@ __device__ inline float store(void *y, int element, unsigned i, float value) {
 __device__ inline unsigned first() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline unsigned stride() { return gridDim.x * blockDim.x; }
 
-// The larger of two numbers that are not negative; NaN if either is. Compared as integers they have the order of the
-// numbers, and NaN above them.
-__device__ inline float larger(float a, float b) { return __float_as_int(a) > __float_as_int(b) ? a : b; }
+// A number that is not negative, or a NaN of any sign, as an integer: those have the order of the numbers, and NaN above
+// them.
+__device__ inline int rank(float x) { return __float_as_int(x) & 0x7fffffff; }
+
+// The larger of two numbers that are not negative; NaN if either is.
+__device__ inline float larger(float a, float b) { return rank(a) > rank(b) ? a : b; }
 
 // *at = larger(*at, value), whoever else does the same.
-__device__ inline void raise(float *at, float value) { atomicMax(reinterpret_cast<int *>(at), __float_as_int(value)); }
+__device__ inline void raise(float *at, float value) { atomicMax(reinterpret_cast<int *>(at), rank(value)); }
 
 __device__ inline float plus(float a, float b) { return a + b; }
 

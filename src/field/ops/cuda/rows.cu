@@ -1,4 +1,5 @@
-// Rows in few bits with one scale each, and the increments that are kept so. The kernels of ops/rows.rs, to the bit.
+// Rows in few bits with one scale each, and the increments that are kept so. The kernels of ops/rows.rs, to the bit where
+// all is finite: with exact divisions and with subnormal numbers, as nvcc is told to.
 #include "element.cuh"
 
 // What an element becomes: the numbers are those of `Code` in ops/rows.rs.
@@ -17,6 +18,9 @@ struct CodedRows {
   unsigned rows, width, chunk;
   int code;
   float most;
+
+  __device__ unsigned per_column() const { return code == NIBBLE ? 2 : 1; }
+  __device__ unsigned columns() const { return (width + per_column() - 1) / per_column(); }
 };
 
 // The row of a thread, and its part of `count` things in it, one after another. Beyond the last row there is nothing.
@@ -66,7 +70,7 @@ __device__ inline float decoded(const void *codes, int code, unsigned at, unsign
 }
 
 KERNEL(encode_rows, CodedRows) {
-  unsigned per_column = a.code == NIBBLE ? 2 : 1, columns = (a.width + per_column - 1) / per_column;
+  unsigned per_column = a.per_column(), columns = a.columns();
   Part part(a, columns);
   const float *x = a.sums ? a.sums : a.after;
   float scale = part.row < a.rows ? quantum(a, part.row) : 0.0f;
@@ -97,7 +101,7 @@ KERNEL(encode_rows, CodedRows) {
 // next = q, for codes and scales that were made before.
 KERNEL(decode_rows, CodedRows) {
   Part part(a, a.width);
-  unsigned per_column = a.code == NIBBLE ? 2 : 1, columns = (a.width + per_column - 1) / per_column;
+  unsigned per_column = a.per_column(), columns = a.columns();
   for (unsigned column = part.begin; column < part.end; column += blockDim.x) {
     unsigned at = part.row * columns + column / per_column;
     a.next[part.row * a.width + column] = decoded(a.codes, a.code, at, column % per_column, a.scales[part.row]);

@@ -2,7 +2,7 @@
 
 use super::arguments::{Activate, Element, NormGroups, PlanarUnits, Windows};
 use super::convolution::Convolution;
-use super::device::{Gpu, LARGEST, Value, address, runs};
+use super::device::{Gpu, LARGEST, Value, address, dense, runs};
 use super::layer::Layer;
 use super::machine::{Machine, Matrix, Product};
 use super::sums::{Sum, add_channels};
@@ -16,10 +16,6 @@ use candle_nn::Conv2dConfig;
 fn element(x: &Tensor, others: &[&Tensor]) -> Option<Element> {
     let same = |other: &&Tensor| other.dtype() == x.dtype() && other.device().same_device(x.device());
     Element::of(x.dtype()).filter(|_| runs(x) && others.iter().all(same))
-}
-
-fn dense(x: &Tensor) -> Result<Tensor> {
-    x.detach().contiguous()
 }
 
 /// f⁽ⁿ⁾(x), times up to two tensors.
@@ -136,8 +132,9 @@ fn convolution(x: &Tensor, weight: &Tensor, config: &Conv2dConfig) -> Result<Opt
     let ((images, channels, height, width), (outputs, depth, tall, wide)) = (x.dims4()?, weight.dims4()?);
     let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
     let Some(element) = element(x, &[weight]) else { return Ok(None) };
-    let places = (windows(height, tall, config), windows(width, wide, config));
-    let (Some(out_height), Some(out_width)) = places else { return Ok(None) };
+    let Some([out_height, out_width]) = windows(x.dims4()?.into(), weight.dims4()?.into(), config) else {
+        return Ok(None);
+    };
     let columns = channels * tall * wide * out_height * out_width;
     let y = [images, outputs, out_height, out_width];
     let small = [columns, y.iter().product(), weight.elem_count()].iter().all(|count| *count <= LARGEST);

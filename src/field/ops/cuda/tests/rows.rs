@@ -24,8 +24,8 @@ struct Written {
 }
 
 impl Written {
-    /// By the kernels that sum and encode `call`.
-    fn by(host: &Host, code: Code, shape: &Shape, call: CodedRows) -> Self {
+    /// By the kernels that sum and encode what `call` makes of the places of `next` and `left_over`.
+    fn by(host: &Host, code: Code, shape: &Shape, call: impl FnOnce([u64; 2]) -> CodedRows) -> Self {
         let (rows, width) = rows(shape);
         let zeros = |count: usize| Buffer::of(&Tensor::zeros(count, DType::F32, &Device::Cpu).unwrap());
         let largest = zeros(rows);
@@ -37,10 +37,8 @@ impl Written {
             flag: zeros(1),
         };
         let (codes, scales, flag) = (written.codes.at(), written.scales.at(), written.flag.at());
+        let call = call([written.next.at(), written.left_over.at()]);
         let call = CodedRows { codes, scales, flag, largest: largest.at(), ..call };
-        let follows = call.before != 0;
-        let (sums, next) = if follows { (written.left_over.at(), written.next.at()) } else { (0, 0) };
-        let call = CodedRows { sums, next, left_over: sums, ..call };
         // SAFETY: the buffers have these sizes.
         unsafe { call.encode_sum(host) }.unwrap();
         written
@@ -53,11 +51,6 @@ impl Written {
     fn is_finite(&self) -> bool {
         self.flag.tensor(DType::F32, &[1]).to_vec1::<f32>().unwrap() == [0.0]
     }
-}
-
-fn call(code: Code, shape: &Shape) -> CodedRows {
-    let (rows, width) = rows(shape);
-    CodedRows::new(code, (rows as u32, width as u32))
 }
 
 fn same(what: &str, got: &Tensor, wanted: &Tensor) {
@@ -88,10 +81,9 @@ fn increments_lead_where_they_lead_on_the_cpu() {
             let wanted = code.follow(&before, &after, left).unwrap().unwrap();
             let at = [&before, &after].map(Buffer::of);
             let left = left.map(Buffer::of);
-            let (left, from) = (left.as_ref().map_or(0, Buffer::at), at.each_ref().map(Buffer::at));
-            let of_rows = call(code, before.shape());
-            let call = CodedRows { before: from[0], after: from[1], left, ..of_rows };
-            let got = Written::by(&host, code, before.shape(), call);
+            let (left, from) = (left.as_ref().map(Buffer::at), at.each_ref().map(Buffer::at));
+            let of_rows = CodedRows::new(code, before.shape());
+            let got = Written::by(&host, code, before.shape(), |to| of_rows.following(from, left, to));
             same(&what, &got.codes(code, &wanted.codes), &wanted.codes);
             same(&what, &got.scales.tensor(DType::F32, wanted.scales.dims()), &wanted.scales);
             same(&what, &got.next.tensor(DType::F32, shape), &wanted.next);
@@ -117,7 +109,7 @@ fn rows_alone_are_encoded_as_on_the_cpu() {
     for code in CODES {
         for x in SHAPES.iter().map(|shape| cast(&noise(shape, 1), DType::F32)).chain(special.clone()) {
             let (what, from) = (format!("{code:?} {:?}", x.dims()), Buffer::of(&x));
-            let got = Written::by(&host, code, x.shape(), CodedRows { after: from.at(), ..call(code, x.shape()) });
+            let got = Written::by(&host, code, x.shape(), |_| CodedRows::new(code, x.shape()).of(from.at()));
             let (codes, scales, _) = code.encode(&x).unwrap();
             same(&what, &got.codes(code, &codes), &codes);
             same(&what, &got.scales.tensor(DType::F32, scales.dims()), &scales);
@@ -136,7 +128,7 @@ fn what_is_not_finite_is_told_wherever_it_is() {
             values[at] = bad;
             let x = Tensor::new(values, &Device::Cpu).unwrap().reshape(&shape).unwrap();
             let from = Buffer::of(&x);
-            let got = Written::by(&host, code, x.shape(), CodedRows { after: from.at(), ..call(code, x.shape()) });
+            let got = Written::by(&host, code, x.shape(), |_| CodedRows::new(code, x.shape()).of(from.at()));
             let (.., finite) = code.encode(&x).unwrap();
             assert_eq!((got.is_finite(), Finite::read(&[finite]).unwrap()), (false, vec![false]), "{code:?} {bad}");
         }
