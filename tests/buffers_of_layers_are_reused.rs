@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::{DType, Device};
 use candle_nn::{Conv2dConfig, Module, VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Mlp, conv2d, seq};
+use candle_ode::ops::{Activation, Mlp, conv2d, group_norm, seq};
 use candle_ode::prelude::*;
 use common::{fill, variable};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -79,7 +79,8 @@ fn a_step_allocates_nothing_large_but_its_states() {
     }
     let images = |vb: VarBuilder<'static>| {
         let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
-        let layers = seq().add(conv2d(16, 20, 3, same, vb.pp(0))?).add(Activation::Silu);
+        let layers = seq().add(group_norm(4, 16, 1e-5, vb.pp(2))?).add(conv2d(16, 20, 3, same, vb.pp(0))?);
+        let layers = layers.add(group_norm(5, 20, 1e-5, vb.pp(3))?).add(Activation::Silu);
         Ok(layers.add(conv2d(20, 16, 3, same, vb.pp(1))?))
     };
     let images = ModelField::of_layers(vb.pp("images"), images).unwrap();

@@ -10,8 +10,8 @@ use candle_nn::Conv2dConfig;
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::Increments8;
 use candle_ode::ops::{
-    Activation, Mlp, Sequential, concat_linear, concat_squash_linear, conv2d, conv2d_no_bias, linear, linear_no_bias,
-    seq,
+    Activation, Mlp, Sequential, concat_linear, concat_squash_linear, conv2d, conv2d_no_bias, group_norm, linear,
+    linear_no_bias, seq,
 };
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
@@ -45,6 +45,16 @@ fn images(vb: VarBuilder, [outer, inner]: [usize; 2], last: Option<Activation>) 
         Some(last) => layers.add(last),
         None => layers,
     })
+}
+
+/// An ODE net's: norm, activation, convolution, norm, activation, convolution, norm, perhaps activated.
+fn block(vb: VarBuilder, [outer, inner]: [usize; 2], [then, last]: [Activation; 2]) -> candle_core::Result<Sequential> {
+    let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
+    let layers = seq().add(group_norm(1, outer, 1e-5, vb.pp(0))?).add(then);
+    let layers =
+        layers.add(conv2d(outer, inner, 3, same, vb.pp(1))?).add(group_norm(inner / 2, inner, 1e-5, vb.pp(2))?);
+    let layers = layers.add(then).add(conv2d(inner, outer, 3, same, vb.pp(3))?);
+    Ok(layers.add(group_norm(outer, outer, 1e-5, vb.pp(4))?).add(last))
 }
 
 /// Fields of them that do not grow fast.
@@ -215,6 +225,32 @@ fn convolutions() {
     for frozen in ["0.", "1.weight", "bias"] {
         let fields = fields.clone().map(|field| field.freeze(|name| name.contains(frozen)));
         are_the_same(frozen, &fields, &vars, &y0, BUFFERS, |ode: Ode| ode.span(0.0, 1.0).steps(3));
+    }
+}
+
+/// Norms before convolutions, between and behind them.
+#[test]
+fn norms_of_images() {
+    let _turn = alone();
+    for precision in PRECISIONS {
+        let steps = |ode: Ode| ode.span(0.0, 1.0).steps(3).precision(precision);
+        for activations in [
+            [Activation::Relu, Activation::Identity],
+            [Activation::Silu, Activation::Tanh],
+            [Activation::Tanh, Activation::Sin],
+        ] {
+            for (channels, size) in [([3, 6], [7, 5]), ([16, 20], [8, 10])] {
+                let vars = VarMap::new();
+                let fields = both(&vars, move |vb| block(vb, channels, activations));
+                fill(&vars, 1, 0.3);
+                let what = format!("{precision:?} {channels:?} {activations:?}");
+                let y0 = variable(9, &[5, channels[0], size[0], size[1]], DType::F32);
+                are_the_same(&what, &fields, &vars, &y0, way_in(precision), steps);
+                let tiles = fields.map(ModelField::row_wise);
+                let tiled = |ode: Ode| steps(ode).tile(2).threads(2);
+                are_the_same(&format!("{what} in tiles"), &tiles, &vars, &y0, way_in(precision), tiled);
+            }
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use candle_nn::{VarBuilder, VarMap};
 use candle_ode::account::Category;
 use candle_ode::field::divergence::{LogDensity, Trace};
 use candle_ode::memory::{MemoryPlan, MemoryProfiler, TrackingAllocator};
-use candle_ode::ops::{Activation, Mlp, conv2d, seq};
+use candle_ode::ops::{Activation, Mlp, conv2d, group_norm, seq};
 use candle_ode::prelude::*;
 use candle_ode::{Checkpoints, Increments4, Increments8, Increments16, InputOnly, SecondLevel, States};
 use common::{fill, variable};
@@ -68,6 +68,20 @@ fn convolutions() -> (ModelField, Var) {
     let build = move |vb: VarBuilder<'static>| {
         let layers = seq().add(conv2d(16, 16, 3, same, vb.pp(0))?).add(Activation::Relu);
         Ok(layers.add(conv2d(16, 16, 3, same, vb.pp(1))?))
+    };
+    let field = ModelField::of_layers(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), build).unwrap();
+    fill(&vars, 1, 0.3);
+    (field, variable(2, &[6, 16, 12, 12], DType::F32))
+}
+
+/// The block of an ODE net, whose norms are part of the same op.
+fn norms() -> (ModelField, Var) {
+    let vars = VarMap::new();
+    let same = candle_nn::Conv2dConfig { padding: 1, ..Default::default() };
+    let build = move |vb: VarBuilder<'static>| {
+        let layers = seq().add(group_norm(4, 16, 1e-5, vb.pp(0))?).add(Activation::Relu);
+        let layers = layers.add(conv2d(16, 16, 3, same, vb.pp(1))?).add(group_norm(4, 16, 1e-5, vb.pp(2))?);
+        Ok(layers.add(Activation::Relu).add(conv2d(16, 16, 3, same, vb.pp(3))?).add(group_norm(4, 16, 1e-5, vb.pp(4))?))
     };
     let field = ModelField::of_layers(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu), build).unwrap();
     fill(&vars, 1, 0.3);
@@ -189,12 +203,13 @@ fn planned_is_measured() {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().unwrap();
     let mut worst = (1.0_f64, String::new());
     // One field at a time: the ledger tells the masters of all that are alive.
-    let problems: [(&str, Makes); 5] = [
+    let problems: [(&str, Makes); 6] = [
         ("mlp", mlp),
         ("layers", layers),
         ("narrow layers", narrow_layers),
         ("convolution", convolution),
         ("convolutions", convolutions),
+        ("norms", norms),
     ];
     for (problem, make) in problems {
         let (field, y0) = make();

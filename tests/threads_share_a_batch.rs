@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Mlp, conv2d, seq};
+use candle_ode::ops::{Activation, Mlp, conv2d, group_norm, seq};
 use candle_ode::prelude::*;
 use common::{bits, fill, sorted, variable};
 
@@ -77,4 +77,18 @@ fn convolutions_of_many_channels() {
 #[test]
 fn convolutions_of_few_channels() {
     convolutions([8, 64, 8], &[13, 8, 35, 41]);
+}
+
+#[test]
+fn norms_between_convolutions() {
+    let vars = VarMap::new();
+    let config = Conv2dConfig { padding: 1, ..Default::default() };
+    let build = move |vb: VarBuilder<'static>| {
+        let layers = seq().add(group_norm(4, 32, 1e-5, vb.pp(0))?).add(conv2d(32, 64, 3, config, vb.pp(1))?);
+        let layers = layers.add(group_norm(16, 64, 1e-5, vb.pp(2))?).add(Activation::Silu);
+        Ok(layers.add(conv2d(64, 32, 3, config, vb.pp(3))?))
+    };
+    let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y)).unwrap();
+    // Enough images for the smaller of the norms to be shared, too.
+    no_bit_changes("norms", &field, &vars, &variable(9, &[37, 32, 30, 31], DType::F32));
 }

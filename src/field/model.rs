@@ -135,8 +135,8 @@ impl ModelField {
     /// leads to, and backwards of λ, and of nothing else, and what it works in is counted as scratch. Values and
     /// gradients are those of a closure that calls the layers, to the bit (as long as a scale brings no number below
     /// the normal ones of F32). So it is on the CPU in F32, F16 and BF16 with sums in F32, for layers that can be one
-    /// op: linear ones, with the time beside their input or without, or convolutions, and activations; with all stages
-    /// of a step linearised at once and kept states. Anything else runs as in [`new`](Self::new).
+    /// op: linear ones, with the time beside their input or without, or convolutions with group norms, and activations;
+    /// with all stages of a step linearised at once and kept states. Anything else runs as in [`new`](Self::new).
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};

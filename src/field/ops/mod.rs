@@ -14,7 +14,7 @@
 //! | [`add_bias`] | x + b along a dimension | as `linear` |
 //! | [`conv2d`], [`conv2d_no_bias`] | x ∗ w + b | no BF16 on the CPU; sums as in `linear`; an error in the backward pass of some strided convolutions of oblong images |
 //! | [`layer_norm`], [`layer_norm_no_bias`], [`rms_norm`] | (x − mean) / std · w + b | no backward pass for contiguous input; no F32 weights on F16 input |
-//! | [`group_norm`], [`instance_norm`] | the same over groups of channels | no F32 weights on F16 input; batch sums |
+//! | [`group_norm`], [`instance_norm`] | the same over groups of channels | no F32 weights on F16 input; batch sums; part of one op with the convolutions beside it |
 //! | [`softmax`], [`Softmax`] | eˣ / Σ eˣ | `softmax_last_dim` has no backward pass |
 //! | [`Dropout`] | x · mask / (1 − p) | draws anew at each call, which no solve allows |
 //! | [`Activation`], [`tanh`], [`sigmoid`], [`softplus`], [`silu`], [`gelu`], [`relu`], [`elu`], [`sin`], [`cos`], [`log_cosh`] | f(x) | scalar code, and several kernels in the backward pass |

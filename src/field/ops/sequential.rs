@@ -1,7 +1,7 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
 use super::chain::{self, Chain, Linked, Stacked};
-use super::{Activation, ConcatLinear, ConcatSquashLinear, Conv2d, HyperLinear, Linear};
+use super::{Activation, ConcatLinear, ConcatSquashLinear, Conv2d, GroupNorm, HyperLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -150,7 +150,7 @@ struct Plain<L>(L);
 
 impl<L: Module + Tangent + 'static> Linked for Plain<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        let kinds = [linked::<Linear>, linked::<Activation>, linked::<Conv2d>];
+        let kinds = [linked::<Linear>, linked::<Activation>, linked::<Conv2d>, linked::<GroupNorm>];
         kinds.iter().find_map(|linked| linked(&self.0)).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {

@@ -7,7 +7,7 @@ use crate::Time;
 use crate::field::bare::{Bare, Buffers, Rows, Site};
 use crate::field::ops::combine::{Source, Sum, Target};
 use crate::field::ops::conv::fused::{self, Passed};
-use crate::field::ops::conv::{Convolution, Convolved};
+use crate::field::ops::conv::{Convolved, ImageLayer};
 use crate::field::ops::cpu::{Element, vectorised};
 use crate::field::session::{Buffered, Call, Matrix, Session};
 use candle_core::{DType, Result, bail};
@@ -30,16 +30,18 @@ pub(in crate::field::ops) fn bare<'a>(
     let (chain, _) = session.open(Call::Value, || {
         let mut chain = Chain::start(x).filter(|_| x.device().is_cpu())?;
         let linked = layers.into_iter().all(|layer| layer.link(Some(&Time::new(0.0, x.device())), x, &mut chain));
-        (linked && chain.given.is_empty()).then_some((chain.links, chain.convolutions))
+        (linked && chain.given.is_empty()).then_some((chain.links, chain.of_images))
     });
-    let (mut links, convolutions) = chain?;
+    let (mut links, images) = chain?;
     links.iter_mut().for_each(|link| link.ready = Some(Arc::default()));
-    let rows = match (links.as_slice(), convolutions.as_slice()) {
+    let rows = match (links.as_slice(), images.as_slice()) {
         ([first, .., last] | [first @ last], _) if first.inputs == last.outputs => {
             linear(session.clone(), x.dtype(), links)
         }
-        (_, [first, .., last] | [first @ last]) if first.given() == last.made() => {
-            of_images(session.clone(), x.dtype(), convolutions)
+        (_, [first, .., last] | [first @ last])
+            if first.given() == last.made() && images.iter().any(|layer| layer.as_norm().is_none()) =>
+        {
+            of_images(session.clone(), x.dtype(), images)
         }
         _ => return None,
     };
@@ -51,7 +53,7 @@ fn linear(session: Arc<Session>, dtype: DType, layers: Vec<Link>) -> Result<Box<
     with_compute!(dtype, is_narrow, C => Ok(Box::new(Stack::<C, _> { session, layers, compute: PhantomData })))
 }
 
-fn of_images(session: Arc<Session>, dtype: DType, layers: Vec<Convolution>) -> Result<Box<dyn Rows>> {
+fn of_images(session: Arc<Session>, dtype: DType, layers: Vec<ImageLayer>) -> Result<Box<dyn Rows>> {
     with_compute!(dtype, false, C => Ok(Box::new(Stack::<C, _> { session, layers, compute: PhantomData })))
 }
 
@@ -111,7 +113,7 @@ impl<C: Compute> Runs<C> for Vec<Link> {
     }
 }
 
-impl<C: Compute<Held: Convolved>> Runs<C> for Vec<Convolution> {
+impl<C: Compute<Held: Convolved>> Runs<C> for Vec<ImageLayer> {
     type Saved = Vec<Passed<C::Held>>;
 
     fn needs_value(&self) -> bool {

@@ -1,4 +1,4 @@
-//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows; or convolutions, of
+//! Linear layers with activations between them as one op of Candle's graph, on a tile of rows; or layers over images, of
 //! which `conv/fused.rs` tells.
 //!
 //! hₙ = fₙ(hₙ₋₁ Wₙᵀ + bₙ), h₀ = x `(…, in)`. Inside a solve (on CUDA see `cuda/chain.rs`), on the CPU, in F32, F16 and
@@ -18,8 +18,9 @@ mod pass;
 mod weights;
 
 use super::Activation;
-use super::conv::Convolution;
-use super::conv::fused::Convolutions;
+use super::conv::fused::ImageLayers;
+use super::conv::{Convolution, ImageLayer, ImageNorm};
+use super::norm::Norm;
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use crate::field::sink;
@@ -91,11 +92,11 @@ pub(super) fn run<'a, L: Linked + ?Sized + 'a>(
     chain.map_or(Ok(x.clone()), |chain| chain.run(&x))
 }
 
-/// Layers that may become one op: linear ones or convolutions, not both.
+/// Layers that may become one op: linear ones, or convolutions and their norms, not both.
 pub(super) struct Chain {
     current: Current,
     links: Vec<Link>,
-    convolutions: Vec<Convolution>,
+    of_images: Vec<ImageLayer>,
     /// Weights that are no parameters, one tensor for each layer that has such.
     given: Vec<Tensor>,
     /// Whether Candle's graph is to lead back from the value.
@@ -117,11 +118,11 @@ impl Chain {
             // Parameters may be tracked: Candle will come back through one of them.
             current.call = Call::Value;
         }
-        Some(Self { current, links: vec![], convolutions: vec![], given: vec![], in_graph })
+        Some(Self { current, links: vec![], of_images: vec![], given: vec![], in_graph })
     }
 
     fn is_empty(&self) -> bool {
-        self.links.is_empty() && self.convolutions.is_empty()
+        self.links.is_empty() && self.of_images.is_empty()
     }
 
     /// Appends x ∗ w + b. Says whether it could.
@@ -132,14 +133,36 @@ impl Chain {
         bias: Option<&Tensor>,
         config: &Conv2dConfig,
     ) -> bool {
-        let shape = match self.convolutions.last() {
+        let made = |shape| Convolution::new(&self.current, x, shape, (weight, bias), config);
+        let made = self.images(x).and_then(made).map(ImageLayer::Convolution);
+        self.append_to_images(made)
+    }
+
+    /// Appends a group norm, `of` images of that many channels and pixels, with w and b. Says whether it could.
+    pub(super) fn norm(
+        &mut self,
+        x: &Tensor,
+        of: impl FnOnce(usize, usize) -> Option<Norm>,
+        parameters: (Option<&Tensor>, Option<&Tensor>),
+    ) -> bool {
+        let made = self.images(x).and_then(|shape @ [channels, height, width]| {
+            ImageNorm::new(&self.current, x, shape, of(channels, height * width)?, parameters)
+        });
+        self.append_to_images(made.map(ImageLayer::Norm))
+    }
+
+    /// Channels, height and width of images that the next layer would be given.
+    fn images(&self, x: &Tensor) -> Option<[usize; 3]> {
+        let shape = match self.of_images.last() {
             Some(before) => Some(before.made()),
             None => x.dims4().ok().map(|(_, channels, height, width)| [channels, height, width]),
         };
-        let Some(shape) = shape.filter(|_| self.links.is_empty()) else { return false };
-        let made = Convolution::new(&self.current, x, shape, (weight, bias), config);
-        let could = made.is_some();
-        self.convolutions.extend(made);
+        shape.filter(|_| self.links.is_empty())
+    }
+
+    fn append_to_images(&mut self, layer: Option<ImageLayer>) -> bool {
+        let could = layer.is_some();
+        self.of_images.extend(layer);
         could
     }
 
@@ -218,7 +241,7 @@ impl Chain {
     /// Whether a layer of that size goes on from the last one.
     fn takes(&self, x: &Tensor, inputs: usize, outputs: usize) -> bool {
         let before = self.links.last().map_or(x.dims().last().copied(), |link| Some(link.outputs));
-        before == Some(inputs) && inputs > 0 && outputs > 0 && self.convolutions.is_empty()
+        before == Some(inputs) && inputs > 0 && outputs > 0 && self.of_images.is_empty()
     }
 
     /// Elements that several layers of a chain are given at most: beyond, to put them into one tensor takes more than
@@ -238,8 +261,8 @@ impl Chain {
             return Ok((x.contiguous()?, given.map(|given| given.detach())));
         }
         let is_reached = x.track_op() || given.as_ref().is_some_and(Tensor::track_op);
-        let of_convolutions = self.convolutions.iter().flat_map(Convolution::parameters);
-        let mut parameters = self.links.iter().flat_map(|link| link.weights.parameters()).chain(of_convolutions);
+        let of_images = self.of_images.iter().flat_map(ImageLayer::parameters);
+        let mut parameters = self.links.iter().flat_map(|link| link.weights.parameters()).chain(of_images);
         match parameters.find(|parameter| !is_reached && x.device().is_cpu() && parameter.is_tracked()) {
             Some(parameter) => Ok((x.contiguous()?.apply_op2(&parameter.leaf, Through)?, given)),
             None => Ok((x.contiguous()?, given)),
@@ -249,7 +272,7 @@ impl Chain {
     /// Appends an activation. Says whether it could.
     pub(super) fn activation(&mut self, activation: Activation) -> bool {
         let last = self.links.last_mut().map(|link| &mut link.then);
-        match last.or(self.convolutions.last_mut().map(|convolution| &mut convolution.then)) {
+        match last.or(self.of_images.last_mut().map(ImageLayer::then_mut)) {
             Some(then @ Activation::Identity) => {
                 *then = activation;
                 true
@@ -263,10 +286,15 @@ impl Chain {
         if self.is_empty() {
             return Ok(x.clone());
         }
+        let norms: Option<Vec<_>> = self.of_images.iter().map(ImageLayer::as_norm).collect();
+        if let Some(norms) = norms.filter(|norms| !norms.is_empty()) {
+            // Without convolutions images are better left channel by channel.
+            return norms.into_iter().try_fold(x.clone(), |x, norm| norm.alone(&x));
+        }
         let (x, given) = self.operands(x)?;
-        if !self.convolutions.is_empty() {
+        if !self.of_images.is_empty() {
             let saves = x.track_op() || self.current.call == Call::Layers;
-            let layers = Convolutions::new(self.current.session, self.convolutions, saves);
+            let layers = ImageLayers::new(self.current.session, self.of_images, saves);
             return if saves { run_to_pull(layers, &x) } else { x.apply_op1_no_bwd(&layers) };
         }
         #[cfg(feature = "cuda")]

@@ -19,7 +19,7 @@ pub(in crate::field::ops) struct Convolution {
     weight: Parameter,
     bias: Option<Parameter>,
     sizes: Sizes,
-    pub(in crate::field::ops) then: Activation,
+    pub(super) then: Activation,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,13 +61,13 @@ impl Convolution {
     }
 
     /// Channels, height and width of the images it is given.
-    pub(in crate::field::ops) fn given(&self) -> [usize; 3] {
+    pub(super) fn given(&self) -> [usize; 3] {
         let Sizes { inputs, size: [height, width], .. } = self.sizes;
         [inputs, height, width]
     }
 
     /// Channels, height and width of those it makes.
-    pub(in crate::field::ops) fn made(&self) -> [usize; 3] {
+    pub(super) fn made(&self) -> [usize; 3] {
         let Sizes { outputs, result: [height, width], .. } = self.sizes;
         [outputs, height, width]
     }
@@ -77,8 +77,8 @@ impl Convolution {
         self.sizes.frame::<T>(images)
     }
 
-    pub(in crate::field::ops) fn parameters(&self) -> impl Iterator<Item = &Parameter> {
-        std::iter::once(&self.weight).chain(&self.bias)
+    pub(super) fn parameters(&self) -> [Option<&Parameter>; 2] {
+        [Some(&self.weight), self.bias.as_ref()]
     }
 
     /// Its pixels, and what was activated where f′ is a function of that and `saves` says that it is wanted.

@@ -1,6 +1,7 @@
 //! Images pixel by pixel `(images, height, width, channels)`, by themselves and in frames of zeros.
 
 use crate::field::ops::Activation;
+use crate::field::ops::kernel::group_norm::Place;
 use crate::field::ops::kernel::{Held, Looks, View, ViewMut, transpose};
 use crate::field::session::{Matrix, Session, Tile};
 
@@ -24,6 +25,13 @@ impl Frame {
         Looks { images, size, channels, kernel, stride, windows }
     }
 
+    /// Where the pixels of the images are.
+    pub(super) fn place(&self) -> Place {
+        let Self { size, channels, at, .. } = *self;
+        let (line, image) = (size[1] * channels, size[0] * size[1] * channels);
+        Place { first: at[0] * line + at[1] * channels, pixel: channels, line, image }
+    }
+
     /// Where the lines of the images begin, in elements.
     fn lines(&self) -> impl Iterator<Item = usize> + use<> {
         let Self { images, size, channels, at, inner: [height, ..] } = *self;
@@ -32,7 +40,7 @@ impl Frame {
     }
 
     /// The frames, whose images are still to be written.
-    fn around<T: Tile>(&self, session: &Session) -> Matrix<T> {
+    pub(super) fn around<T: Tile>(&self, session: &Session) -> Matrix<T> {
         let Self { images, size, channels, inner: [_, width, inner], .. } = *self;
         let mut frames = T::spare(session).matrix(images * size[0] * size[1], channels);
         if channels != inner {
@@ -58,6 +66,13 @@ impl Frame {
             transpose(line, ViewMut::new(&mut frames[start..], width, channels, self.channels));
         }
         frames
+    }
+
+    /// Images whose pixels are given, and nothing between them: those, if they need no frame.
+    pub(super) fn around_pixels<T: Tile>(&self, session: &Session, pixels: Matrix<T>) -> Matrix<T> {
+        let [height, width, channels] = self.inner;
+        let needs_none = self.size == [height, width] && self.channels == channels;
+        if needs_none { pixels } else { self.of_pixels(session, pixels.view()) }
     }
 
     /// Images whose pixels are given, line by line; lines may be longer than the images are wide.

@@ -4,12 +4,14 @@
 //! BF16, F32, F64; b has theirs, or F32. Half precision is accumulated in F32, and dL/dw and dL/db are summed over
 //! batch and pixels in F32. On the CPU half precision is calculated in F32 altogether, BF16, which Candle lacks,
 //! included. Inside a solve on the CPU, kernels of ours do it, and those of several convolutions with activations
-//! between them, as one op ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
+//! and group norms between them, as one op ([`fused`]), except with dilation, groups or strides above 2. On CUDA value and
 //! gradients are products with columns of windows, some images at a time, so that no direct kernel is needed.
 
 mod convolution;
 mod frame;
 pub(super) mod fused;
+mod image_norm;
+mod layer;
 mod method;
 
 use super::bias::add_bias;
@@ -22,6 +24,8 @@ use crate::field::Tangent;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorage, Module, Result, Shape, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
 pub(super) use convolution::Convolution;
+pub(super) use image_norm::ImageNorm;
+pub(super) use layer::ImageLayer;
 pub(super) use method::Convolved;
 
 /// A 2-d convolution: the twin of [`candle_nn::Conv2d`].

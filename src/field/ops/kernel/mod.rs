@@ -14,6 +14,7 @@
 //! | [`add_column_sums`] | db += Σ g | its pullback to b |
 //! | [`convolve`], [`add_outer_windows`] | the same with the windows of images for x | a convolution |
 //! | [`winograd`] | the same with fewer products | a convolution of 3 × 3 |
+//! | [`group_norm`] | mean, variance, w x̂ + b and their pullback | a group norm between convolutions |
 //! | [`multiply_lanes`], [`add_outer_lanes`], [`add_column_sums_lanes`] | the same | layers of few features |
 //! | [`pull_lanes`] | all three of a pullback | the same |
 //!
@@ -24,6 +25,7 @@
 
 mod batch_lanes;
 mod epilogue;
+pub(crate) mod group_norm;
 mod held;
 mod lanes;
 mod machine;

@@ -1,5 +1,6 @@
 //! Every path against sums in F64, for odd shapes, strides and edges; and how fast the best one is.
 
+mod group_norm;
 mod lanes;
 mod windows;
 mod winograd;

@@ -10,6 +10,7 @@ mod kernel;
 #[cfg(test)]
 mod tests;
 
+use super::chain::{Chain, Linked};
 use super::cpu::{Element, dense, dense_wide, vectorised, wide_dtype, with_element};
 use super::precomputed::{Precomputed, hand_over};
 use super::weight::give;
@@ -190,9 +191,25 @@ impl GroupNorm {
         if x.rank() < 2 || x.dims()[1] != self.channels {
             bail!("group-norm: x has shape {:?}, it must be (batch, {}, …)", x.shape(), self.channels)
         }
-        let inner = x.dims()[2..].iter().product();
+        Ok(self.of_pixels(x.dims()[2..].iter().product()))
+    }
+
+    /// The norm where each channel has so many elements.
+    fn of_pixels(&self, inner: usize) -> Norm {
         let groups = Groups { per_sample: self.groups, channels: self.channels / self.groups, inner };
-        Ok(Norm { name: "group-norm", groups, remove_mean: true, eps: self.eps })
+        Norm { name: "group-norm", groups, remove_mean: true, eps: self.eps }
+    }
+}
+
+/// Between convolutions it becomes part of their op.
+impl Linked for GroupNorm {
+    fn link(&self, _: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
+        let of = |channels, pixels| (channels == self.channels).then(|| self.of_pixels(pixels));
+        chain.norm(x, of, (self.weight.as_ref(), self.bias.as_ref()))
+    }
+
+    fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {
+        self.forward(x)
     }
 }
 
