@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::{DType, Device};
 use candle_nn::{Conv2dConfig, Module, VarBuilder, VarMap};
-use candle_ode::ops::{Activation, Mlp, conv2d, group_norm, seq};
+use candle_ode::ops::{Activation, Mlp, concat_conv2d, conv2d, group_norm, seq};
 use candle_ode::prelude::*;
 use common::{fill, variable};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -77,18 +77,26 @@ fn a_step_allocates_nothing_large_but_its_states() {
         // What is kept of y⁺, in half precision, and read again.
         assert_eq!(in_a_step(&declared, precision, &trained), (1 + 1) + (1 + 1));
     }
-    let images = |vb: VarBuilder<'static>| {
-        let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
-        let layers = seq().add(group_norm(4, 16, 1e-5, vb.pp(2))?).add(conv2d(16, 20, 3, same, vb.pp(0))?);
-        let layers = layers.add(group_norm(5, 20, 1e-5, vb.pp(3))?).add(Activation::Silu);
+    let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
+    let images = move |vb: VarBuilder<'static>| {
+        let layers = seq().add(conv2d(16, 20, 3, same, vb.pp(0))?).add(Activation::Silu);
         Ok(layers.add(conv2d(20, 16, 3, same, vb.pp(1))?))
     };
+    let block = move |vb: VarBuilder<'static>| {
+        let layers = seq().add(group_norm(4, 16, 1e-5, vb.pp(0))?).add_timed(concat_conv2d(16, 20, 3, same, vb.pp(1))?);
+        let layers = layers.add(group_norm(5, 20, 1e-5, vb.pp(2))?).add(Activation::Silu);
+        let layers = layers.add(conv2d(20, 16, 3, same, vb.pp(3))?);
+        Ok(layers.add(group_norm(2, 16, 1e-5, vb.pp(4))?).add(Activation::Gelu))
+    };
     let images = ModelField::of_layers(vb.pp("images"), images).unwrap();
+    let block = ModelField::of_layers(vb.pp("block"), block).unwrap();
     let y0 = variable(9, &[4, 16, 10, 12], DType::F32);
     let forward = |ode: &Ode| drop(ode.clone().no_grad().solve(y0.as_tensor()).unwrap());
     let trained = |ode: &Ode| drop(ode.solve(y0.as_tensor()).unwrap().last().sum_all().unwrap().backward().unwrap());
     for (precision, kept) in [(Precision::F32, 0), (Precision::F16, 1 + 1), (Precision::BF16, 1 + 1)] {
-        assert_eq!(in_a_step(&images, precision, &forward), 1);
-        assert_eq!(in_a_step(&images, precision, &trained), (1 + 1) + kept);
+        for field in [&images, &block] {
+            assert_eq!(in_a_step(field, precision, &forward), 1);
+            assert_eq!(in_a_step(field, precision, &trained), (1 + 1) + kept);
+        }
     }
 }

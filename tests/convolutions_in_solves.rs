@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
-use candle_ode::ops::{self, Activation, Conv2d};
+use candle_ode::ops::{self, Activation, Conv2d, Timed};
 use candle_ode::prelude::*;
 use common::against_f64::*;
 use common::*;
@@ -123,6 +123,32 @@ fn convolutions_one_after_another() {
             let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
             fill(&vars, 5, 0.4);
             let what = format!("{inner:?}, {last:?}, stride {stride}, {channels:?}");
+            against_f64(&field, &vars, &start(2, &[3, channels[0], size[0], size[1]]), &what);
+        }
+    }
+}
+
+/// The time is one more channel, in frames whose pixels have room for it and in others, and is zero in the padding.
+#[test]
+fn convolutions_of_the_time() {
+    for (channels, size) in [([3, 4], [5, 7]), ([4, 3], [6, 6]), ([15, 16], [8, 6]), ([16, 18], [8, 8])] {
+        for (stride, padding) in [(1, 1), (2, 1), (1, 0), (1, 2)] {
+            let build = move |vb: VarBuilder<'static>| {
+                let first = ops::concat_conv2d(channels[0], channels[1], 3, config(stride, padding), vb.pp(0))?;
+                let layers = ops::seq().add_timed(first).add(Activation::Tanh);
+                let second = ops::concat_conv2d(channels[1], channels[0], 3, config(1, 1), vb.pp(1))?;
+                Ok(layers.add_timed(second).add(Activation::Silu))
+            };
+            let eval = |layers: &ops::Sequential, t: &Time, y: &Tensor| {
+                let (z, (_, _, height, width)) = (layers.forward_at(t, y)?, y.dims4()?);
+                let (_, _, rows, columns) = z.dims4()?;
+                let z = if rows < height { z.pad_with_same(2, 0, height - rows)? } else { z.narrow(2, 0, height)? };
+                if columns < width { z.pad_with_same(3, 0, width - columns) } else { z.narrow(3, 0, width) }
+            };
+            let vars = VarMap::new();
+            let field = ModelField::new(&vars, &Device::Cpu, build, eval).unwrap();
+            fill(&vars, 5, 0.4);
+            let what = format!("stride {stride}, padding {padding}, {channels:?}");
             against_f64(&field, &vars, &start(2, &[3, channels[0], size[0], size[1]]), &what);
         }
     }

@@ -10,8 +10,8 @@ use candle_nn::Conv2dConfig;
 use candle_nn::{VarBuilder, VarMap};
 use candle_ode::Increments8;
 use candle_ode::ops::{
-    Activation, Mlp, Sequential, concat_linear, concat_squash_linear, conv2d, conv2d_no_bias, group_norm, linear,
-    linear_no_bias, seq,
+    Activation, Mlp, Sequential, concat_conv2d, concat_linear, concat_squash_linear, conv2d, conv2d_no_bias,
+    group_norm, linear, linear_no_bias, seq,
 };
 use candle_ode::prelude::*;
 use candle_ode::schedule::Checkpoints;
@@ -47,13 +47,14 @@ fn images(vb: VarBuilder, [outer, inner]: [usize; 2], last: Option<Activation>) 
     })
 }
 
-/// An ODE net's: norm, activation, convolution, norm, activation, convolution, norm, perhaps activated.
+/// An ODE net's: norm, activation, convolution, norm, activation, convolution, norm, perhaps activated. The convolutions
+/// see the time.
 fn block(vb: VarBuilder, [outer, inner]: [usize; 2], [then, last]: [Activation; 2]) -> candle_core::Result<Sequential> {
     let same = Conv2dConfig { padding: 1, ..Conv2dConfig::default() };
     let layers = seq().add(group_norm(1, outer, 1e-5, vb.pp(0))?).add(then);
-    let layers =
-        layers.add(conv2d(outer, inner, 3, same, vb.pp(1))?).add(group_norm(inner / 2, inner, 1e-5, vb.pp(2))?);
-    let layers = layers.add(then).add(conv2d(inner, outer, 3, same, vb.pp(3))?);
+    let layers = layers.add_timed(concat_conv2d(outer, inner, 3, same, vb.pp(1))?);
+    let layers = layers.add(group_norm(inner / 2, inner, 1e-5, vb.pp(2))?).add(then);
+    let layers = layers.add_timed(concat_conv2d(inner, outer, 3, same, vb.pp(3))?);
     Ok(layers.add(group_norm(outer, outer, 1e-5, vb.pp(4))?).add(last))
 }
 
@@ -249,6 +250,10 @@ fn norms_of_images() {
                 let tiles = fields.map(ModelField::row_wise);
                 let tiled = |ode: Ode| steps(ode).tile(2).threads(2);
                 are_the_same(&format!("{what} in tiles"), &tiles, &vars, &y0, way_in(precision), tiled);
+                // The parameters of norms alone.
+                let wide =
+                    tiles.map(|field| field.keep_f32(|name| ["0.", "2.", "4."].iter().any(|n| name.starts_with(n))));
+                are_the_same(&format!("{what} with F32"), &wide, &vars, &y0, way_in(precision), steps);
             }
         }
     }

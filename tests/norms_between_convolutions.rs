@@ -158,6 +158,15 @@ fn what_is_frozen_has_no_gradient_and_changes_no_other() {
     }
 }
 
+/// Norms whose weights stay in F32 while the field is in half precision.
+#[test]
+fn weights_in_f32() {
+    let vars = VarMap::new();
+    let field = field(&vars, |vb| block(&vb, [3, 6], 2, Activation::Silu));
+    let field = field.keep_f32(|name| name.starts_with("be"));
+    against_f64_within(STEEP, &field, &vars, &start(2, &[2, 3, 6, 5]), "weights in F32");
+}
+
 #[test]
 fn scales_change_nothing() {
     let vars = VarMap::new();

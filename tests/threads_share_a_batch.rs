@@ -82,13 +82,12 @@ fn convolutions_of_few_channels() {
 #[test]
 fn norms_between_convolutions() {
     let vars = VarMap::new();
-    let config = Conv2dConfig { padding: 1, ..Default::default() };
     let build = move |vb: VarBuilder<'static>| {
-        let layers = seq().add(group_norm(4, 32, 1e-5, vb.pp(0))?).add(conv2d(32, 64, 3, config, vb.pp(1))?);
-        let layers = layers.add(group_norm(16, 64, 1e-5, vb.pp(2))?).add(Activation::Silu);
-        Ok(layers.add(conv2d(64, 32, 3, config, vb.pp(3))?))
+        let layers = seq().add(group_norm(4, 64, 1e-5, vb.pp(0))?);
+        let layers = layers.add(conv2d(64, 64, 1, Conv2dConfig::default(), vb.pp(1))?);
+        Ok(layers.add(group_norm(16, 64, 1e-5, vb.pp(2))?).add(Activation::Silu))
     };
     let field = ModelField::new(&vars, &Device::Cpu, build, |m, _: &Time, y| m.forward(y)).unwrap();
-    // Enough images for the smaller of the norms to be shared, too.
-    no_bit_changes("norms", &field, &vars, &variable(9, &[37, 32, 30, 31], DType::F32));
+    // Enough elements for three threads, which take 19, 20 and 20 images.
+    no_bit_changes("norms", &field, &vars, &variable(9, &[59, 64, 28, 30], DType::F32));
 }

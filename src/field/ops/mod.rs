@@ -13,6 +13,7 @@
 //! | [`Planar`] | mean of uⱼ h(wⱼ·z + bⱼ), and its divergence | one pass, keeps nothing of the width |
 //! | [`add_bias`] | x + b along a dimension | as `linear` |
 //! | [`conv2d`], [`conv2d_no_bias`] | x ∗ w + b | no BF16 on the CPU; sums as in `linear`; an error in the backward pass of some strided convolutions of oblong images |
+//! | [`concat_conv2d`] | [x, t] ∗ w + b | as `conv2d`; inside a solve on the CPU makes no copy of x for the time |
 //! | [`layer_norm`], [`layer_norm_no_bias`], [`rms_norm`] | (x − mean) / std · w + b | no backward pass for contiguous input; no F32 weights on F16 input |
 //! | [`group_norm`], [`instance_norm`] | the same over groups of channels | no F32 weights on F16 input; batch sums; part of one op with the convolutions beside it |
 //! | [`softmax`], [`Softmax`] | eˣ / Σ eˣ | `softmax_last_dim` has no backward pass |
@@ -58,7 +59,7 @@ pub use activation::{Activation, cos, elu, gelu, log_cosh, relu, sigmoid, silu, 
 pub use bias::add_bias;
 pub(crate) use chain::with_elements;
 pub use concat_time::{ConcatLinear, concat_linear};
-pub use conv::{Conv2d, conv2d, conv2d_no_bias};
+pub use conv::{ConcatConv2d, Conv2d, concat_conv2d, conv2d, conv2d_no_bias};
 pub use cuda::cuda_kernels;
 pub use dropout::Dropout;
 pub use hyper_linear::{ConcatSquashLinear, HyperLinear, concat_squash_linear, hyper_linear};

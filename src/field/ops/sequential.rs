@@ -1,7 +1,7 @@
 //! Layers one after another, with values, tangents and, where a layer wants it, the time.
 
 use super::chain::{self, Chain, Linked, Stacked};
-use super::{Activation, ConcatLinear, ConcatSquashLinear, Conv2d, GroupNorm, HyperLinear, Linear};
+use super::{Activation, ConcatConv2d, ConcatLinear, ConcatSquashLinear, Conv2d, GroupNorm, HyperLinear, Linear};
 use crate::Time;
 use crate::error::OdeError;
 use crate::field::Tangent;
@@ -171,7 +171,8 @@ struct InTime<L>(L);
 
 impl<L: Timed + Tangent + 'static> Linked for InTime<L> {
     fn link(&self, t: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        let kinds = [linked::<ConcatLinear>, linked::<HyperLinear>, linked::<ConcatSquashLinear>];
+        let kinds =
+            [linked::<ConcatLinear>, linked::<HyperLinear>, linked::<ConcatSquashLinear>, linked::<ConcatConv2d>];
         kinds.iter().find_map(|linked| linked(&self.0)).is_some_and(|layer| layer.link(t, x, chain))
     }
     fn value(&self, t: Option<&Time>, x: &Tensor) -> Result<Tensor> {

@@ -122,12 +122,12 @@ impl<C: Compute<Held: Convolved>> Runs<C> for Vec<ImageLayer> {
 
     fn value(
         &self,
-        (session, _): (&Session, f64),
+        (session, t): (&Session, f64),
         x: &[C::Stored],
         saves: bool,
         to: Option<&mut [C::Stored]>,
     ) -> Result<Option<Self::Saved>> {
-        fused::value::<C>((session, self), x, saves, to)
+        fused::value::<C>((session, self, Some(t)), x, saves, to)
     }
 
     fn pull(

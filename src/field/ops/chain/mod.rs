@@ -19,14 +19,13 @@ mod weights;
 
 use super::Activation;
 use super::conv::fused::ImageLayers;
-use super::conv::{Convolution, ImageLayer, ImageNorm};
+use super::conv::{Conv2d, Convolution, ImageLayer, ImageNorm};
 use super::norm::Norm;
 use crate::Time;
 use crate::field::session::{Call, Current, Ran, Session, WayBack};
 use crate::field::sink;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
-use candle_nn::Conv2dConfig;
 use given::Given;
 use pass::{Pulled, Saved, Saves};
 use std::any::Any;
@@ -125,15 +124,12 @@ impl Chain {
         self.links.is_empty() && self.of_images.is_empty()
     }
 
-    /// Appends x ∗ w + b. Says whether it could.
-    pub(super) fn convolution(
-        &mut self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        config: &Conv2dConfig,
-    ) -> bool {
-        let made = |shape| Convolution::new(&self.current, x, shape, (weight, bias), config);
+    /// Appends a convolution, with the time on the channel beyond those of x. Says whether it could.
+    pub(super) fn convolution(&mut self, x: &Tensor, layer: &Conv2d, t: Option<&Time>) -> bool {
+        if t.is_some_and(Time::is_tracked) {
+            return false;
+        }
+        let made = |shape| Convolution::new(&self.current, x, shape, layer, t.map(Time::value));
         let made = self.images(x).and_then(made).map(ImageLayer::Convolution);
         self.append_to_images(made)
     }

@@ -34,29 +34,41 @@ pub(in crate::field::ops) struct Parameter {
 }
 
 impl Parameter {
-    /// Weight and bias of a layer on `x`, if kernels of ours can reach them: they stand for parameters, have dtypes
-    /// that fit, and what Candle would have to track to reach them is tracked through x.
+    /// Weight and bias of a layer on `x`, if kernels of ours can reach them, as [`reached`](Self::reached), and have
+    /// dtypes that fit: the weight that of x, the bias that or F32.
     pub(in crate::field::ops) fn of_layer(
         current: &Current,
         x: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Option<(Self, Option<Self>)> {
-        let parameter = |leaf: &Tensor| {
-            let is_seen = current.call != Call::Graph || x.track_op() || !leaf.track_op();
-            let slot = current.session.slot(leaf).filter(|_| is_seen)?;
-            Some(Self { leaf: leaf.clone(), slot })
-        };
-        let is_bias =
-            |b: &Tensor| b.dims() == &weight.dims()[..1] && (b.dtype() == DType::F32 || b.dtype() == x.dtype());
-        if weight.dtype() != x.dtype() || !bias.is_none_or(is_bias) {
+        if weight.dtype() != x.dtype() {
             return None;
         }
-        let weight = parameter(weight)?;
+        let outputs = *weight.dims().first()?;
+        let weight = Self::reached(current, x, weight)?;
         match bias {
-            Some(bias) => Some((weight, Some(parameter(bias)?))),
+            Some(bias) => Some((weight, Some(Self::of_features(current, x, bias, outputs)?))),
             None => Some((weight, None)),
         }
+    }
+
+    /// One number for each of so many features, in the dtype of x or F32, if kernels of ours can reach it.
+    pub(in crate::field::ops) fn of_features(
+        current: &Current,
+        x: &Tensor,
+        leaf: &Tensor,
+        features: usize,
+    ) -> Option<Self> {
+        let fits = leaf.dims() == [features] && (leaf.dtype() == DType::F32 || leaf.dtype() == x.dtype());
+        Self::reached(current, x, leaf).filter(|_| fits)
+    }
+
+    /// What stands for a parameter, if what Candle would have to track to reach it is tracked through x.
+    fn reached(current: &Current, x: &Tensor, leaf: &Tensor) -> Option<Self> {
+        let is_seen = current.call != Call::Graph || x.track_op() || !leaf.track_op();
+        let slot = current.session.slot(leaf).filter(|_| is_seen)?;
+        Some(Self { leaf: leaf.clone(), slot })
     }
 
     /// Whether its gradient is wanted.

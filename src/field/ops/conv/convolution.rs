@@ -2,7 +2,7 @@
 
 use super::frame::Frame;
 use super::method::{Convolved, Method};
-use super::windows;
+use super::{Conv2d, windows};
 use crate::field::ops::Activation;
 use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::chain::Parameter;
@@ -19,6 +19,8 @@ pub(in crate::field::ops) struct Convolution {
     weight: Parameter,
     bias: Option<Parameter>,
     sizes: Sizes,
+    /// The time, if that is the channel beyond those of x.
+    pub(super) time: Option<f64>,
     pub(super) then: Activation,
 }
 
@@ -26,6 +28,8 @@ pub(in crate::field::ops) struct Convolution {
 struct Sizes {
     /// Channels of x.
     inputs: usize,
+    /// Channels of w: one more where the time is the last.
+    depth: usize,
     /// Channels of y.
     outputs: usize,
     /// Height and width of x.
@@ -38,26 +42,27 @@ struct Sizes {
 }
 
 impl Convolution {
-    /// The convolution of images `(channels, height, width)`, if kernels of ours do it: with stride 1 or 2, without
-    /// dilation and groups. `x` is what the chain begins with.
+    /// The convolution of images `(channels, height, width)`, perhaps with a time on the channel beyond, if kernels of
+    /// ours do it: with stride 1 or 2, without dilation and groups. `x` is what the chain begins with.
     pub(in crate::field::ops) fn new(
         current: &Current,
         x: &Tensor,
         [inputs, height, width]: [usize; 3],
-        (weight, bias): (&Tensor, Option<&Tensor>),
-        config: &Conv2dConfig,
+        layer: &Conv2d,
+        time: Option<f64>,
     ) -> Option<Self> {
+        let (weight, config) = (layer.weight(), layer.config());
         let Conv2dConfig { padding, stride, dilation, groups, .. } = *config;
-        let (outputs, channels, kernel_height, kernel_width) = weight.dims4().ok()?;
+        let of_weight @ [outputs, depth, kernel_height, kernel_width] = weight.dims4().ok()?.into();
         let (size, kernel) = ([height, width], [kernel_height, kernel_width]);
-        let fits = x.device().is_cpu() && matches!((stride, dilation, groups), (1 | 2, 1, 1)) && channels == inputs;
-        if !fits || weight.elem_count() == 0 {
+        let has_kernels = x.device().is_cpu() && matches!((stride, dilation, groups), (1 | 2, 1, 1));
+        if !has_kernels || depth != inputs + usize::from(time.is_some()) || weight.elem_count() == 0 {
             return None;
         }
-        let result = windows([x.dim(0).ok()?, inputs, height, width], weight.dims4().ok()?.into(), config)?;
-        let sizes = Sizes { inputs, outputs, size, result, kernel, stride, padding };
-        let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
-        Some(Self { weight, bias, sizes, then: Activation::Identity })
+        let result = windows([x.dim(0).ok()?, depth, height, width], of_weight, config)?;
+        let sizes = Sizes { inputs, depth, outputs, size, result, kernel, stride, padding };
+        let (weight, bias) = Parameter::of_layer(current, x, weight, layer.bias())?;
+        Some(Self { weight, bias, sizes, time, then: Activation::Identity })
     }
 
     /// Channels, height and width of the images it is given.
@@ -141,7 +146,7 @@ impl Convolution {
         if weight.is_none() && bias.is_none() {
             return Ok(());
         }
-        let Sizes { inputs, outputs, .. } = self.sizes;
+        let Sizes { depth, outputs, .. } = self.sizes;
         let mut sums = f32::spare(session).matrix(1, outputs);
         sums.fill(0.0);
         add_column_sums(g, &mut sums);
@@ -156,7 +161,7 @@ impl Convolution {
             let to = ViewMut::new(&mut dw, outputs, columns, columns);
             T::add_outer(self.sizes.method::<T>(), session, g, windows, to);
             sink::add_in_place(&weight.leaf, |sum| {
-                for (sum, dw) in sum.chunks_exact_mut(inputs * taps).zip(dw.chunks_exact(columns)) {
+                for (sum, dw) in sum.chunks_exact_mut(depth * taps).zip(dw.chunks_exact(columns)) {
                     for (tap, dw) in dw.chunks_exact(channels).enumerate() {
                         let sum = sum[tap..].iter_mut().step_by(taps);
                         sum.zip(dw).for_each(|(sum, dw)| *sum += dw);
@@ -170,7 +175,7 @@ impl Convolution {
     /// w as the right-hand operand of the products on one side: by row and column of the kernel, or point, and by
     /// channel.
     fn packed<T: Convolved>(&self, session: &Session, side: Side) -> Result<Arc<Shared<T>>> {
-        let Sizes { inputs, outputs, .. } = self.sizes;
+        let Sizes { inputs, depth, outputs, .. } = self.sizes;
         let (taps, slot, method) = (self.sizes.taps(), self.weight.slot, self.sizes.method::<T>());
         let points = method.points(taps);
         // The same weight may be packed for both methods: the number of points tells them apart.
@@ -179,13 +184,13 @@ impl Convolution {
             return Ok(seen);
         }
         self.weight.with_floats(|w| {
-            let at = |output: usize, input: usize, tap: usize| w((output * inputs + input) * taps + tap);
+            let at = |output: usize, input: usize, tap: usize| w((output * depth + input) * taps + tap);
             session.packed(key, |side| match side {
                 Side::Forward => {
                     let channels = self.sizes.frame::<T>(1).channels;
                     Packed::pack(points * channels, outputs, |k, output| {
                         let (point, input) = (k / channels, k % channels);
-                        if input < inputs { method.of_kernel(point, |tap| at(output, input, tap)) } else { 0.0 }
+                        if input < depth { method.of_kernel(point, |tap| at(output, input, tap)) } else { 0.0 }
                     })
                 }
                 Side::Backward => {
@@ -215,10 +220,10 @@ impl Sizes {
 
     /// x in its frame.
     fn frame<T: Held>(&self, images: usize) -> Frame {
-        let Self { inputs, size: [height, width], padding, .. } = *self;
+        let Self { inputs, depth, size: [height, width], padding, .. } = *self;
         let size = self.size.map(|n| n + 2 * padding);
-        let channels = inputs.next_multiple_of(T::DEPTH);
-        Frame { images, size, channels, at: [padding; 2], inner: [height, width, inputs] }
+        let channels = depth.next_multiple_of(T::DEPTH);
+        Frame { images, size, channels, at: [padding; 2], inner: [height, width, inputs], beyond: None }
     }
 
     /// The windows of x in its frame.
@@ -232,7 +237,7 @@ impl Sizes {
         let channels = outputs.next_multiple_of(T::DEPTH);
         let size = [size[0] + kernel[0] - 1, size[1] + kernel[1] - 1];
         let at = kernel.map(|n| (n - 1).saturating_sub(padding));
-        Frame { images, size, channels, at, inner: [height, width, outputs] }
+        Frame { images, size, channels, at, inner: [height, width, outputs], beyond: None }
     }
 
     /// The pixels of dL/dy, each line filled up with zeros as kernels want them.

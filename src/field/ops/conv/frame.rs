@@ -16,6 +16,8 @@ pub(super) struct Frame {
     pub(super) at: [usize; 2],
     /// Height, width and channels of an image.
     pub(super) inner: [usize; 3],
+    /// What every pixel of an image has behind its channels.
+    pub(super) beyond: Option<f32>,
 }
 
 impl Frame {
@@ -34,7 +36,7 @@ impl Frame {
 
     /// Where the lines of the images begin, in elements.
     fn lines(&self) -> impl Iterator<Item = usize> + use<> {
-        let Self { images, size, channels, at, inner: [height, ..] } = *self;
+        let Self { images, size, channels, at, inner: [height, ..], .. } = *self;
         let rows = (0..images).flat_map(move |image| (0..height).map(move |y| image * size[0] + at[0] + y));
         rows.map(move |row| (row * size[1] + at[1]) * channels)
     }
@@ -45,6 +47,10 @@ impl Frame {
         let mut frames = T::spare(session).matrix(images * size[0] * size[1], channels);
         if channels != inner {
             frames.fill(T::default());
+            if let Some(beyond) = self.beyond {
+                let pixels = self.lines().flat_map(|start| (0..width).map(move |x| start + x * channels));
+                pixels.for_each(|pixel| frames[pixel + inner] = T::of(beyond));
+            }
             return frames;
         }
         let mut end = 0;

@@ -33,10 +33,10 @@ pub(in crate::field::ops) struct Passed<T> {
     kept: Kept<T>,
 }
 
-/// Writes the value of the layers at x, if it is wanted, and gives what the pullback needs, if it will be asked
+/// Writes the value of the layers at x, and at a time if it is not that they were chained at, if it is wanted, and gives what the pullback needs, if it will be asked
 /// for.
 pub(in crate::field::ops) fn value<C: Compute<Held: Convolved>>(
-    (session, layers): (&Session, &[ImageLayer]),
+    (session, layers, time): (&Session, &[ImageLayer], Option<f64>),
     x: &[C::Stored],
     saves: bool,
     to: Option<&mut [C::Stored]>,
@@ -48,10 +48,10 @@ pub(in crate::field::ops) fn value<C: Compute<Held: Convolved>>(
     let mut save = |framed, kept| saved.extend(saves.then_some(Passed { framed, kept }));
     let mut framed = {
         let x = C::held(session, Order::Rows, x, images * channels);
-        first.frame::<C::Held>(images).of_planes(session, x.view())
+        first.frame_at::<C::Held>(images, time).of_planes(session, x.view())
     };
     for (layer, next) in layers.iter().zip(&layers[1..]) {
-        let (y, kept) = layer.value(session, (images, &framed), Some(next), saves)?;
+        let (y, kept) = layer.value(session, (images, &framed), Some(next.frame_at::<C::Held>(images, time)), saves)?;
         save(std::mem::replace(&mut framed, y), kept);
     }
     let kept = match to {
@@ -68,7 +68,7 @@ pub(in crate::field::ops) fn value<C: Compute<Held: Convolved>>(
 
 /// Whether the pullback needs the value of the layers.
 pub(in crate::field::ops) fn needs_value(layers: &[ImageLayer]) -> bool {
-    layers.last().is_some_and(|layer| layer.then().keeps() != Keeps::Nothing)
+    layers.last().is_some_and(ImageLayer::needs_value)
 }
 
 /// Adds dL/dw and dL/db of every layer to the open sums, and writes S times dL/dx, for `grad` S times the
@@ -142,7 +142,7 @@ impl ImageLayers {
         let (given, made) = (self.layers[0].given(), self.layers[self.layers.len() - 1].made());
         let images = x.len() / elements(given);
         let mut y = vec![C::Stored::default(); images * elements(made)];
-        let saved = value::<C>((&self.session, &self.layers), x, self.saves, Some(&mut y))?;
+        let saved = value::<C>((&self.session, &self.layers, None), x, self.saves, Some(&mut y))?;
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|saved| Box::new(saved) as _);
         Ok((C::storage(y), Shape::from([&[images], &made[..]].concat())))
     }

@@ -31,16 +31,20 @@ impl ImageNorm {
         norm: Norm,
         (weight, bias): (Option<&Tensor>, Option<&Tensor>),
     ) -> Option<Self> {
-        let fits = x.device().is_cpu() && weight.is_none_or(|weight| weight.dims() == [channels]);
-        let (weight, bias) = match weight.filter(|_| fits) {
-            Some(weight) => {
-                let (weight, bias) = Parameter::of_layer(current, x, weight, bias)?;
-                (Some(weight), bias)
-            }
-            None => (None, None),
+        if !(x.device().is_cpu() && norm.remove_mean) {
+            return None;
+        }
+        let parameter = |leaf: Option<&Tensor>| match leaf {
+            Some(leaf) => Parameter::of_features(current, x, leaf, channels).map(Some),
+            None => Some(None),
         };
         let sizes = Grouped { height, width, channels, groups: norm.groups.per_sample };
-        fits.then_some(Self { norm, weight, bias, sizes, then: Activation::Identity })
+        Some(Self { norm, weight: parameter(weight)?, bias: parameter(bias)?, sizes, then: Activation::Identity })
+    }
+
+    /// Whether its pullback needs its value: what was activated it makes again.
+    pub(super) fn needs_value(&self) -> bool {
+        self.then.keeps() == Keeps::Value
     }
 
     /// Channels, height and width of the images.
@@ -56,7 +60,7 @@ impl ImageNorm {
     /// So many images without a frame.
     pub(super) fn frame(&self, images: usize) -> Frame {
         let Grouped { height, width, channels, .. } = self.sizes;
-        Frame { images, size: [height, width], channels, at: [0, 0], inner: [height, width, channels] }
+        Frame { images, size: [height, width], channels, at: [0, 0], inner: [height, width, channels], beyond: None }
     }
 
     /// Its value by itself, channel by channel.
@@ -82,7 +86,8 @@ impl ImageNorm {
         frame: &Frame,
     ) -> Result<Matrix<T>> {
         let mut y = frame.around(session);
-        self.write(session, (images, x, moments), self.then, (&mut y, frame))?;
+        let parameters = self.floats(session)?;
+        self.write(session, (images, x, moments), (&parameters, self.then), (&mut y, frame));
         Ok(y)
     }
 
@@ -90,14 +95,12 @@ impl ImageNorm {
         &self,
         session: &Session,
         (images, x, moments): (usize, &[T], &[f32]),
-        then: Activation,
+        ([weight, bias], then): (&[Option<Matrix<f32>>; 2], Activation),
         (y, frame): (&mut [T], &Frame),
-    ) -> Result<()> {
+    ) {
         let (shares, mut space) = self.shares(session, images);
-        let [weight, bias] = self.floats(session)?;
         let behind = (Affine { weight: weight.as_deref(), bias: bias.as_deref() }, then);
         normalise(&shares, self.sizes, (x, moments), behind, (y, frame.place()), &mut space);
-        Ok(())
     }
 
     /// From the cotangent of its pixels, as far as f′ is not a function of what was activated, which is not scaled, to
@@ -109,14 +112,15 @@ impl ImageNorm {
         (images, x): (usize, &[T]),
         moments: &[f32],
     ) -> Result<Matrix<T>> {
+        let parameters = self.floats(session)?;
         if self.then.keeps() == Keeps::Input {
             let frame = self.frame(images);
-            let mut activated = frame.around(session);
-            self.write(session, (images, x, moments), Activation::Identity, (&mut activated, &frame))?;
+            let (mut activated, identity) = (frame.around(session), Activation::Identity);
+            self.write(session, (images, x, moments), (&parameters, identity), (&mut activated, &frame));
             self.then.times_slope(&activated, &mut g);
         }
         let (shares, mut space) = self.shares(session, images);
-        let ([weight, _], channels) = (self.floats(session)?, self.sizes.channels);
+        let ([weight, _], channels) = (parameters, self.sizes.channels);
         let mut sums = f32::spare(session).matrix(images, 2 * channels);
         pull_norm(&shares, self.sizes, (x, moments), weight.as_deref(), (&mut g, &mut sums), &mut space);
         let tracked = self.parameters().map(|parameter| parameter.filter(|parameter| parameter.is_tracked()));

@@ -5,6 +5,7 @@ use super::frame::Frame;
 use super::image_norm::ImageNorm;
 use super::method::Convolved;
 use crate::field::ops::Activation;
+use crate::field::ops::activation::in_place::Keeps;
 use crate::field::ops::chain::Parameter;
 use crate::field::ops::kernel::Held;
 use crate::field::session::{Matrix, Session};
@@ -83,29 +84,48 @@ impl ImageLayer {
         }
     }
 
-    /// Its pixels, in the frames that `next` looks at if there is one, and what the pullback needs, if it `saves`.
+    /// The same where they are filled, with the time that it sees: this one, or that which it was made for.
+    pub(super) fn frame_at<T: Held>(&self, images: usize, time: Option<f64>) -> Frame {
+        let beyond = match self {
+            Self::Convolution(convolution) => convolution.time.map(|own| time.unwrap_or(own) as f32),
+            Self::Norm(_) => None,
+        };
+        Frame { beyond, ..self.frame::<T>(images) }
+    }
+
+    /// Its pixels, in the frames that the `next` one looks at if there is one, and what the pullback needs, if it
+    /// `saves`.
     pub(super) fn value<T: Convolved>(
         &self,
         session: &Session,
         (images, framed): (usize, &[T]),
-        next: Option<&Self>,
+        next: Option<Frame>,
         saves: bool,
     ) -> Result<(Matrix<T>, Kept<T>)> {
         match self {
             Self::Convolution(convolution) => {
                 let (y, activated) = convolution.value(session, (images, framed), saves)?;
                 let framed = match next {
-                    Some(next) => next.frame::<T>(images).around_pixels(session, y),
+                    Some(next) => next.around_pixels(session, y),
                     None => y,
                 };
                 Ok((framed, activated.map_or(Kept::Nothing, Kept::Activated)))
             }
             Self::Norm(norm) => {
-                let frame = next.map_or_else(|| norm.frame(images), |next| next.frame::<T>(images));
+                let frame = next.unwrap_or_else(|| norm.frame(images));
                 let moments = norm.moments(session, (images, framed));
                 let y = norm.value(session, (images, framed), &moments, &frame)?;
                 Ok((y, if saves { Kept::Moments(moments) } else { Kept::Nothing }))
             }
+        }
+    }
+
+    /// Whether its pullback needs the value.
+    pub(super) fn needs_value(&self) -> bool {
+        match self {
+            // What was activated is kept as the value is made.
+            Self::Convolution(convolution) => convolution.then.keeps() != Keeps::Nothing,
+            Self::Norm(norm) => norm.needs_value(),
         }
     }
 

@@ -11,6 +11,7 @@ mod convolution;
 mod frame;
 pub(super) mod fused;
 mod image_norm;
+mod in_time;
 mod layer;
 mod method;
 
@@ -25,6 +26,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorag
 use candle_nn::{Conv2dConfig, VarBuilder};
 pub(super) use convolution::Convolution;
 pub(super) use image_norm::ImageNorm;
+pub use in_time::{ConcatConv2d, concat_conv2d};
 pub(super) use layer::ImageLayer;
 pub(super) use method::Convolved;
 
@@ -113,7 +115,7 @@ impl Module for Conv2d {
 
 impl Linked for Conv2d {
     fn link(&self, _: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
-        chain.convolution(x, &self.weight, self.bias.as_ref(), &self.config)
+        chain.convolution(x, self, None)
     }
 
     fn value(&self, _: Option<&Time>, x: &Tensor) -> Result<Tensor> {

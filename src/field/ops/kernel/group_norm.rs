@@ -14,7 +14,8 @@
 
 use super::held::Held;
 use super::machine::{Machine, Path, Work};
-use super::shares::{OF_OTHERS, shares};
+use super::shares::{OF_OTHERS, parts};
+use super::view::ViewMut;
 use crate::field::ops::Activation;
 use crate::workers::share;
 use std::ops::Range;
@@ -22,8 +23,8 @@ use std::ops::Range;
 /// Pixels in a block of a sum.
 const BLOCK: usize = 32;
 
-/// Rows of [`space`], as long as there are channels.
-const ROWS: usize = 8;
+/// Numbers for each channel in the [`space`] of a share.
+const OF_CHANNELS: usize = 8;
 
 /// Images of one size, and groups of their channels.
 #[derive(Clone, Copy, Debug)]
@@ -99,23 +100,24 @@ impl Grouped {
 /// The images that threads take.
 pub(crate) fn shares_of_images(images: usize, sizes: &Grouped) -> Vec<Range<usize>> {
     // An element is worth some multiplications in a product.
-    let parts = shares(images, (1, 16 * sizes.image(), OF_OTHERS));
-    parts.unwrap_or_else(|| std::iter::once(0..images).collect())
+    parts(images, (1, 16 * sizes.image(), OF_OTHERS))
 }
 
 /// Floats of space that each share needs.
 pub(crate) fn space(sizes: &Grouped) -> usize {
-    ROWS * sizes.channels
+    (OF_CHANNELS + sizes.width) * sizes.channels
 }
 
-/// The parts of what has `each` elements an image.
-fn split<'a, T>(images: &[Range<usize>], each: usize, mut values: &'a mut [T]) -> Vec<&'a mut [T]> {
-    let part = |images: &Range<usize>| {
-        let (part, rest) = std::mem::take(&mut values).split_at_mut(images.len() * each);
-        values = rest;
-        part
-    };
-    images.iter().map(part).collect()
+/// The parts of what has `each` elements an image, and of the space, for every share.
+fn split<'a, T>(
+    images: &[Range<usize>],
+    (each, values): (usize, &'a mut [T]),
+    (sizes, space): (&Grouped, &'a mut [f32]),
+) -> impl Iterator<Item = (&'a mut [T], &'a mut [f32])> {
+    let count = images.last().map_or(0, |images| images.end);
+    assert_eq!((values.len(), space.len()), (count * each, images.len() * self::space(sizes)));
+    let parts = ViewMut::new(values, count, each, each).split(images.iter().map(Range::len));
+    parts.into_iter().map(ViewMut::into_slice).zip(space.chunks_exact_mut(self::space(sizes)))
 }
 
 /// The mean of each group of each image, counted from the group's first element, and, behind those of an image, its s.
@@ -127,8 +129,8 @@ pub(crate) fn moments<T: Held>(
     to: &mut [f32],
     space: &mut [f32],
 ) {
-    let jobs = images.iter().zip(split(images, sizes.moments(), to)).zip(space.chunks_exact_mut(self::space(&sizes)));
-    share(jobs, |((images, to), space)| {
+    let jobs = images.iter().zip(split(images, (sizes.moments(), to), (&sizes, space)));
+    share(jobs, |(images, (to, space))| {
         let x = &x[images.start * sizes.image()..images.end * sizes.image()];
         T::path(Path::best()).run(Moments { sizes, eps: eps as f32, x, to, space });
     });
@@ -143,8 +145,8 @@ pub(crate) fn normalise<T: Held>(
     (to, place): (&mut [T], Place),
     space: &mut [f32],
 ) {
-    let jobs = images.iter().zip(split(images, place.image, to)).zip(space.chunks_exact_mut(self::space(&sizes)));
-    share(jobs, |((images, to), space)| {
+    let jobs = images.iter().zip(split(images, (place.image, to), (&sizes, space)));
+    share(jobs, |(images, (to, space))| {
         let x = &x[images.start * sizes.image()..images.end * sizes.image()];
         let moments = &moments[images.start * sizes.moments()..images.end * sizes.moments()];
         T::path(Path::best()).run(Normalise { sizes, x, moments, behind, to, place, space });
@@ -160,9 +162,10 @@ pub(crate) fn pull_norm<T: Held>(
     (g, sums): (&mut [T], &mut [f32]),
     space: &mut [f32],
 ) {
-    let written = split(images, sizes.image(), g).into_iter().zip(split(images, 2 * sizes.channels, sums));
-    let jobs = images.iter().zip(written).zip(space.chunks_exact_mut(self::space(&sizes)));
-    share(jobs, |((images, (g, sums)), space)| {
+    let sums = ViewMut::new(sums, g.len() / sizes.image(), 2 * sizes.channels, 2 * sizes.channels);
+    let sums = sums.split(images.iter().map(Range::len)).into_iter().map(ViewMut::into_slice);
+    let jobs = images.iter().zip(sums).zip(split(images, (sizes.image(), g), (&sizes, space)));
+    share(jobs, |((images, sums), (g, space))| {
         let x = &x[images.start * sizes.image()..images.end * sizes.image()];
         let moments = &moments[images.start * sizes.moments()..images.end * sizes.moments()];
         T::path(Path::best()).run(Pull { sizes, x, moments, weight, g, sums, space });
@@ -253,6 +256,7 @@ impl<T: Held> Work for Normalise<'_, T> {
     #[inline(always)]
     unsafe fn run<M: Machine>(self) {
         let Self { sizes, x, moments, behind: (Affine { weight, bias }, then), to, place, space } = self;
+        let (line, space) = space.split_at_mut(sizes.width * sizes.channels);
         let [origin, mean, scale, by, plus] = rows(space, sizes.channels);
         fill(by, weight, 1.0);
         fill(plus, bias, 0.0);
@@ -263,19 +267,17 @@ impl<T: Held> Work for Normalise<'_, T> {
             sizes.spread(mean, |group| means[group]);
             sizes.spread(scale, |group| scales[group]);
             let lines = to[place.first..].chunks_mut(place.line);
-            for (x, to) in x.chunks_exact(sizes.width * sizes.channels).zip(lines) {
-                let pixels = to.chunks_mut(place.pixel).map(|to| &mut to[..sizes.channels]);
-                for (x, to) in x.chunks_exact(sizes.channels).zip(pixels) {
+            for (x, to) in x.chunks_exact(line.len()).zip(lines) {
+                let pixels = x.chunks_exact(sizes.channels).zip(line.chunks_exact_mut(sizes.channels));
+                for (x, y) in pixels {
                     let channels = x.iter().zip(&*origin).zip(&*mean).zip(&*scale).zip(&*by).zip(&*plus);
-                    for (to, (((((x, origin), mean), scale), by), plus)) in to.iter_mut().zip(channels) {
-                        *to = T::of((x.wide() - origin - mean) * scale * by + plus);
-                    }
-                    if place.pixel != sizes.channels {
-                        then.value_of_held(to);
+                    for (y, (((((x, origin), mean), scale), by), plus)) in y.iter_mut().zip(channels) {
+                        *y = (x.wide() - origin - mean) * scale * by + plus;
                     }
                 }
-                if place.pixel == sizes.channels {
-                    then.value_of_held(&mut to[..sizes.width * sizes.channels]);
+                then.value_in_place(line);
+                for (y, to) in line.chunks_exact(sizes.channels).zip(to.chunks_mut(place.pixel)) {
+                    to.iter_mut().zip(y).for_each(|(to, y)| *to = T::of(*y));
                 }
             }
         }
@@ -309,7 +311,7 @@ impl<T: Held> Work for Pull<'_, T> {
     unsafe fn run<M: Machine>(self) {
         let Self { sizes, x, moments, weight, g, sums, space } = self;
         let channels = sizes.channels;
-        let [origin, mean, scale, by, of_means, of_x, block, along] = rows(space, channels);
+        let [origin, mean, scale, by, of_g, along, block, block_with_x] = rows(space, channels);
         fill(by, weight, 1.0);
         let images = x.chunks_exact(sizes.image()).zip(g.chunks_exact_mut(sizes.image()));
         let kept = moments.chunks_exact(sizes.moments()).zip(sums.chunks_exact_mut(2 * channels));
@@ -324,32 +326,31 @@ impl<T: Held> Work for Pull<'_, T> {
             alone.fill(0.0);
             for (x, g) in x.chunks(BLOCK * channels).zip(g.chunks(BLOCK * channels)) {
                 block.fill(0.0);
-                along.fill(0.0);
+                block_with_x.fill(0.0);
                 for (x, g) in x.chunks_exact(channels).zip(g.chunks_exact(channels)) {
                     let channels = x.iter().zip(g).zip(&*origin).zip(&*mean).zip(&*scale);
-                    let sums = block.iter_mut().zip(&mut *along);
-                    for ((block, along), ((((x, g), origin), mean), scale)) in sums.zip(channels) {
-                        *block += g.wide();
-                        *along += g.wide() * ((x.wide() - origin - mean) * scale);
+                    let sums = block.iter_mut().zip(&mut *block_with_x);
+                    for ((alone, with_x), ((((x, g), origin), mean), scale)) in sums.zip(channels) {
+                        *alone += g.wide();
+                        *with_x += g.wide() * ((x.wide() - origin - mean) * scale);
                     }
                 }
                 add(alone, block);
-                add(with_x, along);
+                add(with_x, block_with_x);
             }
 
             let product = |to: &mut [f32], sums: &[f32]| {
                 to.iter_mut().zip(&*by).zip(sums).for_each(|((to, by), sum)| *to = by * sum);
             };
             product(block, alone);
-            sizes.spread(of_means, |group| sizes.mean(group, block));
+            sizes.spread(of_g, |group| sizes.mean(group, block));
             product(block, with_x);
-            sizes.spread(of_x, |group| sizes.mean(group, block));
+            sizes.spread(along, |group| sizes.mean(group, block));
             for (x, g) in x.chunks_exact(channels).zip(g.chunks_exact_mut(channels)) {
-                let of_channels = origin.iter().zip(&*mean).zip(&*scale).zip(&*by).zip(&*of_means).zip(&*of_x);
-                for ((g, x), (((((origin, mean), scale), by), of_means), of_x)) in g.iter_mut().zip(x).zip(of_channels)
-                {
+                let of_channels = origin.iter().zip(&*mean).zip(&*scale).zip(&*by).zip(&*of_g).zip(&*along);
+                for ((g, x), (((((origin, mean), scale), by), of_g), along)) in g.iter_mut().zip(x).zip(of_channels) {
                     let x = (x.wide() - origin - mean) * scale;
-                    *g = T::of(scale * (g.wide() * by - of_means - x * of_x));
+                    *g = T::of(scale * (g.wide() * by - of_g - x * along));
                 }
             }
         }

@@ -25,6 +25,11 @@ pub(super) fn shares(rows: usize, (unit, each, least): Worth) -> Option<Vec<Rang
     (parts > 1).then(|| (0..parts).map(|n| end(n)..end(n + 1)).collect())
 }
 
+/// The same, of which there is one at least.
+pub(super) fn parts(rows: usize, worth: Worth) -> Vec<Range<usize>> {
+    shares(rows, worth).unwrap_or_else(|| std::iter::once(0..rows).collect())
+}
+
 /// Has `make` make the rows of `out`, whole or in [`shares`].
 pub(super) fn in_shares<T: Send>(
     out: ViewMut<'_, T>,

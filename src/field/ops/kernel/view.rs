@@ -113,6 +113,10 @@ impl<'a, T> ViewMut<'a, T> {
         self.values.chunks_mut(apart.max(1)).take(pieces).map(move |piece| &mut piece[..count])
     }
 
+    pub(super) fn into_slice(self) -> &'a mut [T] {
+        self.values
+    }
+
     pub(crate) fn slice_mut(&mut self) -> &mut [T] {
         self.values
     }

@@ -3,7 +3,7 @@
 //! Layer, root-mean-square, group and instance norm differ in what a group is and along which elements w and b run.
 //! Statistics are calculated in F32 (F64 for F64) whatever the dtype of x; w and b have x's dtype or F32, and their
 //! gradients are summed over the batch in F32. Nothing but x is kept for the backward pass: the statistics are made
-//! again.
+//! again. Group norms beside convolutions are part of their op inside a solve on the CPU: see `conv/image_norm.rs`.
 
 mod composed;
 mod kernel;
@@ -201,7 +201,7 @@ impl GroupNorm {
     }
 }
 
-/// Between convolutions it becomes part of their op.
+/// Beside convolutions it becomes part of their op.
 impl Linked for GroupNorm {
     fn link(&self, _: Option<&Time>, x: &Tensor, chain: &mut Chain) -> bool {
         let of = |channels, pixels| (channels == self.channels).then(|| self.of_pixels(pixels));

@@ -7,7 +7,7 @@ use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
 use crate::field::ops::kernel::packed::{PANEL, Packed};
 use crate::field::ops::kernel::scheme::Single;
-use crate::field::ops::kernel::shares::{OF_OTHERS, shares};
+use crate::field::ops::kernel::shares::{OF_OTHERS, parts};
 use crate::field::ops::kernel::tile::{Left, Right, by_height, store, tile};
 use crate::field::ops::kernel::view::ViewMut;
 use crate::field::ops::kernel::windows::{Looks, Windows};
@@ -25,8 +25,7 @@ pub(crate) fn of_kernel(point: usize, w: impl Fn(usize) -> f32) -> f32 {
 /// The images that threads take, for so many outputs.
 pub(crate) fn shares_of_images(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
     let results = looks.windows[0] * looks.windows[1];
-    let parts = shares(looks.images, (1, results * outputs * POINTS / 4 * looks.channels, OF_OTHERS));
-    parts.unwrap_or_else(|| std::iter::once(0..looks.images).collect())
+    parts(looks.images, (1, results * outputs * POINTS / 4 * looks.channels, OF_OTHERS))
 }
 
 /// Floats of space that [`convolve_in_tiles`] needs for each share.

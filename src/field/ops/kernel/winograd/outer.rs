@@ -7,7 +7,7 @@ use crate::field::ops::kernel::held::Held;
 use crate::field::ops::kernel::lanes::Lanes;
 use crate::field::ops::kernel::machine::{Machine, Path, Work};
 use crate::field::ops::kernel::scheme::Single;
-use crate::field::ops::kernel::shares::{OF_OTHERS, shares};
+use crate::field::ops::kernel::shares::{OF_OTHERS, parts};
 use crate::field::ops::kernel::tile::{Left, Right, add, by_height, tile};
 use crate::field::ops::kernel::view::{View, ViewMut};
 use crate::field::ops::kernel::windows::{Looks, Windows};
@@ -20,8 +20,7 @@ const TALLEST: usize = 8;
 /// The outputs that threads take.
 pub(crate) fn shares_of_outputs(looks: &Looks, outputs: usize) -> Vec<Range<usize>> {
     let tiles = looks.images * looks.windows[0] * looks.windows[1] / 4;
-    let parts = shares(outputs, (TALLEST, looks.channels * POINTS * tiles, OF_OTHERS));
-    parts.unwrap_or_else(|| std::iter::once(0..outputs).collect())
+    parts(outputs, (TALLEST, looks.channels * POINTS * tiles, OF_OTHERS))
 }
 
 /// Floats of space that [`add_outer_in_tiles`] needs for a share of so many outputs.
