@@ -1,6 +1,6 @@
 //! What tiles hold: F32, or BF16. (F16 is held in F32.)
 
-use super::machine::{Machine, Path};
+use super::machine::{Machine, Path, Work};
 use super::scheme::{Scheme, Single};
 use super::view::View;
 use half::bf16;
@@ -95,30 +95,41 @@ impl Held for bf16 {
         let (pairs, width) = (matrix.rows().div_ceil(2), 2 * matrix.columns());
         scratch.resize(pairs * width, Self::ZERO);
         for (pair, out) in scratch.chunks_exact_mut(width.max(1)).enumerate() {
-            let first = matrix.row(2 * pair);
-            let out = out.chunks_exact_mut(2).zip(first);
-            if 2 * pair + 1 < matrix.rows() {
-                for ((out, &first), &second) in out.zip(matrix.row(2 * pair + 1)) {
-                    out.copy_from_slice(&[first, second]);
-                }
-            } else {
-                for (out, &first) in out {
-                    out.copy_from_slice(&[first, Self::ZERO]);
-                }
-            }
+            let second = if 2 * pair + 1 < matrix.rows() { matrix.row(2 * pair + 1) } else { &[] };
+            pair_up(matrix.row(2 * pair), second, out);
         }
         View::new(scratch, pairs, width, width)
     }
     fn gathered<'a>(values: &'a [Self], apart: usize, scratch: &'a mut Vec<Self>) -> &'a [Self] {
         scratch.resize(2 * values.len(), Self::ZERO);
-        let (both, alone) = scratch.split_at_mut(2 * values.len().saturating_sub(apart));
-        let pairs = values.iter().zip(values.get(apart..).unwrap_or_default());
-        for (out, (&first, &second)) in both.chunks_exact_mut(2).zip(pairs) {
-            out.copy_from_slice(&[first, second]);
-        }
-        for (out, &first) in alone.chunks_exact_mut(2).zip(&values[both.len() / 2..]) {
-            out.copy_from_slice(&[first, Self::ZERO]);
-        }
+        pair_up(values, values.get(apart..).unwrap_or_default(), scratch);
         scratch
+    }
+}
+
+/// Each of the first with one of the second, or zero beyond their end; twice as many as of the first.
+fn pair_up(first: &[bf16], second: &[bf16], out: &mut [bf16]) {
+    Path::best().run(Pairs { first, second, out });
+}
+
+struct Pairs<'a> {
+    first: &'a [bf16],
+    second: &'a [bf16],
+    out: &'a mut [bf16],
+}
+
+impl Work for Pairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<M: Machine>(self) {
+        let (both, alone) = self.first.split_at(self.second.len());
+        let (of_both, of_alone) = self.out.as_chunks_mut::<2>().0.split_at_mut(both.len());
+        for ((out, &first), &second) in of_both.iter_mut().zip(both).zip(self.second) {
+            *out = [first, second];
+        }
+        for (out, &first) in of_alone.iter_mut().zip(alone) {
+            *out = [first, bf16::ZERO];
+        }
     }
 }

@@ -102,8 +102,8 @@ impl<T: Held, X: Rows<T>> Work for Multiply<'_, T, X> {
                 self.epilogue.finish(sums_of, block.clone(), columns.clone());
                 if !is_there {
                     for (row, values) in block.zip(sums.chunks_exact(stride)) {
-                        let out = self.out.row(row)[columns.clone()].iter_mut();
-                        out.zip(values).for_each(|(out, &value)| *out = T::of(value));
+                        // SAFETY: the CPU has the instructions, says the caller.
+                        unsafe { T::Scheme::<M>::narrow(values, &mut self.out.row(row)[columns.clone()]) };
                     }
                 }
                 row += height;

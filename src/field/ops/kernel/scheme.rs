@@ -1,5 +1,6 @@
 //! How products are summed: F32 one by one, BF16 in pairs along the summed index.
 
+use super::held::Held;
 use super::lanes::Lanes;
 use half::bf16;
 use std::marker::PhantomData;
@@ -29,6 +30,18 @@ pub(crate) unsafe trait Scheme {
     unsafe fn everywhere_last(from: *const Self::Element) -> Self::Factor;
     /// sum + Σ a b over the `DEPTH` elements.
     unsafe fn accumulate(sum: Self::Lanes, a: Self::Factor, b: Self::Factor) -> Self::Lanes;
+
+    /// Sums as elements, rounded to nearest.
+    ///
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn narrow(sums: &[f32], to: &mut [Self::Element]);
+}
+
+/// Each sum by itself.
+#[inline(always)]
+fn narrow_each<T: Held>(sums: &[f32], to: &mut [T]) {
+    to.iter_mut().zip(sums).for_each(|(to, &sum)| *to = T::of(sum));
 }
 
 /// F32 one by one.
@@ -61,6 +74,10 @@ unsafe impl<L: Lanes> Scheme for Single<L> {
     unsafe fn accumulate(sum: L, a: L, b: L) -> L {
         unsafe { sum.plus_product(a, b) }
     }
+    #[inline(always)]
+    unsafe fn narrow(sums: &[f32], to: &mut [f32]) {
+        narrow_each(sums, to);
+    }
 }
 
 /// BF16 in pairs, widened to F32 before they are multiplied.
@@ -92,5 +109,9 @@ unsafe impl<L: Lanes> Scheme for Widened<L> {
     #[inline(always)]
     unsafe fn accumulate(sum: L, a: (L, L), b: (L, L)) -> L {
         unsafe { sum.plus_product(a.0, b.0).plus_product(a.1, b.1) }
+    }
+    #[inline(always)]
+    unsafe fn narrow(sums: &[f32], to: &mut [bf16]) {
+        narrow_each(sums, to);
     }
 }

@@ -5,9 +5,10 @@ mod lanes;
 mod windows;
 mod winograd;
 
-use super::machine::Path;
+use super::machine::{Machine, Path, Work};
 use super::multiply::multiply_on;
 use super::outer::{add_column_sums_on, add_outer_on};
+use super::scheme::Scheme;
 use super::*;
 use crate::field::ops::Activation;
 use half::{bf16, f16};
@@ -253,4 +254,34 @@ fn long_batches_are_summed_accurately() {
 #[should_panic(expected = "2 rows of 3, 4 apart")]
 fn views_lie_in_their_slices() {
     View::new(&[0.0; 6], 2, 3, 4);
+}
+
+/// Sums as BF16 elements.
+struct Narrow<'a>(&'a [f32], &'a mut [bf16]);
+
+impl Work for Narrow<'_> {
+    type Output = ();
+
+    unsafe fn run<M: Machine>(self) {
+        // SAFETY: the CPU has the instructions, says the caller.
+        unsafe { <bf16 as Held>::Scheme::<M>::narrow(self.0, self.1) };
+    }
+}
+
+#[test]
+fn sums_are_rounded_alike_on_every_path() {
+    let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN_POSITIVE, 3.0e38, 1e-37];
+    // Halfway between two elements, the lower one even and odd, and beside that.
+    let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x3f81_7fff, 0xbf81_8000_u32].map(f32::from_bits);
+    let sums: Vec<f32> = noise(40, 1).into_iter().chain(special).chain(ties).collect();
+    for path in Path::all() {
+        for count in [0, 1, 15, 16, 17, sums.len()] {
+            let sums = &sums[sums.len() - count..];
+            let mut to = vec![bf16::from_f32(7.0); count + 16];
+            path.run(Narrow(sums, &mut to[..count]));
+            let exact = sums.iter().map(|&sum| bf16::from_f32(sum).to_bits());
+            assert!(to.iter().map(|to| to.to_bits()).zip(exact).all(|(to, exact)| to == exact), "{path:?} {count}");
+            assert!(to[count..].iter().all(|to| to.to_f32() == 7.0), "{path:?} {count}");
+        }
+    }
 }

@@ -199,7 +199,7 @@ fn first_of_sixteen(count: usize) -> __mmask16 {
     if count >= 16 { !0 } else { (1 << count) - 1 }
 }
 
-/// BF16 in pairs by `vdpbf16ps`, which takes subnormal numbers for zero.
+/// BF16 in pairs by `vdpbf16ps`, which takes subnormal numbers for zero, as does the rounding of its sums.
 pub(crate) struct Dots;
 
 // SAFETY: one pair a lane is read. Callers of the functions promise the instructions and the memory.
@@ -230,6 +230,25 @@ unsafe impl Scheme for Dots {
         // SAFETY: both types are 512 bits; the caller has the instruction.
         unsafe {
             Sixteen(_mm512_dpbf16_ps(sum.0, transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn narrow(sums: &[f32], to: &mut [bf16]) {
+        let count = sums.len().min(to.len());
+        let mut at = 0;
+        // SAFETY: what is loaded and stored lies in the slices; both types are 256 bits; the caller has the
+        // instructions.
+        unsafe {
+            while at + 16 <= count {
+                let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(sums.as_ptr().add(at)));
+                _mm256_storeu_si256(to.as_mut_ptr().add(at).cast(), transmute::<__m256bh, __m256i>(narrow));
+                at += 16;
+            }
+            if at < count {
+                let last = first_of_sixteen(count - at);
+                let narrow = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(last, sums.as_ptr().add(at)));
+                _mm256_mask_storeu_epi16(to.as_mut_ptr().add(at).cast(), last, transmute::<__m256bh, __m256i>(narrow));
+            }
         }
     }
 }
