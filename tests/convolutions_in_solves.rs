@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use candle_ode::ops::{self, Activation, Conv2d, Timed};
 use candle_ode::prelude::*;
-use common::against_f64::*;
+use common::against_f64::{self, *};
 use common::*;
 
 fn config(stride: usize, padding: usize) -> Conv2dConfig {
@@ -199,15 +199,7 @@ fn what_is_frozen_has_no_gradient_and_changes_no_other() {
     let vars = VarMap::new();
     let field = field(&vars, [3, 4, 3], true, config(1, 1));
     let y0 = start(2, &[2, 3, 6, 5]);
-    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
-        let all = gradients(&ode(&field).precision(precision), &vars, &y0);
-        for frozen in ["weight", "bias", "back"] {
-            let field = field.clone().freeze(move |name| name == frozen);
-            let mut expected = all.clone();
-            expected.remove(frozen);
-            compare(&gradients(&ode(&field).precision(precision), &vars, &y0), &expected, 1e-7, frozen);
-        }
-    }
+    frozen_changes_no_other(&field, &vars, &y0, &["weight", "bias", "back"]);
 }
 
 #[test]
@@ -215,27 +207,16 @@ fn scales_change_nothing() {
     let vars = VarMap::new();
     let field = field(&vars, [3, 4, 3], true, config(2, 1));
     let y0 = start(2, &[2, 3, 6, 5]);
-    let plain = gradients(&ode(&field), &vars, &y0);
-    for scale in [1024.0, 0.25] {
-        let scaling = AdjointScaling::fixed(scale).unwrap();
-        compare(&gradients(&ode(&field).scaling(scaling), &vars, &y0), &plain, 1e-7, "a fixed scale");
-    }
+    against_f64::scales_change_nothing(&field, &vars, &y0);
 }
 
 /// A tile of images gives the bits that the whole batch gives.
 #[test]
 fn images_do_not_see_each_other() {
-    for precision in [Precision::F32, Precision::BF16] {
-        for (channels, size) in [(3, [6, 5]), (16, [8, 10])] {
-            let vars = VarMap::new();
-            let field = field(&vars, [channels, 16, 3], true, config(1, 1));
-            let y0 = normal(2, &[3, channels, size[0], size[1]], DType::F32);
-            let whole = ode(&field).precision(precision).solve(&y0).unwrap().last().clone();
-            for n in 0..3 {
-                let alone = ode(&field).precision(precision).solve(y0.narrow(0, n, 1).unwrap()).unwrap();
-                assert_eq!(bits(alone.last()), bits(&whole.narrow(0, n, 1).unwrap()));
-            }
-        }
+    for (channels, size) in [(3, [6, 5]), (16, [8, 10])] {
+        let vars = VarMap::new();
+        let field = field(&vars, [channels, 16, 3], true, config(1, 1));
+        samples_do_not_see_each_other(&field, &normal(2, &[3, channels, size[0], size[1]], DType::F32));
     }
 }
 

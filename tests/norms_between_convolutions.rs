@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use candle_ode::ops::{self, Activation, GroupNorm, Sequential, conv2d, conv2d_no_bias, group_norm, seq};
 use candle_ode::prelude::*;
-use common::against_f64::*;
+use common::against_f64::{self, *};
 use common::*;
 
 const EPS: f64 = 1e-5;
@@ -147,15 +147,7 @@ fn what_is_frozen_has_no_gradient_and_changes_no_other() {
     let vars = VarMap::new();
     let field = field(&vars, |vb| block(&vb, [3, 4], 2, Activation::Tanh));
     let y0 = start(2, &[2, 3, 6, 5]);
-    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
-        let all = gradients(&ode(&field).precision(precision), &vars, &y0);
-        for frozen in ["before.weight", "between.bias", "behind.weight", "first.weight"] {
-            let field = field.clone().freeze(move |name| name == frozen);
-            let mut expected = all.clone();
-            expected.remove(frozen);
-            compare(&gradients(&ode(&field).precision(precision), &vars, &y0), &expected, 1e-7, frozen);
-        }
-    }
+    frozen_changes_no_other(&field, &vars, &y0, &["before.weight", "between.bias", "behind.weight", "first.weight"]);
 }
 
 /// Norms whose weights stay in F32 while the field is in half precision.
@@ -172,27 +164,16 @@ fn scales_change_nothing() {
     let vars = VarMap::new();
     let field = field(&vars, |vb| block(&vb, [3, 4], 2, Activation::Silu));
     let y0 = start(2, &[2, 3, 6, 5]);
-    let plain = gradients(&ode(&field), &vars, &y0);
-    for scale in [1024.0, 0.25] {
-        let scaling = AdjointScaling::fixed(scale).unwrap();
-        compare(&gradients(&ode(&field).scaling(scaling), &vars, &y0), &plain, 1e-7, "a fixed scale");
-    }
+    against_f64::scales_change_nothing(&field, &vars, &y0);
 }
 
 /// A tile of images gives the bits that the whole batch gives.
 #[test]
 fn images_do_not_see_each_other() {
-    for precision in [Precision::F32, Precision::BF16] {
-        for (channels, size) in [(3, [6, 5]), (16, [8, 10])] {
-            let vars = VarMap::new();
-            let field = field(&vars, move |vb| block(&vb, [channels, 16], 4, Activation::Gelu));
-            let y0 = normal(2, &[3, channels, size[0], size[1]], DType::F32);
-            let whole = ode(&field).precision(precision).solve(&y0).unwrap().last().clone();
-            for n in 0..3 {
-                let alone = ode(&field).precision(precision).solve(y0.narrow(0, n, 1).unwrap()).unwrap();
-                assert_eq!(bits(alone.last()), bits(&whole.narrow(0, n, 1).unwrap()));
-            }
-        }
+    for (channels, size) in [(3, [6, 5]), (16, [8, 10])] {
+        let vars = VarMap::new();
+        let field = field(&vars, move |vb| block(&vb, [channels, 16], 4, Activation::Gelu));
+        samples_do_not_see_each_other(&field, &normal(2, &[3, channels, size[0], size[1]], DType::F32));
     }
 }
 

@@ -76,3 +76,37 @@ pub fn model_field<M: 'static>(
     fill(vars, 5, 1.0);
     field
 }
+
+/// Fixed scales give the gradients that those of each step give.
+pub fn scales_change_nothing(field: &ModelField, vars: &VarMap, y0: &Var) {
+    let plain = gradients(&ode(field), vars, y0);
+    for scale in [1024.0, 0.25] {
+        let scaling = AdjointScaling::fixed(scale).unwrap();
+        compare(&gradients(&ode(field).scaling(scaling), vars, y0), &plain, 1e-7, "a fixed scale");
+    }
+}
+
+/// Of each of those names alone, a frozen parameter has no gradient and changes no other, in any precision.
+pub fn frozen_changes_no_other(field: &ModelField, vars: &VarMap, y0: &Var, names: &[&'static str]) {
+    for precision in [Precision::F32, Precision::F16, Precision::BF16] {
+        let all = gradients(&ode(field).precision(precision), vars, y0);
+        for &frozen in names {
+            let field = field.clone().freeze(move |name| name == frozen);
+            let mut expected = all.clone();
+            assert!(expected.remove(frozen).is_some(), "{frozen}");
+            compare(&gradients(&ode(&field).precision(precision), vars, y0), &expected, 1e-7, frozen);
+        }
+    }
+}
+
+/// Each sample alone gives the bits that it gives among others.
+pub fn samples_do_not_see_each_other(field: &ModelField, y0: &Tensor) {
+    for precision in [Precision::F32, Precision::BF16] {
+        let ode = ode(field).precision(precision);
+        let whole = ode.solve(y0).unwrap().last().clone();
+        for n in 0..y0.dims()[0] {
+            let alone = ode.solve(y0.narrow(0, n, 1).unwrap()).unwrap();
+            assert_eq!(bits(alone.last()), bits(&whole.narrow(0, n, 1).unwrap()), "{precision:?}");
+        }
+    }
+}
