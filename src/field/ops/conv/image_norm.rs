@@ -1,4 +1,4 @@
-//! A group norm between convolutions, of images that lie pixel by pixel.
+//! A group norm beside convolutions, of images that lie pixel by pixel.
 
 use super::frame::Frame;
 use crate::field::ops::Activation;

@@ -1,8 +1,9 @@
 //! The convolution that sees the time: y = [x, t] ∗ w + b, where t is one more channel, the same at every pixel.
 //!
 //! Shapes: x `(batch, in, h, w)`, weight `(out, in + 1, k, k)` whose last channel belongs to t, b `(out)`. Dtypes as
-//! [`conv2d`](super::conv2d); t is rounded to that of x. Inside a solve on the CPU t is written where the windows look,
-//! as part of the op that [`fused`](super::fused) makes of the layers; elsewhere [x, t] is made.
+//! [`conv2d`](super::conv2d); t has that of x, and is rounded to it. Inside a solve on the CPU t is written where the
+//! windows look, as part of the op that [`fused`](super::fused) makes of the layers, which holds F16 in F32; elsewhere
+//! [x, t] is made.
 
 use super::{Conv2d, conv2d};
 use crate::Time;
